@@ -1,0 +1,379 @@
+"""The architecture, and nothing else: ModelConfig (blueprint), Transformer (weights), KVCache (run state).
+
+Letters in shape comments: B batch, S new tokens, T cache length, H query heads, Hkv key/value heads, D head dim, C model dim.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from errors import UserError
+from linear import Linear, gated
+
+# What a family fixes beyond what its config.json says. A dense Llama-like family is one line here.
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "mistral": {},
+    "phi3": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "smollm3": {},
+}
+ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The blueprint of a decoder-only transformer. Immutable: caches and tensor parallelism never write to it."""
+
+    dim: int
+    n_layer: int
+    n_head: int
+    n_local_heads: int  # key/value heads, gpt-fast's name
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    block_size: int = 2048  # longest context the model was trained for, in tokens
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    rope_scaling: tuple[tuple[str, object], ...] = ()  # config.json's rope parameters as sorted pairs; () is plain RoPE
+    rotary_dim: int = 0  # leading features of a head that rotate; 0 means head_dim
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False  # the output layer is the embedding
+    windows: tuple[int, ...] = ()  # sliding window of each layer, 0 is full attention; () is full everywhere
+    rope_layers: tuple[bool, ...] = ()  # whether each layer rotates (SmolLM3 skips some); () is everywhere
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "ModelConfig":
+        """Read a Hugging Face config.json. Raises UserError naming what is unknown and what is supported."""
+        family = _choice("model_type", config.get("model_type"), FAMILIES)
+        _choice("hidden_act", config.get("hidden_act", "silu"), ("silu", "swish"))
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+            if not isinstance(config.get(key), int) or config[key] <= 0:
+                raise UserError(f"config.json: {key} is {config.get(key)!r}; a positive integer is needed")
+        dim, n_layer, n_head = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+        n_local_heads = config.get("num_key_value_heads") or n_head
+        if n_head % n_local_heads:
+            raise UserError(
+                f"config.json: num_key_value_heads {n_local_heads} does not divide {n_head} attention heads"
+            )
+        head_dim = config.get("head_dim") or dim // n_head
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope_type = rope.pop("type", None)  # the older spelling of rope_type
+        rope_type = _choice("rope_type", rope.setdefault("rope_type", rope_type or "default"), ROPE_TYPES)
+        base = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        partial = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+        rope.setdefault(
+            "original_max_position_embeddings",
+            config.get("original_max_position_embeddings") or config.get("max_position_embeddings", 2048),
+        )
+        rope.setdefault("max_position_embeddings", config.get("max_position_embeddings", 2048))
+        bias = bool(config.get("attention_bias", False))
+        fields = {
+            "qkv_bias": bias,
+            "o_bias": bias,
+            "mlp_bias": bool(config.get("mlp_bias", False)),
+            "windows": _windows(config, n_layer),
+            "rope_layers": tuple(bool(r) for r in config.get("no_rope_layers") or ()),
+            **FAMILIES[family],
+        }
+        return cls(
+            dim=dim,
+            n_layer=n_layer,
+            n_head=n_head,
+            n_local_heads=n_local_heads,
+            head_dim=head_dim,
+            intermediate_size=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            block_size=config.get("max_position_embeddings", 2048),
+            norm_eps=config.get("rms_norm_eps", 1e-5),
+            rope_base=float(base),
+            rope_scaling=() if rope_type == "default" else tuple(sorted((k, _freeze(v)) for k, v in rope.items())),
+            rotary_dim=int(head_dim * partial),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            **fields,
+        )
+
+    @classmethod
+    def from_name(cls, name: str) -> "ModelConfig":
+        """The blueprint of one of gpt-fast's model names, for directories that hold no config.json."""
+        return cls(**BUILTIN[_choice("model name", name, BUILTIN)])
+
+    def window(self, layer: int) -> int:
+        return self.windows[layer] if self.windows else 0
+
+    def rotates(self, layer: int) -> bool:
+        return self.rope_layers[layer] if self.rope_layers else True
+
+
+def _choice(what: str, value: object, known) -> str:
+    if value not in known:
+        raise UserError(f"{what} {value!r} is not supported; supported: {', '.join(sorted(known))}")
+    return value
+
+
+def _freeze(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _windows(config: dict, n_layer: int) -> tuple[int, ...]:
+    """Each layer's sliding window (transformers' rules: layer_types, else use_sliding_window and max_window_layers)."""
+    window = config.get("sliding_window") or 0
+    if not window or not config.get("use_sliding_window", True):
+        return ()
+    if types := config.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    first = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0
+    return tuple(window if layer >= first else 0 for layer in range(n_layer))
+
+
+def _llama(dim, n_layer, n_head, intermediate_size, *, kv=None, vocab=32000, block=4096, base=10000.0, **more) -> dict:
+    return {
+        "dim": dim,
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_local_heads": kv or n_head,
+        "head_dim": dim // n_head,
+        "intermediate_size": intermediate_size,
+        "vocab_size": vocab,
+        "block_size": block,
+        "rope_base": base,
+        **more,
+    }
+
+
+_LLAMA3 = {"kv": 8, "vocab": 128256, "block": 8192, "base": 500000.0}
+
+
+def _llama31(factor: float) -> dict:
+    scaling = {
+        "factor": factor,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+    return {**_LLAMA3, "block": 131072, "rope_scaling": tuple(sorted(scaling.items()))}
+
+
+# The dense models gpt-fast lists by name, Llama 3.2's, the default model's and llama2.c's shapes.
+BUILTIN: dict[str, dict] = {
+    "CodeLlama-7b-Python-hf": _llama(4096, 32, 32, 11008, block=16384, base=1e6),
+    "7B": _llama(4096, 32, 32, 11008),
+    "13B": _llama(5120, 40, 40, 13824),
+    "30B": _llama(6656, 60, 52, 17920, block=2048),
+    "34B": _llama(8192, 48, 64, 22016, kv=8, block=16384, base=1e6),
+    "70B": _llama(8192, 80, 64, 28672, kv=8),
+    "Mistral-7B": _llama(4096, 32, 32, 14336, kv=8, block=32768, windows=(4096,) * 32),
+    "stories15M": _llama(288, 6, 6, 768, block=256),
+    "stories42M": _llama(512, 8, 8, 1376, block=1024),
+    "stories110M": _llama(768, 12, 12, 2048, block=1024),
+    "Llama-3-8B": _llama(4096, 32, 32, 14336, **_LLAMA3),
+    "Llama-3-70B": _llama(8192, 80, 64, 28672, **_LLAMA3),
+    "Llama-3.1-8B": _llama(4096, 32, 32, 14336, **_llama31(8.0)),
+    "Llama-3.1-70B": _llama(8192, 80, 64, 28672, **_llama31(8.0)),
+    "Llama-3.1-405B": _llama(16384, 126, 128, 53248, **_llama31(8.0)),
+    "Llama-3.2-1B": _llama(2048, 16, 32, 8192, **_llama31(32.0), tied=True),
+    "Llama-3.2-3B": _llama(3072, 28, 24, 8192, **_llama31(32.0), tied=True),
+    "SmolLM2-135M": _llama(576, 30, 9, 1536, kv=3, vocab=49152, block=8192, base=1e5, tied=True),
+}
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension (arXiv 1910.07467), computed in fp32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions over a static cache."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        H, Hkv, D = config.n_head, config.n_local_heads, config.head_dim
+        self.n_head, self.head_dim, self.eps = H, D, config.norm_eps
+        self.window, self.rotates = config.window(layer), config.rotates(layer)
+        self.wqkv = Linear(config.dim, (H + 2 * Hkv) * D, bias=config.qkv_bias)
+        self.wo = Linear(H * D, config.dim, bias=config.o_bias)
+        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x: Tensor, norm: RMSNorm, input_pos: Tensor, cache: "KVCache", layer: int, context: int
+    ) -> Tensor:
+        y = kernels.attend(
+            self.wqkv(x, norm=norm),
+            cache.k[layer],
+            cache.v[layer],
+            input_pos,
+            cache.rope if self.rotates else None,
+            self.q_norm.weight if self.q_norm else None,
+            self.k_norm.weight if self.k_norm else None,
+            eps=self.eps,
+            n_head=self.n_head,
+            window=self.window,
+            context=context,
+        )
+        return self.wo(y, residual=x)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w1 = Linear(config.dim, config.intermediate_size, bias=config.mlp_bias)
+        self.w3 = Linear(config.dim, config.intermediate_size, bias=config.mlp_bias)
+        self.w2 = Linear(config.intermediate_size, config.dim, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return self.w2(gated(self.w1, self.w3, x, norm), residual=x)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, input_pos: Tensor, cache: "KVCache", layer: int, context: int) -> Tensor:
+        # Norm and residual belong to the linears beside them, so that a kernel can fuse them.
+        x = self.attention(x, self.attention_norm, input_pos, cache, layer, context)
+        return self.feed_forward(x, self.ffn_norm)
+
+
+class Transformer(nn.Module):
+    """A Llama-family decoder. Build it under torch.device("meta") and let checkpoint.py fill it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_embeddings.weight.requires_grad_(False)
+        self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layer))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = Linear(config.dim, config.vocab_size)
+        if config.tied:
+            self.output.weight = self.tok_embeddings.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        input_pos: Tensor,
+        cache: "KVCache",
+        *,
+        last: Tensor | None = None,
+        all_logits: bool = False,
+        context: int = 0,
+    ) -> Tensor:
+        """Logits of new tokens, whose keys and values enter the cache. Positions past a row's end may hold padding:
+        what padding writes is overwritten before a real token can see it.
+
+        tokens: (B, S) int, the new tokens of each row; input_pos: (B,) int, the position of each row's first new token;
+        last: (B,) int, the index in S whose logits are wanted, by default the last; all_logits: every index instead;
+        context: an upper bound of the positions in use after this call when the host knows one (0: it does not),
+        which spares reading it from the device.
+        Returns fp32 (B, 1, V), or (B, S, V) with all_logits.
+        """
+        x = self.tok_embeddings(tokens)  # (B, S, C)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, input_pos, cache, i, context)
+        if not all_logits:
+            x = x[:, -1:] if last is None else x[torch.arange(len(x), device=x.device), last].unsqueeze(1)
+        return self.output(x, norm=self.norm, fp32=True)
+
+
+class KVCache:
+    """Run state: each layer's keys and values (B, Hkv, T, D) and the rotary table. Allocated once, at a fixed length.
+
+    Rolling back is a matter of position alone: entries at or past a row's position are never read before they are rewritten.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, length: int, *, dtype: torch.dtype, device, shards: int = 1
+    ):
+        shape = (batch_size, max(1, config.n_local_heads // shards), length, config.head_dim)
+        self.batch_size, self.length = batch_size, length
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.rope = rope_table(config, length).to(device)
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes that one position of one row takes in all layers, keys and values together."""
+        return 2 * sum(k.element_size() * k.shape[1] * k.shape[3] for k in self.k)
+
+
+def rope_table(config: ModelConfig, length: int) -> Tensor:
+    """Rotary cosines and sines, fp32 (length, rotary_dim / 2, 2), for positions 0..length-1 (RoFormer, arXiv 2104.09864).
+
+    Scalings: linear (arXiv 2306.15595); llama3 (Llama 3.1's reference code); yarn (arXiv 2309.00071); longrope
+    (arXiv 2402.13753), whose long factors serve a run whose cache is longer than the original context.
+    """
+    dim = config.rotary_dim or config.head_dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+    freqs, magnitude = config.rope_base**-exponents, 1.0
+    scaling = dict(config.rope_scaling)
+    kind = scaling.get("rope_type", "default")
+    if kind == "linear":
+        freqs = freqs / scaling["factor"]
+    elif kind == "llama3":
+        freqs = _llama3_frequencies(freqs, scaling)
+    elif kind == "yarn":
+        freqs, magnitude = _yarn(freqs, config.rope_base, dim, scaling)
+    elif kind == "longrope":
+        original = scaling["original_max_position_embeddings"]
+        factor = scaling.get("factor") or scaling["max_position_embeddings"] / original
+        freqs = freqs / torch.tensor(
+            scaling["long_factor" if length > original else "short_factor"], dtype=torch.float64
+        )
+        magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        magnitude = scaling.get("attention_factor") or magnitude
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), freqs)
+    return (torch.stack((angles.cos(), angles.sin()), -1) * magnitude).float()
+
+
+def _llama3_frequencies(freqs: Tensor, scaling: dict) -> Tensor:
+    """Long wavelengths are slowed by `factor`, short ones kept, those between interpolated."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)  # rotations over the original context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return freqs * (smooth + (1 - smooth) / scaling["factor"])
+
+
+def _yarn(freqs: Tensor, base: float, dim: int, scaling: dict) -> tuple[Tensor, float]:
+    """YaRN's frequencies and the factor on cos and sin that stands for its attention temperature."""
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+
+    def dimension(rotations: float) -> float:  # the feature pair that turns this often over the original context
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+
+    def temperature(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1
+
+    magnitude = scaling.get("attention_factor")
+    if magnitude is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        magnitude = temperature(scaling["mscale"]) / temperature(scaling["mscale_all_dim"])
+    return freqs * (1 - ramp) + freqs / factor * ramp, magnitude or temperature(1.0)
