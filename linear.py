@@ -1,8 +1,11 @@
 """Linear layers for every kind of weight, behind one signature: y = [residual +] W norm(x) [+ bias].
 
-A few rows (decoding) on an NVIDIA GPU go to the fused kernels; everything else is plain PyTorch: dequantise, then multiply.
-Weights on disk: int8 and fp8 carry one scale per output row; int4 is `weight` uint8 (N, K/2), low nibble first, with
-`scales` and `zeros` (N, K/G): w = (q - 8) * scale + zero.
+A few rows (decoding) on an NVIDIA GPU go to the fused kernels; all else is plain PyTorch. On disk, for every device:
+
+    int8   weight int8 (N, K), scales bf16 (N,):           w = q * scale             (gpt-fast's file)
+    fp8    weight float8_e4m3fn (N, K), scales bf16 (N,):  w = q * scale
+    int4   weight uint8 (N, K'/2), low nibble first, scales and zeros bf16 (N, K'/G): w = (q - 8) * scale + zero,
+           where K' is K padded up to a multiple of the group G
 """
 
 import torch
@@ -11,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from errors import UserError
+
+MODES = ("int8", "int4", "fp8")
+GROUPS = (32, 64, 128, 256)
 
 
 class Linear(nn.Module):
@@ -24,9 +31,18 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.register_parameter("scales", None)
+        self.register_parameter("zeros", None)
+        self.widen = False  # whether many rows are multiplied in fp32, for a CPU without half-precision arithmetic
 
-    scales: Tensor | None = None
-    zeros: Tensor | None = None
+    @classmethod
+    def from_tensors(cls, in_features: int, out_features: int, tensors: dict[str, Tensor]) -> "Linear":
+        """The layer that these tensors (weight; scales, zeros, bias where there are any) make up. Nothing is copied."""
+        with torch.device("meta"):
+            layer = cls(in_features, out_features)
+        for name, tensor in tensors.items():
+            setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+        return layer
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight as the matrix (N, K) it stands for."""
@@ -34,10 +50,13 @@ class Linear(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """W x for x (..., K), in plain PyTorch."""
+        if self.widen and _rows(x) > 8:
+            return F.linear(x.float(), self.dequantized(torch.float32)).to(x.dtype)
         return F.linear(x, self.dequantized(x.dtype))
 
-    def pack(self) -> None:
-        """Lay the weight out for the device it is on. Called once, after loading."""
+    def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Lay the weight out for the device it is on and activations of `dtype`. Called once, after loading."""
+        self.widen = _half_is_slow(self.weight.device, dtype)
 
     def forward(self, x: Tensor, norm=None, residual: Tensor | None = None, fp32: bool = False) -> Tensor:
         """x (..., K) -> (..., N) in x's dtype, or fp32 if asked."""
@@ -79,3 +98,158 @@ def gated(w1: Linear, w3: Linear, x: Tensor, norm) -> Tensor:
         return out.view(*x.shape[:-1], w1.out_features)
     x = norm(x)
     return F.silu(w1(x)) * w3(x)
+
+
+class Int8Linear(Linear):
+    """Symmetric int8, one scale per output row."""
+
+    @staticmethod
+    def quantize(weight: Tensor) -> dict[str, Tensor]:
+        """gpt-fast's rounding, so that files can be exchanged: scale absmax / 127.5, rounded to bf16 afterwards."""
+        weight = weight.float()
+        scales = (weight.abs().amax(1) / 127.5).clamp(min=torch.finfo(torch.float32).eps)
+        q = (weight / scales[:, None]).round().clamp(-128, 127)
+        return {"weight": q.to(torch.int8), "scales": scales.bfloat16()}
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype) * self.scales.to(dtype)[:, None]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        # PyTorch's CPU kernel reads past the end of rows that are not a multiple of its vectors.
+        if x.is_cpu and x.dtype is torch.bfloat16 and _rows(x) <= 16 and self.in_features % 32 == 0:
+            y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.weight, self.scales)
+            return y.view(*x.shape[:-1], self.out_features)
+        return super().matmul(x)
+
+
+class FP8Linear(Linear):
+    """8-bit floating point (e4m3, arXiv 2209.05433), one scale per output row."""
+
+    @staticmethod
+    def quantize(weight: Tensor) -> dict[str, Tensor]:
+        """Round to nearest, the largest magnitude of a row being e4m3's largest, 448."""
+        weight, top = weight.float(), torch.finfo(torch.float8_e4m3fn).max
+        scales = (weight.abs().amax(1) / top).clamp(min=torch.finfo(torch.float32).eps).bfloat16()
+        q = (weight / scales.float()[:, None]).clamp(-top, top)  # the scale may have been rounded down
+        return {"weight": q.to(torch.float8_e4m3fn), "scales": scales}
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        weight = self.weight.to(dtype)
+        return weight if self.scales is None else weight * self.scales.to(dtype)[:, None]
+
+    def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().pack(dtype)
+        if self.weight.is_cpu:  # CPUs convert e4m3 more slowly than they would read the wider weight
+            self.weight, self.scales = nn.Parameter(self.dequantized(dtype), requires_grad=False), None
+
+
+class Int4Linear(Linear):
+    """Asymmetric int4 in groups of G = 32, 64, 128 or 256 along K (padded to K'): w = (q - 8) * scale + zero."""
+
+    packed_for_cpu = False
+
+    @staticmethod
+    def grid(groups: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale and zero, rounded to bf16 and returned as fp32 (..., 1), that span weights (..., G) in 16 steps."""
+        low, high = groups.aminmax(dim=-1, keepdim=True)
+        scales = ((high - low) / 15).clamp(min=1e-6)
+        return scales.bfloat16().float(), (low + 8 * scales).bfloat16().float()
+
+    @staticmethod
+    def round(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        """The nearest q in 0..15 on a grid, in groups' dtype."""
+        return ((groups - zeros) / scales).round().add(8).clamp(0, 15)
+
+    @staticmethod
+    def quantize(weight: Tensor, group: int) -> dict[str, Tensor]:
+        """Round to nearest."""
+        weight = F.pad(weight.float()[None], (0, -weight.shape[1] % group), mode="replicate")[0]  # widens no range
+        groups = weight.unflatten(1, (-1, group))
+        scales, zeros = Int4Linear.grid(groups)
+        return Int4Linear.tensors(Int4Linear.round(groups, scales, zeros).flatten(1), scales[..., 0], zeros[..., 0])
+
+    @staticmethod
+    def tensors(q: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
+        """As on disk, from q (N, K') in 0..15 and scales and zeros (N, K'/G) that bf16 holds exactly."""
+        q = q.to(torch.uint8)
+        return {"weight": q[:, ::2] | q[:, 1::2] << 4, "scales": scales.bfloat16(), "zeros": zeros.bfloat16()}
+
+    def codes(self) -> Tensor:
+        """q, uint8 (N, K'/G, G)."""
+        q = torch.stack((self.weight & 15, self.weight >> 4), -1)
+        return q.view(*self.scales.shape, -1)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        if self.packed_for_cpu:  # the layout depends on the CPU: let its kernel undo it
+            return self.matmul(torch.eye(self.in_features, dtype=torch.bfloat16)).t().to(dtype)
+        scales, zeros = self.scales.to(dtype)[..., None], self.zeros.to(dtype)[..., None]
+        weight = torch.addcmul(zeros, self.codes().to(dtype) - 8, scales)  # rounds once
+        return weight.flatten(1)[:, : self.in_features]
+
+    def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().pack(dtype)
+        if self.weight.is_cpu and dtype is torch.bfloat16 and self.out_features % 16 == 0:
+            q = self.codes().flatten(1).int()
+            pairs = torch.stack((self.scales.t(), self.zeros.t()), -1).contiguous()  # (K'/G, N, 2), as the kernel wants
+            self.weight = nn.Parameter(torch._convert_weight_to_int4pack_for_cpu(q, 1), requires_grad=False)
+            self.scales, self.zeros = nn.Parameter(pairs, requires_grad=False), None
+            self.packed_for_cpu = True
+
+    def matmul(self, x: Tensor) -> Tensor:
+        if not self.packed_for_cpu:
+            return super().matmul(x)
+        padded = 2 * self.weight.shape[1]
+        rows = F.pad(x.reshape(-1, self.in_features).bfloat16(), (0, padded - self.in_features))
+        y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, padded // self.scales.shape[0], self.scales)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def quantize_linear(mode: str, tensors: dict[str, Tensor], name: str = "the weight") -> dict[str, Tensor]:
+    """A linear layer's tensors (weight (N, K) and perhaps bias) with the weight quantised; the bias stays as it is.
+
+    mode: "int8", "fp8", or "int4" with the group size after a colon, 32 by default.
+    Raises UserError for an unknown mode or group size, and for a weight that is quantised already or not finite.
+    """
+    kind, _, group = mode.partition(":")
+    if kind not in MODES or (group and (kind != "int4" or group not in map(str, GROUPS))):
+        raise UserError(
+            f"cannot quantise to {mode!r}; accepted: int8, fp8, int4, " + ", ".join(f"int4:{g}" for g in GROUPS)
+        )
+    weight = tensors["weight"]
+    if "scales" in tensors or weight.dtype.itemsize < 2:
+        raise UserError(f"{name} is quantised already ({weight.dtype}); give the full-precision checkpoint")
+    if not weight.isfinite().all():
+        raise UserError(f"{name} holds NaN or infinite weights")
+    if kind == "int4":
+        return {**tensors, **Int4Linear.quantize(weight, int(group or 32))}
+    return {**tensors, **(Int8Linear if kind == "int8" else FP8Linear).quantize(weight)}
+
+
+def linear_from_tensors(in_features: int, out_features: int, tensors: dict[str, Tensor], name: str = "") -> Linear:
+    """The layer of the kind that dtypes and shapes tell. Raises UserError where they tell of no (N, K) linear layer."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    N, K = out_features, in_features
+    dtype = tensors["weight"].dtype if "weight" in tensors else None
+    if shapes.pop("bias", (N,)) != (N,):
+        dtype = None
+    if dtype in (torch.float32, torch.float16, torch.bfloat16) and shapes == {"weight": (N, K)}:
+        return Linear.from_tensors(K, N, tensors)
+    if dtype in (torch.int8, torch.float8_e4m3fn) and shapes == {"weight": (N, K), "scales": (N,)}:
+        return (Int8Linear if dtype is torch.int8 else FP8Linear).from_tensors(K, N, tensors)
+    if dtype is torch.uint8 and any(
+        shapes == {"weight": (N, n * G // 2), "scales": (N, n), "zeros": (N, n)} for G in GROUPS for n in (-(-K // G),)
+    ):
+        return Int4Linear.from_tensors(K, N, tensors)
+    found = ", ".join(f"{key} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for key, t in tensors.items())
+    raise UserError(
+        f"{name or 'a linear layer'} needs a plain, int8, fp8 or int4 weight for {[N, K]}; found {found or 'none'}"
+    )
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _half_is_slow(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether fp32 multiplies faster than `dtype`: half precision on a CPU without AVX-512 or better."""
+    return device.type == "cpu" and dtype.itemsize == 2 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
