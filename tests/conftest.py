@@ -1,0 +1,63 @@
+"""Shared fixtures: reproducible single-threaded tests, the real checkpoint, the repository's scripts as commands."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+SMOLLM2 = Path(os.environ.get("GPTFAST_SMOLLM2", REPO / "checkpoints" / "SmolLM2-135M-Instruct"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    if item.get_closest_marker("real") and not (SMOLLM2 / "model.pth").is_file():
+        pytest.skip(f"needs {SMOLLM2}/model.pth: run scripts/prepare.sh")
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+@pytest.fixture
+def smollm2_dir() -> Path:
+    """Directory of the real SmolLM2-135M-Instruct checkpoint; skips the test where it has not been prepared."""
+    if not (SMOLLM2 / "model.pth").is_file():
+        pytest.skip(f"needs {SMOLLM2}/model.pth: run scripts/prepare.sh")
+    return SMOLLM2
+
+
+class Result(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def cli() -> Callable[..., Result]:
+    """Runs a script of the repository in a process of its own: `cli("generate.py", "--prompt", "Hi", stdin="")`."""
+
+    def run(
+        script: str, *args: object, stdin: str = "", env: dict[str, str] | None = None, timeout: float = 300
+    ) -> Result:
+        process = subprocess.run(
+            [sys.executable, str(REPO / script), *map(str, args)],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        )
+        return Result(process.returncode, process.stdout, process.stderr)
+
+    return run
