@@ -67,7 +67,7 @@ LLAMA2_TEMPLATE = """\
 {% if m['role'] != ('user', 'assistant')[loop.index0 % 2] %}
 {{ raise_exception('roles must alternate user, assistant, user, ... after an optional system message') }}
 {% elif m['role'] == 'user' %}
-{{- bos_token + '[INST] ' + (system if loop.first else '') + m['content'] | trim + ' [/INST]' -}}
+{{- bos_token + '[INST] ' + ((system if loop.first else '') + m['content']) | trim + ' [/INST]' -}}
 {% else %}
 {{- ' ' + m['content'] | trim + ' ' + eos_token -}}
 {% endif %}
@@ -321,18 +321,21 @@ class _SentencePiece:
         self._split = re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"(?!)")
 
     def encode(self, text: str, special: bool) -> list[int]:
-        encode, to_piece, to_id = self._model.encode, self._model.id_to_piece, self._model.piece_to_id
         if special:  # split at the tokens: text, token, text, token, ..., text
             parts = enumerate(self._split.split(text))
-            ids = ([self.added[part]] if n % 2 else encode(part) for n, part in parts if part)
-        else:  # user-defined pieces match in any text: spell them, character by character
-            ids = (map(to_id, to_piece(i)) if i in self.special_ids else [i] for i in encode(text))
+            ids = ([self.added[part]] if n % 2 else self._model.encode(part) for n, part in parts if part)
+        else:  # user-defined pieces match in any text
+            ids = (self._spell(i) if i in self.special_ids else [i] for i in self._model.encode(text))
         return [i for part in ids for i in part]
+
+    def _spell(self, token_id: int) -> list[int]:
+        """A token's name in byte tokens."""
+        return [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in self._model.id_to_piece(token_id).encode()]
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self._beyond:
             return self._beyond[token_id]
-        piece = self._model.id_to_piece(token_id)
+        piece = self._model.id_to_piece(token_id)  # IndexError is a LookupError
         if self._model.is_byte(token_id):
             return bytes.fromhex(piece[3:5])
         if self._model.is_unknown(token_id):
@@ -388,6 +391,9 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     extra = {_token_text(token): int(i) for i, token in (config.get("added_tokens_decoder") or {}).items()}
     backend = _load_backend(path, named.values(), {**extra, **_read_json(folder / "added_tokens.json")})
 
+    size = _read_json(folder / "config.json").get("vocab_size")
+    if isinstance(backend, _Tiktoken) and isinstance(size, int) and backend.vocab_size < size:
+        raise UserError(f"{path} has {backend.vocab_size} tokens, but the model {size}: it is cut short")
     eos_ids = {backend.added[named["eos_token"]]} if named.get("eos_token") in backend.added else set()
     for config_path in (folder / "generation_config.json", folder / "config.json"):
         value = _read_json(config_path).get("eos_token_id")
@@ -398,14 +404,17 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     if not eos_ids and backend.eos_id is not None:
         eos_ids = {backend.eos_id}
     bos_id = backend.added.get(named.get("bos_token"), backend.bos_id)
-    add_bos = config.get("add_bos_token")
+    # The post-processor in a tokenizer.json decides about BOS, whatever add_bos_token says: so does transformers 5.
+    add_bos = backend.adds_bos
+    if not isinstance(backend, _TokenizerJson) and isinstance(config.get("add_bos_token"), bool):
+        add_bos = config["add_bos_token"]
     texts = {i: token for token, i in backend.added.items()}
     defaults = {"bos_token": texts.get(bos_id, ""), "eos_token": texts.get(min(eos_ids, default=None), "")}
     return Tokenizer(
         name=str(folder),
         backend=backend,
         bos_id=bos_id,
-        add_bos=(add_bos if isinstance(add_bos, bool) else backend.adds_bos) and bos_id is not None,
+        add_bos=add_bos and bos_id is not None,
         eos_ids=frozenset(eos_ids),
         stop_ids=frozenset(eos_ids | {i for token, i in backend.added.items() if token in END_TOKENS}),
         chat_template=_read_chat_template(folder, config),
@@ -543,8 +552,8 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_
 def gguf_tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
     """tokenizer.json, tokenizer_config.json and generation_config.json (name -> content) for the tokenizer in a GGUF.
 
-    metadata: the GGUF's key/values as plain Python values. Supported are byte-level BPE (tokenizer.ggml.model "gpt2") and
-    SentencePiece BPE ("llama"); raises UserError for others, for an unknown pre-tokenizer and for missing keys.
+    metadata: the GGUF's key/values as plain Python values. Supported are byte-level BPE (tokenizer.ggml.model "gpt2")
+    and SentencePiece BPE ("llama"). Raises UserError for others, for an unknown pre-tokenizer and for missing keys.
     """
     given = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     kind, pre = given.get("model"), given.get("pre") or "default"
@@ -566,27 +575,33 @@ def gguf_tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
 
     if kind == "gpt2":
         pipeline = _byte_level_bpe(tokens, given["merges"], GGUF_PRE_TOKENIZERS[pre])
-        add_bos = GGUF_PRE_TOKENIZERS[pre].adds_bos
     else:
         pipeline = _sentencepiece_bpe(tokens, types, given["scores"], given.get("add_space_prefix", True))
-        add_bos = True
+    add_bos = given.get("add_bos_token", kind == "llama" or GGUF_PRE_TOKENIZERS[pre].adds_bos) and "bos_token" in ids
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
         {"id": i, "content": token, **flags, "special": t != _USER_DEFINED}
         for i, (token, t) in enumerate(zip(tokens, types))
         if t in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
-    # BOS is left to tokenizer_config.json: transformers, too, follows add_bos_token where it is given.
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(given.get("add_bos_token", add_bos))}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(add_bos)}
     config |= {role: tokens[i] for role, i in ids.items()}
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata["tokenizer.chat_template"]
+    post = {"post_processor": _bos_post_processor(tokens[ids["bos_token"]], ids["bos_token"]) if add_bos else None}
     ends = [given.get(f"{key}_token_id") for key in ("eos", "eot", "eom")]
     generation = {"eos_token_id": sorted({int(i) for i in ends if i is not None})}
     if "bos_token" in ids:
         generation["bos_token_id"] = int(ids["bos_token"])
     files = {
-        "tokenizer.json": {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **pipeline},
+        "tokenizer.json": {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            **pipeline,
+            **post,
+        },
         "tokenizer_config.json": config,
         "generation_config.json": generation,
     }
@@ -605,7 +620,6 @@ def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: _PreTokenizer
     return {
         "normalizer": {"type": "NFC"} if pre.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": None,
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab, "merges": list(merges), "ignore_merges": pre.ignore_merges},
     }
@@ -634,7 +648,14 @@ def _sentencepiece_bpe(tokens: list[str], types: list[int], scores: Sequence[flo
     return {
         "normalizer": {"type": "Sequence", "normalizers": to_mark},
         "pre_tokenizer": None,
-        "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": to_text},
         "model": {"type": "BPE", **bpe, "fuse_unk": True, "byte_fallback": True},
     }
+
+
+def _bos_post_processor(token: str, token_id: int) -> dict:
+    """Put BOS before a text, and before each of a pair."""
+    bos = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    tokens = {"special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}}}
+    return {"type": "TemplateProcessing", "single": [bos, first], "pair": [bos, first, bos, second], **tokens}

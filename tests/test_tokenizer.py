@@ -1,0 +1,904 @@
+"""The tokenizer module against the libraries it wraps, against transformers, and against what it promises."""
+
+import base64
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+import tokenizer as T
+from errors import UserError
+from tokenizer import StopStrings, StreamDecoder, gguf_tokenizer_files, load_tokenizer
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind it in the least.",
+    "Once upon a time there was a little girl named Lily. She loved to play outside in the sunshine.",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n",
+    "Zażółć gęślą jaźń. Füchse jagen über die Straße; l'été, c'est déjà fini. Привет, мир! Как дела?",
+    "你好，世界。今天天气很好。こんにちは世界。안녕하세요 세계 مرحبا بالعالم שלום",
+    "In 1984 there were 365 days, 12 months and 52 weeks; 3.14159 is not 22/7. I'll say it's DON'T.",
+]
+# Code points that tokenizers stumble over: joined emoji, combining marks, controls, spaces, SentencePiece's own mark.
+TRICKY = "aé 1Ω你👩‍👩‍👧🇫🇷\u0301\u0000\n\r\t\u00a0\u3000\u200d\ufeff▁ĠÂ½²<|s>\U0010ffff\ufffd"
+texts = st.one_of(
+    st.text(max_size=40),
+    st.text(alphabet=TRICKY, max_size=40),
+    st.lists(st.sampled_from([w for line in CORPUS for w in line.split(" ")] + [" ", "  ", "\n"]), max_size=12).map(
+        " ".join
+    ),
+)
+SLOW = settings(max_examples=60, deadline=None)
+
+
+def write(folder: Path, **files) -> Path:
+    """A checkpoint directory: name_with_underscore_for_dot=content (bytes, text, or an object for JSON)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        stem, _, end = name.rpartition("_")
+        content = json.dumps(content) if isinstance(content, dict | list) else content
+        (folder / f"{stem}.{end}").write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def sentencepiece_model(kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    defaults = {
+        "byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity", "num_threads": 1,
+        "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "minloglevel": 2, "vocab_size": 480,
+        "hard_vocab_limit": False, "character_coverage": 0.98,
+    }  # fmt: skip
+    lines = [line for text in CORPUS * 3 for line in text.split("\n") if line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=out, model_type=kind, **(defaults | options)
+    )
+    return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def llama2_model() -> bytes:
+    """SentencePiece BPE with Llama 2's options."""
+    return sentencepiece_model("bpe")
+
+
+@pytest.fixture(scope="session")
+def byte_level_json() -> str:
+    """Byte-level BPE with Llama 3's pre-tokenizer and BOS, the shape of Llama 3's own tokenizer.json."""
+    tok = tokenizers.Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(T.LLAMA3_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tok.decoder = decoders.ByteLevel()
+    alphabet = [c for c, _ in sorted(T._byte_of_char().items(), key=lambda item: item[1])]
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    tok.train_from_iterator(CORPUS, trainer)
+    tok.add_special_tokens(
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    )
+    tok.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    bos = tok.token_to_id("<|begin_of_text|>")
+    tok.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)]),
+        ]
+    )
+    return tok.to_str()
+
+
+@pytest.fixture(scope="session")
+def llama2_json(llama2_model) -> str:
+    """The tokenizer of `llama2_model` in the shape of Llama 2's tokenizer.json, by way of a GGUF's metadata."""
+    return gguf_tokenizer_files(sentencepiece_metadata(llama2_model))["tokenizer.json"]
+
+
+@pytest.fixture(scope="session")
+def metaspace_json() -> str:
+    """Unigram with a Metaspace decoder and no byte fallback: another decoder shape."""
+    tok = tokenizers.Tokenizer(models.Unigram())
+    tok.normalizer = normalizers.NFKC()
+    tok.pre_tokenizer = pre_tokenizers.Metaspace()
+    tok.decoder = decoders.Metaspace()
+    special = ["<unk>", "</s>"]
+    trainer = trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=special, show_progress=False)
+    tok.train_from_iterator(CORPUS, trainer)
+    return tok.to_str()
+
+
+@pytest.fixture(scope="session")
+def tiktoken_ranks(byte_level_json) -> bytes:
+    """The ranks file of the same BPE as `byte_level_json`."""
+    table = T._byte_of_char()
+    vocab = json.loads(byte_level_json)["model"]["vocab"]
+    tokens = {bytes(table[c] for c in token): rank for token, rank in vocab.items()}
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in tokens.items())
+
+
+def sentencepiece_metadata(model: bytes) -> dict:
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = range(sp.get_piece_size())
+    kinds = [2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1 for i in ids]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [sp.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [sp.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": sp.bos_id(),
+        "tokenizer.ggml.eos_token_id": sp.eos_id(),
+        "tokenizer.ggml.unknown_token_id": sp.unk_id(),
+    }
+
+
+@pytest.fixture(scope="session")
+def every(tmp_path_factory, llama2_model, llama2_json, byte_level_json, metaspace_json, tiktoken_ranks):
+    """One tokenizer of every kind, by name."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    folders = {
+        "sentencepiece-bpe": write(root / "sp", tokenizer_model=llama2_model),
+        "sentencepiece-unigram": write(root / "uni", tokenizer_model=sentencepiece_model("unigram")),
+        "llama2-json": write(root / "l2", tokenizer_json=llama2_json, tokenizer_config_json=LLAMA2_CONFIG),
+        "byte-level-json": write(root / "l3", tokenizer_json=byte_level_json),
+        "metaspace-json": write(root / "meta", tokenizer_json=metaspace_json),
+        "tiktoken": write(root / "tik", tokenizer_model=tiktoken_ranks),
+    }
+    return {name: load_tokenizer(folder) for name, folder in folders.items()}
+
+
+LLAMA2_CONFIG = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
+KINDS = ("sentencepiece-bpe", "sentencepiece-unigram", "llama2-json", "byte-level-json", "metaspace-json", "tiktoken")
+BYTE_KINDS = (
+    "sentencepiece-bpe",
+    "sentencepiece-unigram",
+    "llama2-json",
+    "byte-level-json",
+    "tiktoken",
+)  # can spell any text
+
+
+# --- against the libraries --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@SLOW
+@given(text=texts)
+def test_sentencepiece_agrees_with_the_library(kind, every, text):
+    tok = every[f"sentencepiece-{kind}"]
+    sp = tok.backend._model
+    assert tok.encode(text, special=False) == [sp.bos_id(), *sp.encode(text)]
+    assert tok.decode(sp.encode(text)) == sp.decode(sp.encode(text))
+
+
+@pytest.mark.parametrize("kind", ["llama2-json", "byte-level-json", "metaspace-json"])
+@SLOW
+@given(text=texts)
+def test_tokenizer_json_agrees_with_the_library(kind, every, text):
+    tok = every[kind]
+    library = tok.backend._tokenizer
+    body = tok.encode(text, bos=False, special=True)
+    library.encode_special_tokens = False
+    assert body == library.encode(text, add_special_tokens=False).ids
+    assert tok.decode(body, skip_special=True) == library.decode(body, skip_special_tokens=True)
+    assert tok.encode(text) == library.encode(text).ids
+
+
+@SLOW
+@given(text=texts)
+def test_tiktoken_agrees_with_tokenizers_on_the_same_merges(every, text):
+    tik, hf = every["tiktoken"], every["byte-level-json"]
+    ids = tik.encode(text, bos=False, special=False)
+    assert ids == hf.encode(text, bos=False, special=False) or "<tool>" in text
+    assert tik.decode(ids) == tik.backend._encoding.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", BYTE_KINDS)
+@SLOW
+@given(text=texts)
+def test_round_trip(kind, every, text):
+    tok = every[kind]
+    text = text.replace("▁", "_")  # SentencePiece cannot tell its own mark from a space
+    assert tok.decode(tok.encode(text, special=False), skip_special=True) == text
+
+
+@SLOW
+@given(text=texts)
+def test_gguf_sentencepiece_gives_the_same_ids_as_sentencepiece(every, llama2_model, text):
+    ids = every["sentencepiece-bpe"].backend._model.encode(text)
+    if "<s>" not in text and "</s>" not in text and "<unk>" not in text:
+        assert every["llama2-json"].encode(text, bos=False, special=False) == ids
+
+
+def test_lone_surrogates_become_replacement_characters(every):
+    for tok in every.values():
+        assert tok.encode("a\udc80b") == tok.encode("a\ufffdb")
+        assert tok.encode("\ud83d\ude00") == tok.encode("\U0001f600")  # a pair is its character
+
+
+# --- decoding and streaming -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@SLOW
+@given(data=st.data())
+def test_streamed_pieces_join_to_decode(kind, every, data):
+    tok = every[kind]
+    ids = data.draw(st.lists(st.integers(0, tok.vocab_size - 1), max_size=30))
+    skip = data.draw(st.booleans())
+    stream = StreamDecoder(tok, skip_special=skip)
+    pieces = [stream.put(i) for i in ids]
+    assert "".join(pieces) + stream.flush() == tok.decode(ids, skip_special=skip)
+    several = StreamDecoder(tok, skip_special=skip)
+    assert several.put(ids) + several.flush() == tok.decode(ids, skip_special=skip)
+
+
+@pytest.mark.parametrize("kind", BYTE_KINDS)
+@SLOW
+@given(text=texts.filter(lambda t: "\ufffd" not in t))
+def test_streaming_valid_text_never_guesses(kind, every, text):
+    tok = every[kind]
+    stream = StreamDecoder(tok)
+    shown = ""
+    for i in tok.encode(text.replace("▁", "_"), bos=False, special=False):
+        piece = stream.put(i)
+        assert "\ufffd" not in piece
+        shown += piece
+        assert text.replace("▁", "_").startswith(shown)
+    assert shown == text.replace("▁", "_") and stream.flush() == ""
+
+
+def test_a_character_split_over_tokens_comes_whole(every):
+    for kind in ("sentencepiece-bpe", "llama2-json", "byte-level-json", "tiktoken"):
+        tok = every[kind]
+        ids = tok.encode("🦜", bos=False)
+        assert len(ids) >= 4  # not in the corpus: four byte tokens
+        stream = StreamDecoder(tok)
+        assert [stream.put(i) for i in ids][-5:] == [""] * (len(ids) - 1) + ["🦜"]
+        stream = StreamDecoder(tok)
+        stream.put(ids[:-1])
+        assert stream.flush() == "\ufffd"
+
+
+def byte_ids(tok, data: bytes) -> list[int]:
+    by_bytes = {}
+    for i in range(tok.vocab_size - 1, -1, -1):
+        by_bytes[tok.backend.token_bytes(i)] = i
+    return [by_bytes[bytes([b])] for b in data]
+
+
+@pytest.mark.parametrize("kind", ["llama2-json", "byte-level-json", "tiktoken", "sentencepiece-bpe"])
+@SLOW
+@given(
+    data=st.binary(max_size=12) | st.lists(st.sampled_from([0x61, 0xE4, 0xBD, 0xA0, 0xF0, 0x9F, 0xED, 0xFF])).map(bytes)
+)
+def test_invalid_byte_tokens_decode_as_python_does(kind, every, data):
+    tok = every[kind]
+    ids = byte_ids(tok, b"x" + data)
+    stream = StreamDecoder(tok)
+    streamed = "".join([stream.put(i) for i in ids]) + stream.flush()
+    assert streamed == tok.decode(ids) == (b"x" + data).decode("utf-8", "replace")
+    if kind in ("byte-level-json", "tiktoken"):  # these libraries define it the same way
+        library = tok.backend._tokenizer if kind == "byte-level-json" else tok.backend._encoding
+        assert tok.decode(ids) == library.decode(ids)
+
+
+def test_leading_space_depends_on_what_came_before(every):
+    for kind in ("sentencepiece-bpe", "llama2-json"):
+        tok = every[kind]
+        prompt, whole = tok.encode("The quick"), tok.encode("The quick brown fox")
+        assert whole[: len(prompt)] == prompt
+        answer = whole[len(prompt) :]
+        assert tok.decode(answer) == "brown fox"
+        assert StreamDecoder(tok, prompt).put(answer) == " brown fox"
+        assert tok.decode(whole) == "<s>The quick brown fox"
+        assert tok.decode(whole, skip_special=True) == "The quick brown fox"
+        assert tok.decode(tok.encode("  two spaces", bos=False)) == "  two spaces"
+
+
+def test_a_stream_finishes_the_prompts_last_character(every):
+    tok = every["byte-level-json"]
+    ids = byte_ids(tok, "x🦜".encode())
+    assert StreamDecoder(tok, ids[:-1]).put(ids[-1]) == "🦜"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_without_a_token_are_visible(kind, every):
+    tok = every[kind]
+    assert tok.decode([tok.vocab_size + 5, -1]) == "\ufffd\ufffd"
+
+
+def test_streaming_costs_the_same_per_token_however_long_the_text(every, monkeypatch):
+    tok = every["tiktoken"]
+    calls = []
+    monkeypatch.setattr(tok.backend, "token_bytes", lambda i: calls.append(i) or b"a")
+    stream = StreamDecoder(tok)
+    for _ in range(1000):
+        stream.put(5)
+    assert len(calls) == 1000
+
+
+# --- BOS, special tokens, stops ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece-bpe", "byte-level-json", "tiktoken"])
+def test_bos_comes_once(kind, every):
+    tok = every[kind]
+    name = tok.template_tokens["bos_token"]
+    ids = tok.encode("The dog")
+    assert ids[0] == tok.bos_id and ids.count(tok.bos_id) == 1
+    assert tok.encode(f"{name}The dog") == ids
+    assert tok.encode("The dog", bos=False) == ids[1:]
+    assert tok.encode("") == [tok.bos_id] and tok.encode("", bos=False) == []
+
+
+@pytest.mark.parametrize("post_processor", [True, False])
+@pytest.mark.parametrize("add", [True, False, None])
+def test_the_post_processor_decides_about_bos_as_in_transformers(tmp_path, byte_level_json, add, post_processor):
+    from transformers import AutoTokenizer
+
+    spec = json.loads(byte_level_json)
+    if not post_processor:
+        spec["post_processor"] = None
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "add_bos_token": add}
+    tok = load_tokenizer(write(tmp_path, tokenizer_json=spec, tokenizer_config_json=config))
+    assert tok.encode("Lily") == AutoTokenizer.from_pretrained(tmp_path)("Lily").input_ids
+    assert tok.add_bos is post_processor and tok.bos_id == tok.backend.added["<|begin_of_text|>"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"), [({}, True), ({"add_bos_token": False}, False), ({"add_bos_token": True}, True)]
+)
+def test_add_bos_token_decides_for_sentencepiece(tmp_path, llama2_model, config, expected):
+    tok = load_tokenizer(write(tmp_path, tokenizer_model=llama2_model, tokenizer_config_json=config))
+    assert (tok.encode("dog")[0] == 1) is expected
+
+
+def test_a_token_with_a_role_is_special_even_if_tokenizer_json_forgot(tmp_path, byte_level_json):
+    spec = json.loads(byte_level_json)
+    spec["model"]["vocab"]["<extra>"] = 600
+    tok = load_tokenizer(write(tmp_path, tokenizer_json=spec, tokenizer_config_json={"eos_token": "<extra>"}))
+    assert tok.eos_ids == {600} and tok.encode("a<extra>")[-1] == 600
+    assert 600 not in tok.encode("a<extra>", special=False)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece-bpe", "llama2-json", "byte-level-json", "tiktoken"])
+@SLOW
+@given(data=st.data())
+def test_special_false_lets_no_special_token_in(kind, every, data):
+    tok = every[kind]
+    pieces = st.sampled_from([*tok.backend.added, " ", "a", "<", "\n", "你"])
+    text = "".join(data.draw(st.lists(pieces, max_size=8)))
+    assert not tok.backend.special_ids & set(tok.encode(text, bos=False, special=False))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece-bpe", "llama2-json", "byte-level-json", "tiktoken"])
+def test_special_true_reads_special_tokens(kind, every):
+    tok = every[kind]
+    for name, i in tok.backend.added.items():
+        ids = tok.encode(f"dog{name}fox", bos=False)
+        assert ids.count(i) == 1 and tok.decode(ids) in (f"dog{name}fox", f"dog{name} fox")
+
+
+def test_sentencepiece_user_defined_pieces(tmp_path):
+    model = sentencepiece_model("bpe", user_defined_symbols=["<start_of_turn>", "<end_of_turn>"])
+    tok = load_tokenizer(write(tmp_path, tokenizer_model=model))
+    end = tok.backend._model.piece_to_id("<end_of_turn>")
+    assert tok.encode("a<end_of_turn>", bos=False).count(end) == 1
+    ids = tok.encode("a<end_of_turn>b", bos=False, special=False)
+    assert end not in ids and tok.decode(ids) == "a<end_of_turn>b"
+    assert end in tok.stop_ids
+
+
+def test_sentencepiece_added_tokens_beyond_the_model(tmp_path, llama2_model):
+    size = sentencepiece.SentencePieceProcessor(model_proto=llama2_model).get_piece_size()
+    config = {
+        "added_tokens_decoder": {"1": {"content": "<s>"}, str(size): {"content": "<|im_start|>"}},
+        "eos_token": "<|im_end|>",
+    }
+    tok = load_tokenizer(
+        write(
+            tmp_path,
+            tokenizer_model=llama2_model,
+            tokenizer_config_json=config,
+            added_tokens_json={"<|im_end|>": size + 1},
+        )
+    )
+    assert tok.vocab_size == size + 2
+    assert tok.eos_ids == {size + 1} and tok.stop_ids == {size + 1, 2}
+    ids = tok.encode_chat([{"role": "user", "content": "The dog"}])
+    assert ids.count(size) == 2 and ids.count(size + 1) == 1
+    assert tok.decode([size, size + 1]) == "<|im_start|><|im_end|>"
+
+
+def test_stop_ids_are_the_union(tmp_path, byte_level_json):
+    config = {"eos_token": {"content": "<|end_of_text|>"}, "bos_token": "<|begin_of_text|>"}
+    folder = write(
+        tmp_path,
+        tokenizer_json=byte_level_json,
+        tokenizer_config_json=config,
+        generation_config_json={"eos_token_id": [7, 8]},
+        config_json={"eos_token_id": 9},
+    )
+    tok = load_tokenizer(folder)
+    added = tok.backend.added
+    assert tok.eos_ids == {7, 8, 9, added["<|end_of_text|>"]}
+    assert tok.stop_ids == tok.eos_ids | {added["<|eot_id|>"]}
+
+
+def test_llama3_names_of_special_tokens(every):
+    tok = every["tiktoken"]
+    first = tok.vocab_size - 256
+    at = {name: i - first + 128000 for name, i in tok.backend.added.items()}
+    assert len(at) == 256
+    known = {
+        "<|begin_of_text|>": 128000,
+        "<|end_of_text|>": 128001,
+        "<|start_header_id|>": 128006,
+        "<|eom_id|>": 128008,
+    }
+    known |= {"<|eot_id|>": 128009, "<|python_tag|>": 128010, "<|reserved_special_token_247|>": 128255}
+    assert {name: at[name] for name in known} == known
+    assert {i - first + 128000 for i in tok.stop_ids} == {128001, 128008, 128009}
+
+
+def test_tokenizer_json_is_preferred_and_content_decides(tmp_path, llama2_model, byte_level_json, tiktoken_ranks):
+    both = write(tmp_path / "both", tokenizer_json=byte_level_json, tokenizer_model=llama2_model)
+    assert isinstance(load_tokenizer(both).backend, T._TokenizerJson)
+    renamed = write(tmp_path / "renamed", tokenizer_model=byte_level_json)
+    assert isinstance(load_tokenizer(renamed).backend, T._TokenizerJson)
+    windows = write(tmp_path / "windows", tokenizer_model=tiktoken_ranks.replace(b"\n", b"\r\n"))
+    assert isinstance(load_tokenizer(windows).backend, T._Tiktoken)
+
+
+# --- stop strings -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    chunks=st.lists(st.text(alphabet="abc", max_size=4), max_size=12),
+    stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=5), max_size=3),
+)
+def test_stop_strings_cut_at_the_first_however_the_text_is_chunked(chunks, stops):
+    text = "".join(chunks)
+    expected = text[: min((text.find(s) for s in stops if s in text), default=len(text))]
+    stop, shown, stopped = StopStrings(stops), "", False
+    for chunk in chunks:
+        more, stopped = stop.put(chunk)
+        shown += more
+        assert expected.startswith(shown)  # nothing is shown that must be taken back
+        if stopped:
+            break
+    assert shown + stop.flush() == expected
+    assert not stopped or any(s in text for s in stops)
+
+
+def test_stop_strings_hold_back_no_more_than_needed():
+    stop = StopStrings(["\nUser:", "END"])
+    assert stop.put("Hello") == ("Hello", False)
+    assert stop.put(" E") == (" ", False)
+    assert stop.put("veN") == ("EveN", False)
+    assert stop.put("\nUs") == ("", False)
+    assert stop.put("er: hi") == ("", True)
+    assert stop.put("more") == ("", True) and stop.flush() == ""
+
+
+def test_stop_string_over_tokens(every):
+    tok = every["byte-level-json"]
+    stream, stop, shown = StreamDecoder(tok), StopStrings(["lazy dog"]), ""
+    for i in tok.encode("over the lazy dog and", bos=False):
+        more, stopped = stop.put(stream.put(i))
+        shown += more
+        if stopped:
+            break
+    assert stopped and shown == "over the "
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(UserError, match="stop string is empty"):
+        StopStrings(["a", ""])
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+TEMPLATES = {
+    "smollm2": """\
+{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+You are a helpful AI assistant<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}""",
+    "llama2": """\
+{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}
+{% else %}{% set rest = messages %}{% set system = false %}{% endif %}
+{%- for message in rest %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}
+{%- if loop.index0 == 0 and system != false %}
+{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] %}
+{% else %}{% set content = message['content'] %}{% endif %}
+{%- if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
+{%- elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}""",
+    "llama3": """\
+{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' +
+message['role'] + '<|end_header_id|>
+
+'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}
+{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>
+
+' }}{% endif %}""",
+    "qwen2.5": """{%- if tools %}
+    {{- '<tools>' }}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}
+{%- elif messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- else %}
+    {{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "system" %}{%- continue %}
+    {%- endif %}
+{%- endfor %}
+{% generation %}{{ '' }}{% endgeneration %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think></think>' }}{%- endif %}
+{%- endif %}
+{{ {"é": "<&>'"} | tojson }}
+""",
+}
+CHATS = [
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": ' Why <b>? & "é"\n'}],
+    [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": " Two "},
+        {"role": "user", "content": "Three"},
+    ],
+]
+ROLES = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+
+
+@pytest.mark.parametrize("generation_prompt", [True, False])
+@pytest.mark.parametrize("chat", CHATS, ids=["one", "system", "turns"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates_render_as_in_transformers(tmp_path, byte_level_json, name, chat, generation_prompt):
+    from transformers import AutoTokenizer
+
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **ROLES, "chat_template": TEMPLATES[name]}
+    tok = load_tokenizer(write(tmp_path, tokenizer_json=byte_level_json, tokenizer_config_json=config))
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    expected = reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation_prompt)
+    assert tok.render_chat(chat, generation_prompt) == expected
+    ids = reference.apply_chat_template(chat, add_generation_prompt=generation_prompt, return_dict=False)
+    assert tok.encode_chat(chat, generation_prompt) == ids
+    if name == "llama3":
+        assert tok.encode(expected) == ids and ids.count(tok.bos_id) == 1
+    if name == "qwen2.5":
+        extra = {"enable_thinking": False, "tools": [{"name": "f"}]}
+        assert tok.render_chat(chat, **extra) == reference.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, **extra
+        )
+
+
+def reference_render(template: str, chat: list[dict], **names) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return render_jinja_template([chat], chat_template=template, add_generation_prompt=True, **names)[0][0]
+
+
+@pytest.mark.parametrize("chat", CHATS, ids=["one", "system", "turns"])
+def test_family_templates(tmp_path, every, llama2_model, byte_level_json, chat):
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    assert reference_render(T.LLAMA2_TEMPLATE, chat, **names) == reference_render(TEMPLATES["llama2"], chat, **names)
+
+    expected = reference_render(TEMPLATES["llama3"], chat, bos_token="<|begin_of_text|>")
+    assert every["tiktoken"].render_chat(chat) == expected
+    assert every["byte-level-json"].render_chat(chat) == expected
+
+    chatml = tokenizers.Tokenizer.from_str(byte_level_json)
+    chatml.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tok = load_tokenizer(write(tmp_path, tokenizer_json=chatml.to_str()))
+    turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat)
+    assert tok.render_chat(chat) == turns + "<|im_start|>assistant\n"
+    assert tok.render_chat(chat, add_generation_prompt=False) == turns
+
+
+def test_llama2_chat_for_a_vocabulary_of_its_size(every, monkeypatch):
+    tok = every["sentencepiece-bpe"]
+    monkeypatch.setattr(tok.backend, "vocab_size", 32000)
+    chat = [{"role": "system", "content": "S"}, *CHATS[2]]
+    text = tok.render_chat(chat)
+    assert text == "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nOne [/INST] Two </s><s>[INST] Three [/INST]"
+    sp = tok.backend._model  # Meta's reference: each turn encoded by itself, between BOS and EOS
+    turns = ["[INST] <<SYS>>\nS\n<</SYS>>\n\nOne [/INST] Two ", "[INST] Three [/INST]"]
+    assert tok.encode_chat(chat) == [1, *sp.encode(turns[0]), 2, 1, *sp.encode(turns[1])]
+    with pytest.raises(UserError, match="roles must alternate"):
+        tok.render_chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+
+
+def test_where_the_chat_template_comes_from(tmp_path, byte_level_json):
+    def load(name, template, **files):
+        config = {"chat_template": template}
+        return load_tokenizer(
+            write(tmp_path / name, tokenizer_json=byte_level_json, tokenizer_config_json=config, **files)
+        ).render_chat([])
+
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    assert load("string", "text") == "text"
+    assert load("named", named) == "plain"
+    assert load("single", named[:1]) == "tools"
+    assert load("jinja", "text", chat_template_jinja="own file") == "own file"
+    assert load("json", "text", chat_template_json={"chat_template": "json file"}) == "json file"
+    for n, wrong in enumerate([[named[0], named[0]], 7, [{"name": "default"}], {"default": "x"}]):
+        with pytest.raises(UserError, match="chat_template must be"):
+            load(f"wrong{n}", wrong)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{% set ns = namespace(x=1) %}{{ ns.__class__.__init__.__globals__ }}",
+        "{{ '{0.__class__.__base__.__subclasses__}'.format(1)() }}",
+        "{{ range(10**9) | list }}",
+        "{% if %}",
+        "{{ raise_exception('not\nthis') }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[0]['content'] + 1 }}",
+        "{{ nothing.at.all }}",
+        "{% include 'file' %}",
+    ],
+)
+def test_bad_and_hostile_templates_end_in_one_line(tmp_path, byte_level_json, template):
+    folder = write(tmp_path, tokenizer_json=byte_level_json, tokenizer_config_json={"chat_template": template})
+    with pytest.raises(UserError, match=r"chat template failed: .+") as error:
+        load_tokenizer(folder).render_chat(CHATS[0])
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_no_chat_template(every):
+    with pytest.raises(UserError, match="has no chat template"):
+        every["metaspace-json"].render_chat(CHATS[0])
+
+
+# --- bad files --------------------------------------------------------------------------------------------------------
+
+
+def test_no_tokenizer(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"no tokenizer in .*; expected tokenizer\.json, or tokenizer\.model"):
+            load_tokenizer(folder)
+
+
+BAD = {
+    "empty": ("tokenizer_model", b"", "is not a tokenizer"),
+    "git-lfs pointer": ("tokenizer_model", b"version https://git-lfs.github.com/spec/v1\n", "begins with b'version"),
+    "html": ("tokenizer_json", b"<!DOCTYPE html>", "is not a tokenizer"),
+    "json of something else": ("tokenizer_json", b'{"model": 1}', "damaged or not supported"),
+    "json cut short": ("tokenizer_json", b'{"version": "1.0", "added', "damaged or not supported"),
+    "json not utf-8": ("tokenizer_json", b'{"version": "\xff"}', "damaged or not supported"),
+    "protobuf of nothing": ("tokenizer_model", b"\n\x05garbage", "damaged or not supported"),
+    "rank missing": ("tokenizer_model", b"AA== 0\nAQ==\n", "line 2 is b'AQ=='"),
+    "not base64": ("tokenizer_model", b"AA== 0\nA*== 1\n", "line 2"),
+    "ranks with gaps": ("tokenizer_model", b"AA== 0\nAQ== 7\n", "ranks have gaps"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_tokenizer_files(tmp_path, case):
+    name, content, message = BAD[case]
+    with pytest.raises(UserError) as error:
+        load_tokenizer(write(tmp_path, **{name: content}))
+    assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_files_of_every_kind(tmp_path, llama2_model, byte_level_json, tiktoken_ranks):
+    for name, data in (
+        ("tokenizer_model", llama2_model),
+        ("tokenizer_json", byte_level_json.encode()),
+        ("tokenizer_model", tiktoken_ranks),
+    ):
+        folder = write(tmp_path / name, **{name: data[: len(data) // 2]})
+        with pytest.raises(UserError, match=r"tokenizer\.(json|model) is damaged"):
+            load_tokenizer(folder)
+        (folder / name.replace("_", ".")).unlink()
+
+
+def test_ranks_cut_between_two_lines(tmp_path, tiktoken_ranks):
+    size = tiktoken_ranks.count(b"\n") + 256
+    config = {"vocab_size": size}
+    assert load_tokenizer(write(tmp_path, tokenizer_model=tiktoken_ranks, config_json=config)).vocab_size == size
+    cut = b"".join(tiktoken_ranks.splitlines(keepends=True)[:-3])
+    with pytest.raises(UserError, match=f"has {size - 3} tokens, but the model {size}: it is cut short"):
+        load_tokenizer(write(tmp_path, tokenizer_model=cut))
+
+
+def test_a_damaged_tokenizer_json_is_not_passed_over(tmp_path, llama2_model):
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged"):
+        load_tokenizer(write(tmp_path, tokenizer_json='{"version"', tokenizer_model=llama2_model))
+
+
+def test_unsupported_decoder(tmp_path, byte_level_json):
+    spec = json.loads(byte_level_json) | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
+    with pytest.raises(UserError, match=r"WordPiece.*supported are ByteLevel"):
+        load_tokenizer(write(tmp_path, tokenizer_json=spec))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config_json", "{", "is not valid JSON"),
+        ("tokenizer_config_json", "[]", "holds a list"),
+        ("generation_config_json", {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+        ("config_json", {"eos_token_id": [1, None]}, "eos_token_id is [1, None]"),
+        ("config_json", b"\xff\xfe", "is not valid JSON"),
+    ],
+)
+def test_bad_config_files(tmp_path, byte_level_json, name, content, message):
+    with pytest.raises(UserError) as error:
+        load_tokenizer(write(tmp_path, tokenizer_json=byte_level_json, **{name: content}))
+    assert message in str(error.value) and name.replace("_json", ".json") in str(error.value)
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def byte_level_metadata(byte_level_json: str, **extra) -> dict:
+    spec = json.loads(byte_level_json)
+    names = {
+        **{i: t for t, i in spec["model"]["vocab"].items()},
+        **{a["id"]: a["content"] for a in spec["added_tokens"]},
+    }
+    kinds = dict.fromkeys(names, 1) | {a["id"]: 3 if a["special"] else 4 for a in spec["added_tokens"]}
+    keys = {
+        "model": "gpt2",
+        "pre": "llama-bpe",
+        "tokens": [names[i] for i in sorted(names)],
+        "token_type": [kinds[i] for i in sorted(names)],
+        "merges": [" ".join(pair) for pair in spec["model"]["merges"]],
+        "bos_token_id": spec["added_tokens"][0]["id"],
+        "eos_token_id": spec["added_tokens"][1]["id"],
+        "eot_token_id": spec["added_tokens"][4]["id"],
+    } | extra
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | {
+        "tokenizer.chat_template": "{{ bos_token }}T"
+    }
+
+
+def from_gguf(folder: Path, metadata: dict):
+    folder.mkdir(exist_ok=True)
+    for name, content in gguf_tokenizer_files(metadata).items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def rebuilt(tmp_path_factory, byte_level_json):
+    return from_gguf(tmp_path_factory.mktemp("gguf"), byte_level_metadata(byte_level_json))
+
+
+@SLOW
+@given(text=texts)
+def test_gguf_byte_level_gives_the_same_ids(every, rebuilt, text):
+    for special in (True, False):
+        assert rebuilt.encode(text, special=special) == every["byte-level-json"].encode(text, special=special)
+
+
+def test_gguf_roles_and_stops(every, rebuilt):
+    added = rebuilt.backend.added
+    assert added == every["byte-level-json"].backend.added
+    assert rebuilt.backend.special_ids == every["byte-level-json"].backend.special_ids
+    assert rebuilt.eos_ids == {added["<|end_of_text|>"], added["<|eot_id|>"]}
+    assert rebuilt.render_chat([]) == "<|begin_of_text|>T"
+
+
+def test_gguf_files_serve_transformers_too(tmp_path, byte_level_json, llama2_model):
+    from transformers import AutoTokenizer
+
+    for n, metadata in enumerate((byte_level_metadata(byte_level_json), sentencepiece_metadata(llama2_model))):
+        tok = from_gguf(tmp_path / str(n), metadata)
+        reference = AutoTokenizer.from_pretrained(tmp_path / str(n))
+        for text in (*CORPUS, "", " a", "🦜 <s"):
+            assert tok.encode(text) == reference(text).input_ids
+            assert tok.decode(tok.encode(text), skip_special=True) == text
+        assert tok.encode("a")[0] == tok.bos_id == reference.bos_token_id
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "words"),
+    [
+        ("gpt-2", "I've 1234 ab", ["I", "'ve", "Ġ1234", "Ġab"]),
+        ("smollm", "I've 1234 ab", ["I", "'ve", "Ġ", "1", "2", "3", "4", "Ġab"]),
+        ("starcoder", "x = 12", ["x", "Ġ=", "Ġ", "1", "2"]),
+        ("llama-bpe", "I'VE 1234\n\nab", ["I", "'VE", "Ġ", "123", "4", "ĊĊ", "ab"]),
+        ("qwen2", "I'VE 1234\n\nab", ["I", "'VE", "Ġ", "1", "2", "3", "4", "ĊĊ", "ab"]),
+        ("tekken", "fooBar 12's", ["foo", "Bar", "Ġ", "1", "2", "'s"]),
+        ("gpt-4o", "fooBar's 1234", ["foo", "Bar's", "Ġ", "123", "4"]),
+    ],
+)
+def test_gguf_pre_tokenizers(byte_level_json, pre, text, words):
+    files = gguf_tokenizer_files(byte_level_metadata(byte_level_json, pre=pre))
+    split = tokenizers.Tokenizer.from_str(files["tokenizer.json"]).pre_tokenizer.pre_tokenize_str(text)
+    assert [word for word, _ in split] == words
+
+
+def test_gguf_bos(tmp_path, byte_level_json, llama2_model):
+    metadata = byte_level_metadata(byte_level_json)
+    for n, (pre, add, expected) in enumerate(
+        [("llama-bpe", None, True), ("qwen2", None, False), ("qwen2", True, True), ("llama-bpe", False, False)]
+    ):
+        extra = {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": add}
+        tok = from_gguf(tmp_path / str(n), {key: v for key, v in (metadata | extra).items() if v is not None})
+        assert (tok.encode("dog")[0] == tok.bos_id) is expected
+    assert from_gguf(tmp_path / "llama", sentencepiece_metadata(llama2_model)).encode("dog")[0] == 1
+
+
+def test_gguf_sentencepiece_without_space_prefix(tmp_path, llama2_model):
+    metadata = sentencepiece_metadata(llama2_model) | {"tokenizer.ggml.add_space_prefix": False}
+    tok = from_gguf(tmp_path, metadata)
+    assert tok.decode(tok.encode(" the dog", bos=False)) == " the dog"
+    assert tok.encode(" the", bos=False) == load_tokenizer(write(tmp_path / "sp", tokenizer_model=llama2_model)).encode(
+        "the", bos=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pre": "martian"}, "'martian'; supported are default, gpt-2"),
+        ({"model": "t5"}, "'t5'; supported are 'gpt2' and 'llama'"),
+        ({"model": None}, "None; supported are"),
+        ({"tokens": None}, "has no tokenizer.ggml.tokens"),
+        ({"merges": None}, "has no tokenizer.ggml.merges"),
+        ({"model": "llama"}, "has no tokenizer.ggml.scores"),
+        ({"token_type": [1]}, "differ in length"),
+        ({"bos_token_id": 10**6}, "outside its"),
+    ],
+)
+def test_gguf_errors(byte_level_json, change, message):
+    with pytest.raises(UserError) as error:
+        gguf_tokenizer_files(byte_level_metadata(byte_level_json, **change))
+    assert message in str(error.value)
+
+
+# --- the real model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_smollm2_reproduces_the_oracle(smollm2_dir):
+    tok = load_tokenizer(smollm2_dir)
+    oracle = json.loads((Path(__file__).parent / "data" / "smollm2_135m_instruct.json").read_text())
+    for case in oracle["prompts"]:
+        assert tok.encode(case["prompt"]) == case["prompt_ids"]
+        assert tok.decode(case["greedy_ids"]) == case["text"]
+        stream = StreamDecoder(tok, case["prompt_ids"])
+        assert "".join(map(stream.put, case["greedy_ids"])) + stream.flush() == case["text"]
+        assert not tok.stop_ids & set(case["greedy_ids"][:-1])
+    assert tok.vocab_size == 49152 and tok.eos_ids == {2} and not tok.add_bos
+
+
+@pytest.mark.real
+def test_smollm2_agrees_with_transformers(smollm2_dir):
+    from transformers import AutoTokenizer
+
+    tok, reference = load_tokenizer(smollm2_dir), AutoTokenizer.from_pretrained(smollm2_dir)
+    rng = random.Random(0)
+    samples = [*CORPUS, *("".join(rng.choices(TRICKY + CORPUS[4], k=30)) for _ in range(200))]
+    for text in samples:
+        assert tok.encode(text) == reference(text).input_ids
+        assert tok.decode(tok.encode(text)) == text
+    for chat in CHATS:
+        assert tok.render_chat(chat) == reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert tok.encode_chat(chat) == reference.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=False
+        )
