@@ -46,21 +46,23 @@ install_requirements() {
     stamp=$VIRTUAL_ENV/.installed-$file
     hash=$(cd "$REPO" && cat requirements.txt "$file" | cksum)
     [[ -f $stamp && $(<"$stamp") == "$hash" ]] && return
-    # Modules are compiled when they are first imported: doing it for all of them here takes as long as the rest.
-    local pip=("$PYTHON" -m pip --disable-pip-version-check install --quiet --no-compile)
+    # Without --no-compile this takes twice as long; modules are compiled anyway when they are first imported.
+    local pip=("$PYTHON" -m pip --disable-pip-version-check install --quiet --no-compile --use-pep517)
     if ! "$PYTHON" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null &&
         [[ $(uname -s) == Linux ]] && ! nvidia-smi -L >/dev/null 2>&1; then
         # The Linux wheel of PyPI brings gigabytes of CUDA libraries, of no use here.
-        echo "no NVIDIA GPU found: installing the CPU build of torch"
-        if "$PYTHON" -m pip --timeout 5 --retries 0 index versions torch --index-url $TORCH_CPU_INDEX >/dev/null 2>&1
-        then
+        echo "no NVIDIA GPU: installing the CPU build of torch"
+        # The probe is quick to give up. It asks for a dependency of torch, for which nobody has a local wheel about.
+        if "$PYTHON" -m pip --timeout 5 --retries 0 index versions filelock --index-url $TORCH_CPU_INDEX &>/dev/null &&
             "${pip[@]}" --index-url $TORCH_CPU_INDEX "$(grep '^torch' "$REPO/requirements.txt")"
+        then
+            echo "torch comes from $TORCH_CPU_INDEX"
         else
-            echo "$TORCH_CPU_INDEX cannot be reached: installing torch $TORCH_TESTED from pip's own index"
+            echo "$TORCH_CPU_INDEX cannot be reached: installing torch $TORCH_TESTED from pip's own index, CUDA or not"
             "${pip[@]}" torch==$TORCH_TESTED
         fi
     fi
-    echo "installing $file (a minute; some more where pip has to download CUDA)"
+    echo "installing $file"
     "${pip[@]}" -r "$REPO/$file"
     echo "$hash" >"$stamp"
 }
