@@ -18,6 +18,8 @@ find_python() {
     else
         PYTHON=$(command -v python3 || command -v python) || die "there is no Python: install Python 3.10 or newer"
     fi
+    "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("huggingface_hub")))' ||
+        die "$PYTHON lacks the packages of requirements.txt: run scripts/quickstart.sh, or pip install -r requirements.txt"
 }
 
 # Makes .venv where there is none, and activates it.
