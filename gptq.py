@@ -85,7 +85,7 @@ def gptq(
 def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
     """The upper triangular U with U^T U = (H + damping)^-1, fp32 (K, K), whose row k says how the error of column k
     moves the columns after it. Inputs that never fire are left to round to nearest."""
-    h = hessian.double() if hessian.is_cpu else hessian.clone()
+    h = hessian.to(torch.float64 if hessian.is_cpu else torch.float32, copy=True)
     diagonal = h.diagonal()
     dead = diagonal <= 0
     diagonal[dead] = 1

@@ -8,6 +8,9 @@ A few rows (decoding) on an NVIDIA GPU go to the fused kernels; all else is plai
            where K' is K padded up to a multiple of the group G
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,7 +19,6 @@ from torch import Tensor
 import kernels
 from errors import UserError
 
-MODES = ("int8", "int4", "fp8")
 GROUPS = (32, 64, 128, 256)
 
 
@@ -174,26 +176,29 @@ class Int4Linear(Linear):
         q = q.to(torch.uint8)
         return {"weight": q[:, ::2] | q[:, 1::2] << 4, "scales": scales.bfloat16(), "zeros": zeros.bfloat16()}
 
-    def codes(self) -> Tensor:
-        """q, uint8 (N, K'/G, G)."""
-        q = torch.stack((self.weight & 15, self.weight >> 4), -1)
-        return q.view(*self.scales.shape, -1)
-
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         if self.packed_for_cpu:  # the layout depends on the CPU: let its kernel undo it
             return self.matmul(torch.eye(self.in_features, dtype=torch.bfloat16)).t().to(dtype)
-        scales, zeros = self.scales.to(dtype)[..., None], self.zeros.to(dtype)[..., None]
-        weight = torch.addcmul(zeros, self.codes().to(dtype) - 8, scales)  # rounds once
-        return weight.flatten(1)[:, : self.in_features]
+        weight, scales, zeros = self.weight, self.scales, self.zeros
+        if weight.dtype is torch.int32:
+            weight, scales, zeros = kernels.unpack_int4(weight, scales)
+        offsets = _nibbles(weight).to(dtype).unflatten(1, (scales.shape[1], -1)) - 8
+        # addcmul rounds once
+        matrix = torch.addcmul(zeros.to(dtype)[..., None], offsets, scales.to(dtype)[..., None])
+        return matrix.flatten(1)[:, : self.in_features]
 
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().pack(dtype)
-        if self.weight.is_cpu and dtype is torch.bfloat16 and self.out_features % 16 == 0:
-            q = self.codes().flatten(1).int()
-            pairs = torch.stack((self.scales.t(), self.zeros.t()), -1).contiguous()  # (K'/G, N, 2), as the kernel wants
-            self.weight = nn.Parameter(torch._convert_weight_to_int4pack_for_cpu(q, 1), requires_grad=False)
-            self.scales, self.zeros = nn.Parameter(pairs, requires_grad=False), None
+        if dtype.itemsize == 2 and self.weight.is_cuda and self.out_features % 8 == 0:
+            weight, scales = kernels.pack_int4(self.weight, self.scales, self.zeros)
+        elif dtype is torch.bfloat16 and self.weight.is_cpu and self.out_features % 16 == 0:
+            weight = torch._convert_weight_to_int4pack_for_cpu(_nibbles(self.weight).int(), 1)
+            scales = torch.stack((self.scales.t(), self.zeros.t()), -1).contiguous()  # (K'/G, N, 2)
             self.packed_for_cpu = True
+        else:
+            return  # the portable layout serves
+        self.weight, self.scales = nn.Parameter(weight, requires_grad=False), nn.Parameter(scales, requires_grad=False)
+        self.zeros = None
 
     def matmul(self, x: Tensor) -> Tensor:
         if not self.packed_for_cpu:
@@ -204,25 +209,28 @@ class Int4Linear(Linear):
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-def quantize_linear(mode: str, tensors: dict[str, Tensor], name: str = "the weight") -> dict[str, Tensor]:
+def quantizer(mode: str) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What quantises a weight (N, K), a row at a time as far as the result goes, to "int8", "fp8", "int4" (in groups of
+    32) or "int4:GROUP". Raises UserError for any other mode or group."""
+    kind, _, group = mode.partition(":")
+    if kind == "int4" and (group or "32") in map(str, GROUPS):
+        return partial(Int4Linear.quantize, group=int(group or 32))
+    if mode in ("int8", "fp8"):
+        return Int8Linear.quantize if mode == "int8" else FP8Linear.quantize
+    raise UserError(f"cannot quantise to {mode!r}; accepted: int8, fp8, int4, int4:32, int4:64, int4:128, int4:256")
+
+
+def quantize_linear(mode: str, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """A linear layer's tensors (weight (N, K) and perhaps bias) with the weight quantised; the bias stays as it is.
 
-    mode: "int8", "fp8", or "int4" with the group size after a colon, 32 by default.
-    Raises UserError for an unknown mode or group size, and for a weight that is quantised already or not finite.
+    Raises UserError for an unknown mode, and for a weight that is quantised already or not finite.
     """
-    kind, _, group = mode.partition(":")
-    if kind not in MODES or (group and (kind != "int4" or group not in map(str, GROUPS))):
-        raise UserError(
-            f"cannot quantise to {mode!r}; accepted: int8, fp8, int4, " + ", ".join(f"int4:{g}" for g in GROUPS)
-        )
     weight = tensors["weight"]
     if "scales" in tensors or weight.dtype.itemsize < 2:
         raise UserError(f"{name} is quantised already ({weight.dtype}); give the full-precision checkpoint")
     if not weight.isfinite().all():
         raise UserError(f"{name} holds NaN or infinite weights")
-    if kind == "int4":
-        return {**tensors, **Int4Linear.quantize(weight, int(group or 32))}
-    return {**tensors, **(Int8Linear if kind == "int8" else FP8Linear).quantize(weight)}
+    return {**tensors, **quantizer(mode)(weight)}
 
 
 def linear_from_tensors(in_features: int, out_features: int, tensors: dict[str, Tensor], name: str = "") -> Linear:
@@ -244,6 +252,11 @@ def linear_from_tensors(in_features: int, out_features: int, tensors: dict[str, 
     raise UserError(
         f"{name or 'a linear layer'} needs a plain, int8, fp8 or int4 weight for {[N, K]}; found {found or 'none'}"
     )
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """uint8 (N, K/2), low nibble first -> uint8 (N, K)."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
 
 
 def _rows(x: Tensor) -> int:
