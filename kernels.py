@@ -1,0 +1,1026 @@
+"""Decode kernels: what one step of 1 to 16 rows runs on an NVIDIA GPU, each beside a plain PyTorch reference.
+
+The public functions are torch custom ops (namespace `gptfast`), so `torch.compile(fullgraph=True)` and CUDA graphs see
+through them. On CUDA with Triton, 16-bit activations and at most 16 rows they launch the kernels below; everywhere else
+they run their `*_reference`, which is also the tests' oracle. No op synchronises with the host.
+
+    linear(x, weight, scales, zeros, bias=, norm=, eps=, residual=, out_dtype=)  [residual +] W rms_norm(x) [+ bias]
+    gated_linear(x, w1, w3, s1, s3, z1, z3, norm=, eps=, act=)                   act(W1 n(x)) * (W3 n(x))
+    attend(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, n_head=, ...)  RoPE, cache write, causal attention
+    sample(logits, temperature, top_k, min_p, rng)                               one token id per row
+    fits(x), pack_int4, unpack_int4, read_bandwidth(device)
+
+Weights: (N, K) bf16 or fp16; (N, K) int8 or float8_e4m3fn with `scales` (N,); uint8 (N, K/2), the portable int4 of disk,
+with `scales`, `zeros` (N, K/G) (runs the reference everywhere); int32, what `pack_int4` makes of it, with its packed scales.
+
+How the linear kernel works: at 1 to 16 rows it is a stream of weights, so everything serves keeping DRAM busy. A program
+owns BN rows of W and all of K, split among its warps. Each lane loads 16 bytes of one row of W, and the K axis of both
+operands is permuted (a sum does not care) so that these bytes are already a tensor-core fragment: no shared memory, no
+shuffle between a load and its `mma`. With W as the 16-row operand and x as the 8-column one, 8 rows cost what 1 row costs.
+Kernels launch with programmatic dependent launch: the next one starts early, prefetches its weights into L2, and only
+then waits for the previous one's output.
+"""
+
+import functools
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra import cuda as tlx
+except ImportError:  # CPU-only builds of torch come without Triton: the references serve
+    triton = None
+
+MAX_ROWS = 16  # beyond this a step is a prefill, and cuBLAS is the right tool
+Tensor = torch.Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# References
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) [* weight] over the last axis, computed in fp32 (Zhang and Sennrich, arXiv:1910.07467)."""
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return (normed if weight is None else normed * weight.float()).to(x.dtype)
+
+
+def dequantize(
+    weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None, dtype=torch.float32
+) -> Tensor:
+    """The (N, K) weight that a stored one stands for. int4: w = (q - 8) * scale + zero, tinygemm's convention."""
+    if weight.dtype == torch.int32:
+        weight, scales, zeros = unpack_int4(weight, scales)
+    if weight.dtype == torch.uint8:
+        q = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)  # low nibble: even k
+        groups = q.unflatten(-1, (scales.shape[-1], -1)).to(dtype) - 8
+        return (groups * scales.to(dtype)[..., None] + zeros.to(dtype)[..., None]).flatten(-2)
+    return weight.to(dtype) if scales is None else weight.to(dtype) * scales.to(dtype)[:, None]
+
+
+def linear_reference(x, weight, scales=None, zeros=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None):
+    h = x if norm is None else rms_norm(x, norm, eps)
+    if weight.dtype in (torch.int8, torch.float8_e4m3fn):  # scale the N outputs rather than the N x K weights
+        y = F.linear(h, weight.to(h.dtype)) * scales.to(h.dtype)
+    else:
+        y = F.linear(h, dequantize(weight, scales, zeros, h.dtype)[:, : h.shape[-1]])
+    if bias is not None:
+        y = y + bias
+    if residual is not None:
+        y = residual + y
+    return y.to(out_dtype or x.dtype)
+
+
+def gated_linear_reference(x, w1, w3, s1=None, s3=None, z1=None, z3=None, norm=None, eps=0.0, act="silu"):
+    h = x if norm is None else rms_norm(x, norm, eps)
+    gate = linear_reference(h, w1, s1, z1)
+    return activation(gate, act) * linear_reference(h, w3, s3, z3)
+
+
+def activation(x: Tensor, act: str) -> Tensor:
+    """The feed-forward's gate: "silu" or "gelu_tanh"."""
+    return F.silu(x) if act == "silu" else F.gelu(x, approximate="tanh")
+
+
+def rotate(x: Tensor, positions: Tensor, rope: Tensor) -> Tensor:
+    """RoPE on interleaved pairs (2i, 2i + 1) of x (B, S, heads, D) at positions (B, S); rope (P, R/2, 2) of (cos, sin).
+
+    Rotates the first R dimensions and passes the rest (Su et al., arXiv:2104.09864, in gpt-fast's pairing).
+    """
+    table = rope[positions.clamp(max=rope.shape[0] - 1)].unsqueeze(2)  # (B, S, 1, R/2, 2)
+    cos, sin = table.unbind(-1)
+    rotary = 2 * rope.shape[1]
+    even, odd = x[..., :rotary].float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return torch.cat((turned.to(x.dtype), x[..., rotary:]), dim=-1)
+
+
+def attend_reference(
+    qkv, k_cache, v_cache, input_pos, rope, q_norm=None, k_norm=None, eps=0.0, n_head=1, window=0, context=0, scale=None
+):
+    B, S, _ = qkv.shape
+    _, Hkv, T, D = k_cache.shape
+    q, k, v = qkv.view(B, S, -1, D).split((n_head, Hkv, Hkv), dim=2)  # (B, S, heads, D)
+    if q_norm is not None:
+        q = rms_norm(q, q_norm, eps)
+    if k_norm is not None:
+        k = rms_norm(k, k_norm, eps)
+    positions = input_pos[:, None] + torch.arange(S, device=qkv.device)  # (B, S)
+    if rope is not None:
+        q, k = rotate(q, positions, rope), rotate(k, positions, rope)
+    _write_cache(k_cache, k, input_pos)
+    _write_cache(v_cache, v, input_pos)
+    if qkv.is_cpu:
+        context = int(input_pos.max()) + S  # reading it costs nothing here
+    live = min(context or T, T)
+    j = torch.arange(live, device=qkv.device)
+    visible = j <= positions[..., None]  # (B, S, live)
+    if window > 0:
+        visible &= j > positions[..., None] - window
+    keys, values = k_cache[:, :, :live].to(q.dtype), v_cache[:, :, :live].to(q.dtype)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=visible[:, None], scale=scale, enable_gqa=n_head != Hkv
+    )
+    return out.transpose(1, 2).reshape(B, S, n_head * D)
+
+
+def _write_cache(cache: Tensor, new: Tensor, input_pos: Tensor) -> None:
+    """Put new (B, S, Hkv, D) at positions input_pos + s of the cache (B, Hkv, T, D); what lies beyond T is dropped."""
+    B, S, _, _ = new.shape
+    T = cache.shape[2]
+    if S > T:
+        new, S = new[:, :T], T
+    # The S slots from min(pos, T - S) on always exist; those before pos keep what they hold. No host sync is needed.
+    slot = input_pos.clamp(max=T - S)[:, None] + torch.arange(S, device=new.device)  # (B, S)
+    batch = torch.arange(B, device=new.device)[:, None]
+    source = slot - input_pos[:, None]
+    fresh = new[batch, source.clamp(min=0)].to(cache.dtype)
+    cache[batch, :, slot] = torch.where((source >= 0)[..., None, None], fresh, cache[batch, :, slot])
+
+
+def sample_reference(logits, temperature, top_k=0, min_p=0.0, rng=None):
+    if temperature <= 0:
+        return logits.argmax(-1)  # the lowest index of equals
+    scores = logits / temperature
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    if 0 < top_k < logits.shape[-1]:
+        keep &= logits >= logits.topk(top_k).values[..., -1:]
+    if min_p > 0:
+        keep &= scores >= scores.amax(-1, keepdim=True) + math.log(min_p)
+    row, token = keep.nonzero(as_tuple=True)
+    noisy = torch.full_like(scores, -math.inf)
+    noisy[row, token] = scores[row, token] + gumbel(_rng(logits, rng), row, token)
+    return noisy.argmax(-1)
+
+
+def gumbel(rng: Tensor, row: Tensor, token: Tensor) -> Tensor:
+    """Standard Gumbel noise of each (row, token) under rng (seed, offset); softmax sampling is argmax(logits + noise).
+
+    Philox4x32-10 (Salmon et al., SC 2011), keyed by the seed and counting (token, row, offset), so that the GPU and the
+    CPU draw the same tokens and a draw does not depend on how the work is split.
+    """
+    low32, multipliers, weyl = 0xFFFFFFFF, (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+    seed, offset = rng.tolist()
+    k0, k1 = seed & low32, seed >> 32 & low32
+    c0, c1 = token.long(), row.long()
+    c2, c3 = (torch.full_like(c0, value) for value in (offset & low32, offset >> 32 & low32))
+    for _ in range(10):
+        (h0, l0), (h1, l1) = (_mul32(m, c) for m, c in zip(multipliers, (c0, c2)))
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0, k1 = (k0 + weyl[0]) & low32, (k1 + weyl[1]) & low32
+    u = (c0.float() + 0.5) * 2.0**-32
+    # -log(1 - u), but exact where u is small, which is where the large noise comes from
+    return -torch.log(torch.where(u < 0.01, u * (1 + u * (0.5 + u / 3)), -torch.log(1 - u.clamp(max=1 - 2.0**-24))))
+
+
+def _mul32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b for 32-bit values held in int64."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)  # < 2^49
+    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+
+
+def _rng(logits: Tensor, rng: Tensor | None) -> Tensor:
+    """(seed, offset): the caller's, or drawn from PyTorch's generator, so that torch.manual_seed holds."""
+    return torch.empty(2, dtype=torch.int64, device=logits.device).random_() if rng is None else rng
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# int4 for the tensor cores
+
+
+def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay portable int4 (uint8 (N, K/2); scales, zeros bf16 (N, K/G)) out for the kernels; N must divide by 8.
+
+    Returns words int32 (N/8, K'/128, 8, 4, 4), K' being K padded to a multiple of max(128, G), and
+    (scale, zero) pairs of bf16 as int32 (N/8, K'/max(128, G), 2, 4, groups in 128), for row 2 h + l of 8 at [l, h].
+    Word [n8, b, i, j, c] holds q[8 n8 + i, 128 b + 32 c + 8 j + 2 a + e] in nibble a + 4 e: 16 bytes of a lane are 8
+    weights of each of 4 groups of 32, and one `lop3` turns nibbles a and a + 4 into two adjacent bf16 of a fragment.
+    """
+    N, group = weight.shape[0], 2 * weight.shape[1] // scales.shape[1]
+    if N % 8 or group not in (32, 64, 128, 256):
+        raise ValueError(
+            f"int4 kernels take rows by 8 and groups of 32, 64, 128 or 256; got {N} rows, groups of {group}"
+        )
+    block = max(128, group)
+    pad = -2 * weight.shape[1] % block
+    q = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1)
+    q = F.pad(q, (0, pad), value=8).view(N // 8, 8, -1, 4, 4, 4, 2)  # n8 i b c j a e
+    q = q.permute(0, 2, 1, 4, 3, 6, 5).flatten(-2).int()  # n8 b i j c (e a)
+    words = (q << torch.arange(0, 32, 4, device=q.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    pairs = torch.stack((scales, zeros), dim=-1).bfloat16()  # the scale in the low half
+    pairs = F.pad(pairs, (0, 0, 0, pad // group)).view(torch.int32).view(N // 8, 4, 2, -1, block // group)
+    return words, pairs.permute(0, 3, 2, 1, 4).contiguous()
+
+
+def unpack_int4(words: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of pack_int4, but for K, which stays padded (with q = 8, scale = zero = 0)."""
+    q = words[..., None] >> torch.arange(0, 32, 4, device=words.device) & 15  # n8 b i j c (e a)
+    q = q.unflatten(-1, (2, 4)).permute(0, 2, 1, 4, 3, 6, 5).flatten(2).flatten(0, 1).to(torch.uint8)  # N, K'
+    scales, zeros = (
+        pairs.permute(0, 3, 2, 1, 4).flatten(3).flatten(0, 2)[..., None].contiguous().view(torch.bfloat16).unbind(-1)
+    )
+    return q[:, ::2] | q[:, 1::2] << 4, scales.contiguous(), zeros.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton kernels. ASM and PDL are off in the interpreter and on GPUs before Hopper, where plain Triton does the same.
+
+if triton is not None:
+
+    @triton.jit
+    def _join4(a, b, c, d):  # (...,) x 4 -> (..., 2, 2), in order
+        return tl.join(tl.join(a, c), tl.join(b, d))
+
+    def _assembly(kind: str) -> str:
+        """PTX that turns two int32 words into their values as pairs of bf16, in order."""
+        bodies = {
+            "fp": ["mov.b32 {o}, {w};"],
+            # 128 + the low 7 bits, minus 128 or, if the sign bit is set, 256: exact in bf16
+            "int8": [
+                f"prmt.b32 t, {{w}}, 0, {pick}; lop3.b32 s, t, 0x00800080, 0xc300c300, 0xea;"
+                "lop3.b32 t, t, 0x007f007f, 0x43004300, 0xea; add.rn.bf16x2 {o}, t, s;"
+                for pick in ("0x4140", "0x4342")
+            ],
+            # e4m3's bits, moved into bf16's exponent and mantissa, are the value times 2^-120
+            "fp8": [
+                f"prmt.b32 t, {{w}}, 0, {pick}; shr.b32 s, t, 4; and.b32 s, s, 0x07f007f0;"
+                "lop3.b32 t, t, 0x80008000, s, 0xea; mul.rn.bf16x2 {o}, t, c;"
+                for pick in ("0x1404", "0x3424")
+            ],
+            # nibbles a and a + 4, each in the mantissa of 128: 128 + q
+            "int4": [f"shr.b32 t, {{w}}, {4 * a}; lop3.b32 {{o}}, t, 0x000f000f, 0x43004300, 0xea;" for a in range(4)],
+        }
+        body = bodies[kind]
+        n = 2 * len(body)
+        lines = [body[i % len(body)].format(o=f"${i}", w=f"${n + i // len(body)}") for i in range(n)]
+        return "{ .reg .b32 t, s, c; mov.b32 c, 0x7b807b80; " + " ".join(lines) + " }"
+
+    @triton.jit
+    def _unpack(w, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+        """Words int32 (..., 4) -> their P values each, as DTYPE (..., 4, [2,] P / 2 of 2), whose axes are the word's high
+        bit, the value's low bit e, the word's low bit and the rest of the value's index. int4 comes as q, or with ASM
+        as 128 + q.
+
+        Two neighbouring words go through each piece of assembly (pack=2), and a register of two 16-bit results is one
+        output's value for both of them: what was the word's low bit is e afterwards.
+        """
+        if ASM is None:
+            low, high = tl.split(w.reshape(w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4], 2, 2))
+            e = tl.arange(0, 2)[None, None, None, None, None, None, :]
+            low, high = tl.expand_dims(low, 6), tl.expand_dims(high, 6)
+            if KIND == "int4":
+                l0, l1, l2, l3 = _nibbles(low >> (16 * e), DTYPE)
+                h0, h1, h2, h3 = _nibbles(high >> (16 * e), DTYPE)
+                out = tl.join(_join4(l0, l2, h0, h2), _join4(l1, l3, h1, h3))
+            elif KIND == "fp":
+                low, high = (low >> (16 * e)).to(tl.int16), (high >> (16 * e)).to(tl.int16)
+                out = tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
+            else:
+                out = _join4(
+                    _byte(low >> (8 * e), KIND, DTYPE),
+                    _byte(low >> (8 * e + 16), KIND, DTYPE),
+                    _byte(high >> (8 * e), KIND, DTYPE),
+                    _byte(high >> (8 * e + 16), KIND, DTYPE),
+                )
+        elif KIND == "int4":
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 8, is_pure=True, pack=2
+            )
+            out = tl.join(_join4(a, c, e, g), _join4(b, d, f, h))
+        elif KIND == "fp":
+            a, b = tl.inline_asm_elementwise(ASM, "=&r,=&r,r,r", [w], (tl.bfloat16,) * 2, is_pure=True, pack=2)
+            out = tl.join(a, b).to(DTYPE, bitcast=True)
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                ASM, "=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 4, is_pure=True, pack=2
+            )
+            out = _join4(a, b, c, d)
+        return out
+
+    @triton.jit
+    def _byte(w, KIND: tl.constexpr, DTYPE: tl.constexpr):
+        w = w.to(tl.int8)
+        return w.to(DTYPE) if KIND == "int8" else w.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+
+    @triton.jit
+    def _nibbles(w, DTYPE: tl.constexpr):
+        return (w & 15).to(DTYPE), (w >> 4 & 15).to(DTYPE), (w >> 8 & 15).to(DTYPE), (w >> 12 & 15).to(DTYPE)
+
+    @triton.jit
+    def _prefetch(start, segment, stride, offset, SEGMENTS: tl.constexpr, THREADS: tl.constexpr, BYTES: tl.constexpr):
+        """Ask for a part of SEGMENTS runs of `segment` bytes to be read into L2, and wait for nothing: BYTES for each
+        thread, from `offset` on in each run."""
+        t = tl.arange(0, THREADS)
+        at = offset + (t // SEGMENTS) * BYTES
+        size = tl.minimum(segment - at, BYTES)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r",
+            [start.to(tl.int64) + (t % SEGMENTS) * stride + at, size],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def _multiply(
+        acc, w, s, b, sums, KIND: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+        COLS: tl.constexpr, ASM: tl.constexpr,
+    ):  # fmt: skip
+        """acc + a tile of weights, words (j i W R C u), times b. The K axis of both operands is permuted alike."""
+        a = _unpack(w, KIND, b.dtype, ASM)
+        if KIND == "int4":
+            # (j i W R C, uh e ul ah al): word u is a group of 32, the rest is K within it. To a batch for each group.
+            a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2).permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)
+            a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 4).permute(4, 5, 2, 3, 1, 6, 7, 0, 8)
+            a = a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS)
+            # sum of ((q - 8) scale + zero) x = scale * (stored x) + (zero - offset * scale) * sum of x, group by group
+            OFFSET: tl.constexpr = 8.0 if ASM is None else 136.0
+            scale = _per_row((s << 16).to(tl.float32, bitcast=True), GROUPS, R, C, W, COLS)
+            zero = _per_row((s & -65536).to(tl.float32, bitcast=True), GROUPS, R, C, W, COLS)
+            acc += scale * tl.dot(a, b)
+            acc += (zero - OFFSET * scale) * sums
+        else:
+            P: tl.constexpr = 2 if KIND == "fp" else 4
+            # (j i W R C, uh e oh ol) -> (W, R i, C uh oh j ol e)
+            a = a.reshape(4, 8, W, R, C, 2, 2, P // 2, 2).permute(2, 3, 1, 4, 5, 7, 0, 8, 6)
+            acc = tl.dot(a.reshape(W, R * 8, C * 16 * P), b, acc)
+        return acc
+
+    @triton.jit
+    def _per_row(s, GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
+        """Spread a value per row and group, (j i W R C g) and the same for all j, over an accumulator's columns."""
+        s = s.permute(4, 5, 2, 3, 1, 0).reshape(C * GROUPS * W, R * 8, 1, 4, 1)
+        return tl.broadcast_to(s, (C * GROUPS * W, R * 8, COLS // 8, 4, 2)).reshape(C * GROUPS * W, R * 8, COLS)
+
+    @triton.jit
+    def _linear_kernel(
+        y, x, w, w3, s, s3, bias, norm, residual, M, N, K, eps,
+        KIND: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr, ACT: tl.constexpr, COLS: tl.constexpr,
+        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+        ASM: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """y (M, N) = [residual +] W n(x) [+ bias] or, if ACT, act(W n(x)) * (W3 n(x)); 8 R rows of W, M <= COLS of x.
+
+        Tiles have axes j (4 lanes along K), i (8 lanes along rows), W (warps along K), R and C (repetitions along rows
+        and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order.
+        """
+        P: tl.constexpr = 2 if KIND == "fp" else 8 if KIND == "int4" else 4  # values in a word
+        CHUNK: tl.constexpr = 16 * P  # values along K that 4 lanes hold
+        STEP: tl.constexpr = W * C * CHUNK
+        X: tl.constexpr = C * CHUNK // 32  # lanes load 8 values of x at a time
+        B: tl.constexpr = COLS // 8
+        pid = tl.program_id(0)
+        j = tl.arange(0, 4)[:, None, None, None, None, None]
+        i = tl.arange(0, 8)[None, :, None, None, None, None]
+        warp = tl.arange(0, W)[None, None, :, None, None, None]
+        r = tl.arange(0, R)[None, None, None, :, None, None]
+        chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
+        u = tl.arange(0, 4)[None, None, None, None, None, :]
+        if KIND == "int4":
+            blocks = tl.cdiv(K, 128 * SPAN) * SPAN
+            row8 = tl.minimum(pid * R + r, N // 8 - 1)
+            words = (row8.to(tl.int64) * blocks + chunk) * 128 + i * 16 + j * 4 + u
+            g = tl.arange(0, GROUPS)[None, None, None, None, None, :]
+            rows8 = tl.broadcast_to(
+                (row8 * (blocks // SPAN)).to(tl.int64) * 8 + i % 2 * 4 + i // 2, (4, 8, W, R, C, GROUPS)
+            )
+            kw = chunk * 128
+            advance = STEP  # words from one tile to the next
+        else:
+            row = tl.minimum((pid * R + r) * 8 + i, N - 1)
+            words = row.to(tl.int64) * (K // P) + chunk * 16 + j * 4 + u
+            kw = chunk * CHUNK + j * (CHUNK // 4)
+            advance = STEP // P
+        m = tl.arange(0, B)[None, None, None, :, None, None] * 8 + i
+        part = tl.arange(0, X)[None, None, None, None, :, None]
+        if P == 4:  # a lane's 16 values of 8 bits are two loads of x
+            kx = warp * (C * CHUNK) + (part // 2) * 64 + j * 16 + (part % 2) * 8
+        else:
+            kx = warp * (C * CHUNK) + part * 32 + j * 8
+        kx += tl.arange(0, 8)[None, None, None, None, None, :]
+        xs = m.to(tl.int64) * K + kx
+
+        if PDL:
+            tlx.gdc_launch_dependents()
+        if AHEAD > 0:
+            SEGMENTS: tl.constexpr = R if KIND == "int4" else R * 8
+            segment = blocks * 512 if KIND == "int4" else K // P * 4
+            first = tl.minimum(pid * SEGMENTS, (N // 8 if KIND == "int4" else N) - SEGMENTS).to(tl.int64) * segment
+            skip = advance * 4 // (1 if KIND == "int4" else 1)
+            _prefetch(w.to(tl.int64) + first, segment, segment, skip, SEGMENTS, W * 32, AHEAD // (W * 32))
+            if ACT is not None:
+                _prefetch(w3.to(tl.int64) + first, segment, segment, skip, SEGMENTS, W * 32, AHEAD // (W * 32))
+        # The first tile of weights is under way before the wait for x; each later one before its predecessor is used.
+        k_left = K if EVEN else K - kw
+        w_next = tl.load(w + words, mask=k_left > 0, other=0, eviction_policy="evict_first")
+        if ACT is not None:
+            w3_next = tl.load(w3 + words, mask=k_left > 0, other=0, eviction_policy="evict_first")
+        if KIND == "int4":
+            pairs = rows8 * GROUPS + chunk // SPAN * (8 * GROUPS) + g
+            s_next = tl.load(s + pairs, mask=k_left > 0, other=0)
+            if ACT is not None:
+                s3_next = tl.load(s3 + pairs, mask=k_left > 0, other=0)
+        else:
+            s_next = 0
+            s3_next = 0
+        if PDL:
+            tlx.gdc_wait()
+
+        acc = tl.zeros(((C * GROUPS if KIND == "int4" else 1) * W, R * 8, COLS), tl.float32)
+        acc3 = acc
+        squares = tl.zeros((W, COLS, COLS), tl.float32)
+        for k0 in range(0, K, STEP):
+            w_now, s_now = w_next, s_next
+            if ACT is not None:
+                w3_now, s3_now = w3_next, s3_next
+            more = k_left > k0 + STEP
+            words += advance
+            w_next = tl.load(w + words, mask=more, other=0, eviction_policy="evict_first")
+            if ACT is not None:
+                w3_next = tl.load(w3 + words, mask=more, other=0, eviction_policy="evict_first")
+            if KIND == "int4":
+                pairs = rows8 * GROUPS + (chunk + (k0 + STEP) // 128) // SPAN * (8 * GROUPS) + g
+                s_next = tl.load(s + pairs, mask=more, other=0)
+                if ACT is not None:
+                    s3_next = tl.load(s3 + pairs, mask=more, other=0)
+            t = tl.load(x + xs + k0, mask=m < M if EVEN else (m < M) & (kx < K - k0), other=0.0)
+            if norm is not None:
+                # the sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing
+                rows = t.reshape(4, 8, W, B, X, 4, 2).permute(2, 3, 1, 4, 5, 0, 6).reshape(W, COLS, X * 32)
+                cols = t.reshape(4, 8, W, B, X, 4, 2).permute(2, 4, 5, 0, 6, 3, 1).reshape(W, X * 32, COLS)
+                squares = tl.dot(rows, cols, squares)
+                gain = tl.broadcast_to(norm + kx + k0, (4, 8, W, B, X, 8))
+                t *= tl.load(gain) if EVEN else tl.load(gain, mask=kx < K - k0, other=0.0)
+            if KIND == "int4":
+                b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 4, 2).permute(4, 5, 2, 6, 7, 0, 8, 3, 1)
+                ones = tl.full((C * GROUPS * W, R * 8, 128 // GROUPS), 1.0, t.dtype)
+                sums = tl.dot(ones, b.reshape(C * GROUPS * W, 128 // GROUPS, COLS))
+                b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 4).permute(4, 5, 2, 6, 7, 0, 8, 3, 1)
+                b = b.reshape(C * GROUPS * W, 128 // GROUPS, COLS)
+            else:
+                sums = 0
+                b = t.reshape(4, 8, W, B, X, 2, 4).permute(2, 4, 5, 0, 6, 3, 1).reshape(W, X * 32, COLS)
+            acc = _multiply(acc, w_now, s_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
+            if ACT is not None:
+                acc3 = _multiply(acc3, w3_now, s3_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
+
+        out = tl.sum(acc, 0)  # (rows of W, rows of x)
+        n = pid * (R * 8) + tl.arange(0, R * 8)
+        col = tl.arange(0, COLS)
+        inside = (n < N)[:, None] & (col < M)[None, :]
+        if norm is not None:
+            squares = tl.where(col[:, None] == col[None, :], tl.sum(squares, 0), 0.0)
+            rms = tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
+            out *= rms
+        if P == 4:
+            out *= tl.load(s + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        if ACT is not None:
+            up = tl.sum(acc3, 0)
+            if norm is not None:
+                up *= rms
+            if P == 4:
+                up *= tl.load(s3 + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+            z = out if ACT == "silu" else 1.5957691216057308 * (out + 0.044715 * out * out * out)
+            out *= up / (1 + tl.exp(-z))  # tanh(z / 2) = 2 sigmoid(z) - 1
+        if bias is not None:
+            out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        at = col[None, :].to(tl.int64) * N + n[:, None]
+        if residual is not None:
+            out += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _rotated(
+        rows, valid, positions, rope, norm, eps, max_position, ROTARY: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+    ):  # fmt: skip
+        """Heads (R, DP) at pointers `rows` (R,), normalised if asked and rotated to `positions` (R,); zero past D."""
+        d = tl.arange(0, DP)[None, :]
+        dtype: tl.constexpr = rows.dtype.element_ty
+        head = tl.load(rows[:, None] + d, mask=valid[:, None] & (d < D), other=0.0).to(tl.float32)
+        if norm is not None:
+            head *= tl.rsqrt(tl.sum(head * head, 1) / D + eps)[:, None]
+            head = (head * tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        if rope is not None:
+            even, odd = tl.split(head.reshape(head.shape[0], DP // 2, 2))
+            pair = tl.arange(0, DP // 2)[None, :]
+            table = rope + tl.minimum(positions, max_position)[:, None] * ROTARY + 2 * pair
+            cos = tl.load(table, mask=pair < ROTARY // 2, other=1.0)
+            sin = tl.load(table + 1, mask=pair < ROTARY // 2, other=0.0)
+            head = tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(head.shape[0], DP)
+        return head.to(dtype)
+
+    @triton.jit
+    def _attend_tile(q, k, v, visible, top, total, acc, scale):
+        """One step of online softmax (Milakov and Gimelshein, arXiv:1805.02867): q (R, D) on keys, values (T, D)."""
+        scores = tl.dot(q, tl.trans(k)) * scale  # in units of log2 e
+        scores = tl.where(visible, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+        weights = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(top - base)
+        total = total * fade + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
+        return new_top, total, acc
+
+    @triton.jit
+    def _attend_kernel(
+        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, arrived,
+        S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h, stride_t,
+        G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
+        TILE: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """The G query heads of one key head, for one part of the cache; rows are (new token s, head g).
+
+        The live cache is cut into parts of at least SHARE keys, at most SPLITS; programs without one leave at once. The
+        last part's program also writes the new keys and values and attends to them from registers. Whichever program
+        of a head finishes last combines the parts (flash decoding, without a second launch).
+        """
+        head = tl.program_id(0)  # (b, hkv)
+        split = tl.program_id(1)
+        b = head // Hkv
+        h = head % Hkv
+        if PDL:
+            tlx.gdc_launch_dependents()
+            tlx.gdc_wait()
+        pos = tl.load(input_pos + b).to(tl.int32)
+        cached = tl.minimum(pos, T)
+        first = tl.where(window > 0, tl.maximum(pos - window + 1, 0), 0) // TILE * TILE
+        live = tl.maximum(cached - first, 0)
+        parts = tl.minimum(tl.maximum(tl.cdiv(live, SHARE), 1), SPLITS)
+        share = tl.cdiv(tl.cdiv(live, parts), TILE) * TILE
+        parts = tl.maximum(tl.cdiv(live, tl.maximum(share, 1)), 1)
+        if split >= parts:
+            return
+
+        row = tl.arange(0, ROWS)
+        s = row // G
+        d = tl.arange(0, DP)
+        width = (Hkv * (G + 2)) * D
+        base = qkv + b.to(tl.int64) * S * width
+        q_rows = base + s * width + (h * G + row % G) * D
+        q = _rotated(q_rows, s < S, pos + s, rope, q_norm, eps, max_position, ROTARY, D, DP)
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, DP), tl.float32)
+
+        oldest = tl.where(window > 0, pos + s - window, -1)[:, None]  # keys after this one are visible
+        keys = k_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        values = v_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        begin = first + split * share
+        end = tl.minimum(begin + share, cached)
+        for t0 in range(begin, end, TILE):
+            t = t0 + tl.arange(0, TILE)
+            at = t.to(tl.int64)[:, None] * stride_t + d[None, :]
+            inside = (t < end)[:, None] & (d < D)[None, :]
+            k = tl.load(keys + at, mask=inside, other=0.0)
+            v = tl.load(values + at, mask=inside, other=0.0)
+            visible = (t < end)[None, :] & (t[None, :] > oldest)
+            top, total, acc = _attend_tile(q, k, v, visible, top, total, acc, scale)
+
+        if split == parts - 1:
+            n = tl.arange(0, NEW)
+            k_rows = base + n * width + (Hkv * G + h) * D
+            k = _rotated(k_rows, n < S, pos + n, rope, k_norm, eps, max_position, ROTARY, D, DP)
+            v = tl.load((k_rows + Hkv * D)[:, None] + d[None, :], mask=(n < S)[:, None] & (d < D)[None, :], other=0.0)
+            at = (pos + n).to(tl.int64)[:, None] * stride_t + d[None, :]
+            inside = ((n < S) & (pos + n < T))[:, None] & (d < D)[None, :]
+            tl.store(keys + at, k.to(k_cache.dtype.element_ty), mask=inside)
+            tl.store(values + at, v.to(v_cache.dtype.element_ty), mask=inside)
+            visible = (n[None, :] <= s[:, None]) & (n < S)[None, :] & ((pos + n)[None, :] > oldest)
+            top, total, acc = _attend_tile(q, k, v, visible, top, total, acc, scale)
+
+        if parts > 1:
+            slot = partial + (head * SPLITS + split).to(tl.int64) * (ROWS * (DP + 2))
+            tl.store(slot + row[:, None] * DP + d[None, :], acc)
+            tl.store(slot + ROWS * DP + row, top)
+            tl.store(slot + ROWS * DP + ROWS + row, total)
+            tl.debug_barrier()  # all of this program's stores before its arrival
+            if tl.atomic_add(arrived + head, 1, sem="acq_rel") != parts - 1:
+                return
+            tl.debug_barrier()
+            tl.store(arrived + head, 0)
+            top = tl.full((ROWS,), float("-inf"), tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)
+            acc = tl.zeros((ROWS, DP), tl.float32)
+            for part in range(parts):
+                slot = partial + (head * SPLITS + part).to(tl.int64) * (ROWS * (DP + 2))
+                part_top = tl.load(slot + ROWS * DP + row, cache_modifier=".cg")
+                new_top = tl.maximum(top, part_top)
+                base_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+                fade = tl.exp2(top - base_top)
+                gain = tl.exp2(part_top - base_top)
+                part_acc = tl.load(slot + row[:, None] * DP + d[None, :], cache_modifier=".cg")
+                acc = acc * fade[:, None] + part_acc * gain[:, None]
+                part_total = tl.load(slot + ROWS * DP + ROWS + row, cache_modifier=".cg")
+                total = total * fade + part_total * gain
+                top = new_top
+        acc = acc / total[:, None]
+        at = ((b * S + s).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + d[None, :]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=(s < S)[:, None] & (d < D)[None, :])
+
+    @triton.jit
+    def _ordered(x):
+        """Bits of fp32 as int32 in the order of the floats; -0 as +0."""
+        bits = (x + 0.0).to(tl.int32, bitcast=True)
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+    @triton.jit
+    def _bin(key):
+        """The high 11 of 32 ordered bits, as 0..2047."""
+        return (key >> 21) + 1024
+
+    @triton.jit
+    def _histogram_kernel(
+        logits, counts, tops, V, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STATE: tl.constexpr, PDL: tl.constexpr
+    ):  # fmt: skip
+        """Count a block of a row by the high bits of its keys, and find its largest logit."""
+        row = tl.program_id(0)
+        block = tl.program_id(1)
+        if PDL:
+            tlx.gdc_launch_dependents()
+            tlx.gdc_wait()
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + row.to(tl.int64) * V + token, mask=token < V, other=float("-inf"))
+        tl.store(tops + row * BLOCKS + block, tl.max(x, 0))
+        counted = tl.histogram(_bin(_ordered(x)), 2048, mask=token < V)
+        tl.atomic_add(counts + row * STATE + tl.arange(0, 2048), counted, mask=counted > 0, sem="relaxed")
+
+    @triton.jit
+    def _cut(counts, wanted, BINS: tl.constexpr):
+        """The bin in which the `wanted`-th largest value lies, and how many are still wanted in it."""
+        bins = tl.arange(0, BINS)
+        at = tl.sum((tl.cumsum(counts, 0, reverse=True) >= wanted).to(tl.int32), 0) - 1
+        return at, wanted - tl.sum(tl.where(bins > at, counts, 0), 0)
+
+    @triton.jit
+    def _noisy(key, token, row, scale, noise, seed, offset):
+        """The score logit * scale + noise * Gumbel in the high half of an int64, the token, reversed, in the low half:
+        the largest is the sample, and of equals the lowest token. See `gumbel`."""
+        bits = key ^ ((key >> 31) & 0x7FFFFFFF)
+        zero = token * 0
+        low = (offset & 0xFFFFFFFF).to(tl.uint32) + zero.to(tl.uint32)
+        high = (offset >> 32 & 0xFFFFFFFF).to(tl.uint32) + zero.to(tl.uint32)
+        c0, c1, c2, c3 = tl.philox(seed, token.to(tl.uint32), (row + zero).to(tl.uint32), low, high)
+        u = (c0.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+        exponential = tl.where(u < 0.01, u * (1 + u * (0.5 + u / 3)), -tl.log(1 - tl.minimum(u, 0.99999994)))
+        score = bits.to(tl.float32, bitcast=True) * scale - noise * tl.log(exponential)
+        return (_ordered(score).to(tl.int64) << 32) + (0x7FFFFFFF - token).to(tl.int64)
+
+    @triton.jit
+    def _sample_kernel(
+        out, logits, rng, counts, tops, best, listed, V, k, scale, noise, margin,
+        BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS2: tl.constexpr, STATE: tl.constexpr, FILTER: tl.constexpr,
+        PDL: tl.constexpr,
+    ):  # fmt: skip
+        """Each program draws from those tokens of its block that are in for certain, and lists those in the histogram
+        bin where the top-k's limit lies. The last one of a row settles the list and writes the token.
+
+        counts (B, STATE): the histogram, then how many are listed, arrived and (in row 0) finished; left as zeros.
+        """
+        row = tl.program_id(0)
+        block = tl.program_id(1)
+        if PDL:
+            tlx.gdc_launch_dependents()
+            tlx.gdc_wait()
+        state = counts + row * STATE
+        listed += row.to(tl.int64) * V
+        best += row * BLOCKS
+        seed = tl.load(rng)
+        offset = tl.load(rng + 1)
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + row.to(tl.int64) * V + token, mask=token < V, other=float("-inf"))
+        key = _ordered(x)
+        kept = token < V
+        lowest = -9223372036854775807
+        if FILTER:
+            blocks = tl.arange(0, BLOCKS2)
+            largest = tl.load(tops + row * BLOCKS + blocks, mask=blocks < BLOCKS, other=float("-inf"))
+            floor = _ordered(tl.max(largest, 0) + margin)  # min_p's limit
+            cut, wanted = _cut(tl.load(state + tl.arange(0, 2048)), k, 2048)
+            edge = kept & (_bin(key) == cut)
+            n = tl.sum(edge.to(tl.int32), 0)
+            place = tl.atomic_add(state + 2048, n, sem="relaxed") + tl.cumsum(edge.to(tl.int32), 0) - 1
+            tl.store(listed + place, (key.to(tl.int64) << 32) + token, mask=edge)
+            kept = kept & (_bin(key) > cut) & (key >= floor)
+        drawn = tl.where(kept, _noisy(key, token, row, scale, noise, seed, offset), lowest)
+        tl.store(best + block, tl.max(drawn, 0))
+        tl.debug_barrier()  # all of this program's stores before its arrival
+        if tl.atomic_add(state + 2049, 1, sem="acq_rel") != BLOCKS - 1:
+            return
+        tl.debug_barrier()
+
+        blocks = tl.arange(0, BLOCKS2)
+        winner = tl.max(tl.load(best + blocks, mask=blocks < BLOCKS, other=lowest, cache_modifier=".cg"), 0)
+        if FILTER:
+            n = tl.load(state + 2048, cache_modifier=".cg")
+            item = tl.arange(0, BLOCK)
+            middle = tl.zeros((2048,), tl.int32)
+            for i in range(0, n, BLOCK):
+                key = (tl.load(listed + i + item, mask=i + item < n, other=0, cache_modifier=".cg") >> 32).to(tl.int32)
+                middle += tl.histogram((key >> 10) & 2047, 2048, mask=i + item < n)
+            cut2, wanted = _cut(middle, wanted, 2048)
+            low = tl.zeros((1024,), tl.int32)
+            for i in range(0, n, BLOCK):
+                key = (tl.load(listed + i + item, mask=i + item < n, other=0, cache_modifier=".cg") >> 32).to(tl.int32)
+                low += tl.histogram(key & 1023, 1024, mask=(i + item < n) & (((key >> 10) & 2047) == cut2))
+            cut3, wanted = _cut(low, wanted, 1024)
+            limit = tl.maximum(((cut - 1024) << 21) | (cut2 << 10) | cut3, floor)
+            for i in range(0, n, BLOCK):
+                both = tl.load(listed + i + item, mask=i + item < n, other=0, cache_modifier=".cg")
+                key = (both >> 32).to(tl.int32)
+                token = (both & 0x7FFFFFFF).to(tl.int32)
+                drawn = _noisy(key, token, row, scale, noise, seed, offset)
+                winner = tl.maximum(winner, tl.max(tl.where((i + item < n) & (key >= limit), drawn, lowest), 0))
+            tl.store(state + tl.arange(0, 2048), tl.zeros((2048,), tl.int32))
+            tl.store(state + 2048, 0)
+        tl.store(out + row, 0x7FFFFFFF - (winner & 0xFFFFFFFF))
+        tl.store(state + 2049, 0)
+        if tl.atomic_add(counts + 2050, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            tl.store(counts + 2050, 0)
+            tl.store(rng + 1, offset + 1)
+
+    @triton.jit
+    def _sum_kernel(out, x, N, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS) + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for _ in range(STEPS):
+            total += tl.load(x + at, mask=at < N, other=0.0)
+            at += BLOCK
+        tl.store(out + tl.program_id(0), tl.sum(total, 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers: what the ops run where the kernels fit. They take CPU tensors too, for Triton's interpreter.
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def _zeros(device: torch.device, n: int) -> Tensor:
+    """Counters that every kernel leaves as it found them, at zero. One stream of a device may use them at a time."""
+    return torch.zeros(n, dtype=torch.int32, device=device)
+
+
+def _kind(weight: Tensor) -> str:
+    return {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4"}.get(weight.dtype, "fp")
+
+
+def _out_features(weight: Tensor) -> int:
+    return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
+
+
+def _configuration(kind: str, N: int, K: int, gated: bool) -> tuple[int, int, int, int]:
+    """R, C, W, AHEAD of the linear kernel: 8 R rows a program, C chunks of K a lane, W warps, bytes to prefetch."""
+    chunk = {"fp": 32, "int4": 128}.get(kind, 64)
+    W = 8
+    while W > 1 and W * chunk > K:
+        W //= 2
+    C = max(1, min({"fp": 4, "int4": 1}.get(kind, 2), K // (W * chunk)))
+    return 2, 1 << (C.bit_length() - 1), W, 0
+
+
+def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, w3=None, s3=None, act=None):
+    """One launch of the linear kernel: x (M, K) contiguous, M <= 16, K a multiple of 32."""
+    M, K = x.shape
+    N = _out_features(w)
+    kind = _kind(w)
+    R, C, W, ahead = _configuration(kind, N, K, act is not None)
+    hopper = _is_hopper(x.device)
+    groups = s.shape[-1] if kind == "int4" else 1
+    span = w.shape[1] // s.shape[1] if kind == "int4" else 1
+    chunk = {"fp": 32, "int4": 128}.get(kind, 64)
+    y = torch.empty(M, N, dtype=out_dtype or x.dtype, device=x.device)
+    _linear_kernel[(triton.cdiv(N, 8 * R),)](
+        y, x, w.view(torch.int32), None if w3 is None else w3.view(torch.int32), s, s3, bias, norm, residual, M, N, K, eps,
+        KIND=kind, GROUPS=groups, SPAN=span, ACT=act, COLS=8 if M <= 8 else 16, R=R, C=C, W=W, AHEAD=ahead,
+        EVEN=K % (W * C * chunk) == 0, ASM=_assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
+        PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
+    )  # fmt: skip
+    return y
+
+
+def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale):
+    """One launch of the attention kernel: qkv (B, S, (H + 2 Hkv) D) contiguous, S <= 16."""
+    B, S, _ = qkv.shape
+    _, Hkv, T, D = k_cache.shape
+    hopper = _is_hopper(qkv.device)
+    G, DP = n_head // Hkv, max(16, triton.next_power_of_2(D))
+    rows = max(16, triton.next_power_of_2(S * G))
+    splits = max(1, min(64, 264 // (B * Hkv)))
+    out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
+    partial = torch.empty(B * Hkv * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
+    _attend_kernel[(B * Hkv, splits)](
+        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, _zeros(qkv.device, max(1024, B * Hkv)),
+        S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps, *k_cache.stride()[:3],
+        G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows,
+        NEW=max(16, triton.next_power_of_2(S)), TILE=64 if rows * DP <= 8192 else 32, SPLITS=splits, SHARE=128,
+        PDL=hopper, num_warps=4, num_stages=3, **({"launch_pdl": True} if hopper else {}),
+    )  # fmt: skip
+    return out
+
+
+def sample_triton(logits, temperature, top_k, min_p, rng):
+    """Two launches, or one where every token is in: logits fp32 (B, V) contiguous, rng int64 (2,)."""
+    B, V = logits.shape
+    device, hopper = logits.device, _is_hopper(logits.device)
+    greedy = temperature <= 0
+    k = top_k if 0 < top_k < V and not greedy else V
+    margin = temperature * math.log(min_p) if min_p > 0 and not greedy else -math.inf
+    block = 1024 if V <= 131072 else 2048
+    blocks = triton.cdiv(V, block)
+    filtered = k < V or margin > -math.inf
+    state = 2176  # the histogram and three counters
+    counts = _zeros(device, max(16, B) * state)
+    tops = torch.empty(B, blocks, dtype=torch.float32, device=device)
+    best = torch.empty(B, blocks, dtype=torch.int64, device=device)
+    listed = torch.empty(B, V if filtered else 0, dtype=torch.int64, device=device)
+    out = torch.empty(B, dtype=torch.int64, device=device)
+    options = {"PDL": hopper, "num_warps": 4, **({"launch_pdl": True} if hopper else {})}
+    if filtered:
+        _histogram_kernel[(B, blocks)](logits, counts, tops, V, BLOCK=block, BLOCKS=blocks, STATE=state, **options)
+    _sample_kernel[(B, blocks)](
+        out, logits, rng, counts, tops, best, listed, V, k, 1.0 if greedy else 1 / temperature, 0.0 if greedy else 1.0, margin,
+        BLOCK=block, BLOCKS=blocks, BLOCKS2=triton.next_power_of_2(blocks), STATE=state, FILTER=filtered, **options,
+    )  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ops
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the kernels take these rows: x (..., K) on CUDA, in 16 bits, at most 16 rows."""
+    return triton is not None and x.is_cuda and x.element_size() == 2 and x.numel() <= MAX_ROWS * x.shape[-1]
+
+
+@torch.library.custom_op("gptfast::linear", mutates_args=())
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """[residual +] W rms_norm(x) [+ bias]: x (..., K) -> (..., N) in x's dtype or `out_dtype`.
+
+    W as the module says; norm (K,) is RMSNorm's gain and `eps` its epsilon, without `norm` x is taken as it is;
+    bias (N,); residual like the result.
+    """
+    if not _takes(x, weight, norm):
+        return linear_reference(x, weight, scales, zeros, bias, norm, eps, residual, out_dtype)
+    y = linear_triton(x.reshape(-1, x.shape[-1]), weight, scales, bias, norm, eps, residual, out_dtype)
+    return y.view(*x.shape[:-1], -1)
+
+
+@linear.register_fake
+def _(x, weight, scales=None, zeros=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None):
+    return x.new_empty((*x.shape[:-1], _out_features(weight)), dtype=out_dtype or x.dtype)
+
+
+@torch.library.custom_op("gptfast::gated_linear", mutates_args=())
+def gated_linear(
+    x: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    s1: Tensor | None = None,
+    s3: Tensor | None = None,
+    z1: Tensor | None = None,
+    z3: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    act: str = "silu",
+) -> Tensor:
+    """act(W1 n(x)) * (W3 n(x)) with n = rms_norm and act "silu" or "gelu_tanh": x (..., K) -> (..., N) in x's dtype."""
+    if act not in ("silu", "gelu_tanh"):
+        raise ValueError(f"activation {act!r} is not known; accepted: silu, gelu_tanh")
+    if not _takes(x, w1, norm) or w1.dtype != w3.dtype:
+        return gated_linear_reference(x, w1, w3, s1, s3, z1, z3, norm, eps, act)
+    y = linear_triton(x.reshape(-1, x.shape[-1]), w1, s1, norm=norm, eps=eps, w3=w3, s3=s3, act=act)
+    return y.view(*x.shape[:-1], -1)
+
+
+@gated_linear.register_fake
+def _(x, w1, w3, s1=None, s3=None, z1=None, z3=None, norm=None, eps=0.0, act="silu"):
+    return x.new_empty((*x.shape[:-1], _out_features(w1)))
+
+
+def _takes(x: Tensor, weight: Tensor, norm: Tensor | None) -> bool:
+    return (
+        fits(x)
+        and x.shape[-1] % 32 == 0
+        and weight.dtype in (x.dtype, torch.int8, torch.float8_e4m3fn, torch.int32)
+        and weight.is_contiguous()
+        and (norm is None or norm.dtype == x.dtype)
+    )
+
+
+@torch.library.custom_op("gptfast::attend", mutates_args=("k_cache", "v_cache"))
+def attend(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    rope: Tensor | None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    n_head: int,
+    window: int = 0,
+    context: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of S new tokens a row, whose keys and values enter the cache: -> (B, S, H D).
+
+    qkv (B, S, (H + 2 Hkv) D), heads of q, k, v in this order; caches (B, Hkv, T, D); input_pos (B,), the position of
+    each row's first new token; rope fp32 (positions, R/2, 2), see `rotate`, or None; q_norm, k_norm (D,), gains of a
+    per-head RMSNorm before RoPE. Position p sees keys j <= p and, with a window w > 0, j > p - w. Nothing is written at
+    T or beyond. `context`, if not 0, is an upper bound of the positions in use afterwards; scale, by default, 1/sqrt(D).
+    """
+    scale = k_cache.shape[-1] ** -0.5 if scale is None else scale
+    S = qkv.shape[1]
+    group = n_head // k_cache.shape[1]
+    if not (triton is not None and qkv.is_cuda and qkv.element_size() == 2 and S <= MAX_ROWS and S * group <= 128):
+        return attend_reference(
+            qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale
+        )
+    return attend_triton(
+        qkv.contiguous(), k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale
+    )
+
+
+@attend.register_fake
+def _(
+    qkv, k_cache, v_cache, input_pos, rope, q_norm=None, k_norm=None, *,
+    eps=0.0, n_head, window=0, context=0, scale=None,
+):  # fmt: skip
+    return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))
+
+
+@torch.library.custom_op("gptfast::sample", mutates_args=("rng",))
+def _sample(logits: Tensor, temperature: float, top_k: int, min_p: float, rng: Tensor) -> Tensor:
+    if triton is None or not logits.is_cuda:
+        token = sample_reference(logits, temperature, top_k, min_p, rng)
+        rng[1] += 1
+        return token
+    return sample_triton(logits.float().contiguous(), temperature, top_k, min_p, rng)
+
+
+@_sample.register_fake
+def _(logits, temperature, top_k, min_p, rng):
+    return logits.new_empty(logits.shape[:1], dtype=torch.int64)
+
+
+def sample(logits: Tensor, temperature: float, top_k: int = 0, min_p: float = 0.0, rng: Tensor | None = None) -> Tensor:
+    """Draw a token for each row of logits (B, V): int64 (B,).
+
+    Softmax at `temperature` over the top_k largest logits (0: all; those equal to the smallest of them stay too) whose
+    probability is at least min_p of the largest one's. temperature <= 0 takes the largest logit, of equals the lowest
+    token. rng int64 (2,), a seed and an offset on the device, makes draws repeatable and advances by one; without it,
+    both come from PyTorch's generator.
+    """
+    if rng is None:
+        rng = torch.empty(2, dtype=torch.int64, device=logits.device).random_()
+    return _sample(logits, temperature, top_k, min_p, rng)
+
+
+def read_bandwidth(device: torch.device | str) -> float:
+    """Bytes a second that a sum over a large array reads: the ceiling of decoding, which reads each weight once."""
+    device = torch.device(device)
+    if device.type != "cuda" or triton is None:
+        x = torch.ones(2**28, dtype=torch.float32, device=device)  # 1 GiB
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            x.sum().item()
+            times.append(time.perf_counter() - start)
+        return x.nbytes / min(times)
+    free, _ = torch.cuda.mem_get_info(device)
+    n = min(2**30, free // 2 // 4)  # 4 GiB, many times any cache
+    x = torch.ones(n, dtype=torch.float32, device=device)
+    block, steps = 4096, 8
+    programs = triton.cdiv(n, block * steps)
+    out = torch.empty(programs, dtype=torch.float32, device=device)
+    times = []
+    for _ in range(10):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        _sum_kernel[(programs,)](out, x, n, BLOCK=block, STEPS=steps, num_warps=8)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return x.nbytes / sorted(times)[len(times) // 2]

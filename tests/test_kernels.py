@@ -1,0 +1,259 @@
+"""The kernels against their references: through Triton's interpreter on the CPU, and on CUDA where there is one."""
+
+import math
+import os
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # has to be set before Triton is imported
+
+import kernels  # noqa: E402
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+from triton.runtime import JITFunction, interpreter  # noqa: E402
+
+if not CUDA and isinstance(kernels._linear_kernel, JITFunction):
+    pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def scalars_index(monkeypatch):
+    """Triton 3.6's interpreter keeps scalars as arrays of one element, which NumPy 2.4 no longer turns into an int."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+KINDS = ["16-bit", "int8", "fp8", "int4:32", "int4:64", "int4:128", "int4:256"]
+DTYPES = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]  # the interpreter has no arithmetic in bf16
+
+
+def make_weight(kind, N, K, dtype, generator):
+    """A random weight (N, K) as `linear` takes it on CUDA, and the fp32 matrix it stands for."""
+    w = torch.randn(N, K, generator=generator) / K**0.5
+    if kind == "16-bit":
+        return w.to(dtype), None, w.to(dtype).float()
+    if kind == "int8":
+        q = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8)
+        scales = (torch.rand(N, generator=generator) / 64 / K**0.5).bfloat16()
+        return q, scales, q.float() * scales.float()[:, None]
+    if kind == "fp8":
+        q = (w * 64).to(torch.float8_e4m3fn)
+        q.view(torch.uint8)[0, :8] = torch.tensor(
+            [0, 128, 1, 129, 7, 8, 126, 254], dtype=torch.uint8
+        )  # +-0, subnormals, +-448
+        scales = (torch.rand(N, generator=generator) / 64).bfloat16()
+        return q, scales, q.float() * scales.float()[:, None]
+    group = int(kind[5:])
+    K4 = -(-K // group) * group
+    q = torch.randint(0, 256, (N, K4 // 2), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(N, K4 // group, generator=generator) / K**0.5).bfloat16()
+    zeros = (torch.randn(N, K4 // group, generator=generator) / K**0.5).bfloat16()
+    words, pairs = kernels.pack_int4(q, scales, zeros)
+    return words, pairs, kernels.dequantize(q, scales, zeros)[:, :K]
+
+
+def error(out, expected):
+    return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def on_device(*tensors):
+    return [t if t is None else t.to(DEVICE) for t in tensors]
+
+
+@pytest.mark.parametrize("group,K", [(32, 576), (64, 512), (128, 384), (256, 768)])
+def test_pack_int4_is_invertible(group, K):
+    q = torch.randint(0, 256, (16, K // 2), dtype=torch.uint8)
+    scales, zeros = torch.rand(2, 16, K // group).bfloat16()
+    back = kernels.unpack_int4(*kernels.pack_int4(q, scales, zeros))
+    for a, b in zip(back, (q, scales, zeros)):
+        torch.testing.assert_close(a[:, : b.shape[1]], b, rtol=0, atol=0)
+        assert not a[:, b.shape[1] :].float().sub(136 if a.dtype == torch.uint8 else 0).any()  # q = 8, scale = zero = 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("M,N,K", [(1, 24, 576), (5, 40, 1024), (16, 16, 288)])
+def test_linear(kind, M, N, K, dtype):
+    generator = torch.Generator().manual_seed(M * N * K)
+    w, s, dense = make_weight(kind, N, K, dtype, generator)
+    x = torch.randn(M, K, generator=generator).to(dtype)
+    gain = torch.rand(K, generator=generator).to(dtype)
+    bias = torch.randn(N, generator=generator).to(dtype)
+    residual = torch.randn(M, N, generator=generator).to(dtype)
+    x, w, s, dense, gain, bias, residual = on_device(x, w, s, dense, gain, bias, residual)
+    out = kernels.linear_triton(x, w, s, out_dtype=torch.float32)
+    assert error(out, x.float() @ dense.T) < 1e-5  # 16-bit products are exact in fp32, whatever the kind of weight
+    out = kernels.linear_triton(x, w, s, bias, gain, 1e-5, residual)
+    expected = kernels.linear_reference(x.float(), dense, None, None, bias, gain, 1e-5, residual)
+    assert out.dtype == dtype
+    assert error(out, expected) < 6e-3
+    out = kernels.linear_triton(x, w, s, None, gain, 1e-5, out_dtype=torch.float32)
+    assert error(out, kernels.linear_reference(x.float(), dense, norm=gain, eps=1e-5)) < 4e-3  # x * gain is rounded
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+def test_gated_linear(kind, act, dtype):
+    generator = torch.Generator().manual_seed(1)
+    w1, s1, dense1 = make_weight(kind, 24, 576, dtype, generator)
+    w3, s3, dense3 = make_weight(kind, 24, 576, dtype, generator)
+    x = torch.randn(3, 576, generator=generator).to(dtype)
+    gain = torch.rand(576, generator=generator).to(dtype)
+    x, w1, w3, s1, s3, dense1, dense3, gain = on_device(x, w1, w3, s1, s3, dense1, dense3, gain)
+    out = kernels.linear_triton(x, w1, s1, norm=gain, eps=1e-5, w3=w3, s3=s3, act=act)
+    expected = kernels.gated_linear_reference(x.float(), dense1, dense3, norm=gain, eps=1e-5, act=act)
+    assert error(out, expected) < 1e-2
+
+
+def make_attention(B, S, H, Hkv, D, T, rotary, dtype, generator):
+    qkv = torch.randn(B, S, (H + 2 * Hkv) * D, generator=generator).to(dtype)
+    k_cache, v_cache = torch.randn(2, B, Hkv, T, D, generator=generator).to(dtype)
+    angles = torch.outer(torch.arange(T), 100.0 ** -(torch.arange(rotary // 2) / max(1, rotary // 2)))
+    return qkv, k_cache, v_cache, torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "B,S,H,Hkv,D,T,rotary,window,norm,positions",
+    [
+        (1, 1, 4, 4, 64, 512, 64, 0, False, [300]),  # several parts
+        (2, 3, 8, 2, 32, 200, 16, 0, True, [0, 150]),  # grouped heads, partial rotation, head norms, an empty row
+        (2, 1, 4, 2, 80, 600, 80, 100, False, [520, 37]),  # a window, a head dimension that is no power of two
+        (1, 16, 6, 2, 16, 96, 16, 20, False, [64]),
+        (1, 4, 2, 1, 16, 70, 0, 0, False, [68]),  # no rotation; the last tokens do not fit the cache
+    ],
+)
+def test_attend(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
+    generator = torch.Generator().manual_seed(2)
+    qkv, k_cache, v_cache, rope = make_attention(B, S, H, Hkv, D, T, rotary, dtype, generator)
+    q_norm, k_norm = torch.rand(2, D, generator=generator).to(dtype) if norm else (None, None)
+    pos = torch.tensor(positions)
+    rope = rope if rotary else None
+    # What lies at or past a row's position is never read.
+    for b in range(B):
+        k_cache[b, :, pos[b] :] = v_cache[b, :, pos[b] :] = math.nan
+    qkv, k_cache, v_cache, rope, q_norm, k_norm, pos = on_device(qkv, k_cache, v_cache, rope, q_norm, k_norm, pos)
+    k_expected, v_expected = (cache.float().nan_to_num(0) for cache in (k_cache, v_cache))
+    arguments = (pos, rope, q_norm, k_norm, 1e-5, H, window)
+    expected = kernels.attend_reference(qkv.float(), k_expected, v_expected, *arguments)
+    for _ in range(2):  # the counters are left as they were found
+        out = kernels.attend_triton(qkv, k_cache, v_cache, *arguments, D**-0.5)
+        fit = min(S, T - int(pos.max()))
+        assert error(out[:, :fit], expected[:, :fit]) < 1e-2
+    for cache, other in ((k_cache, k_expected), (v_cache, v_expected)):
+        for b in range(B):
+            end = min(int(pos[b]) + S, T)
+            assert error(cache[b, :, :end], other[b, :, :end]) < 4e-3
+            assert cache[b, :, end:].isnan().all()
+
+
+def test_attend_reference_is_plain_attention():
+    generator = torch.Generator().manual_seed(3)
+    qkv, k_cache, v_cache, _ = make_attention(1, 8, 4, 2, 16, 8, 16, torch.float32, generator)
+    out = kernels.attend_reference(qkv, k_cache, v_cache, torch.zeros(1, dtype=torch.int64), None, n_head=4)
+    q, k, v = qkv.view(1, 8, 8, 16).transpose(1, 2).split((4, 2, 2), dim=1)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2).reshape(1, 8, 64))
+
+
+@pytest.mark.parametrize("B,V", [(1, 1000), (3, 5000)])
+@pytest.mark.parametrize(
+    "temperature,top_k,min_p",
+    [(0.0, 5, 0.0), (0.8, 200, 0.0), (1.3, 0, 0.0), (1.0, 50, 0.02), (0.7, 0, 0.1), (1.0, 1, 0)],
+)
+def test_sample_draws_what_the_reference_draws(B, V, temperature, top_k, min_p):
+    logits = 3 * torch.randn(B, V, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    rng = torch.tensor([1234567890123, 7], device=DEVICE)
+    for step in range(4):
+        expected = kernels.sample_reference(logits, temperature, top_k, min_p, rng)
+        assert kernels.sample_triton(logits, temperature, top_k, min_p, rng).tolist() == expected.tolist()
+        assert rng.tolist() == [1234567890123, 8 + step]
+
+
+def test_sample_keeps_ties_and_takes_the_first_when_greedy():
+    logits = torch.zeros(1, 3000, device=DEVICE)
+    logits[0, [7, 70, 2900]] = 1.0
+    logits[0, 5] = -math.inf
+    rng = torch.tensor([0, 0], device=DEVICE)
+    assert kernels.sample_triton(logits, 0.0, 0, 0.0, rng).item() == 7
+    drawn = {kernels.sample_triton(logits, 1.0, 2, 0.0, rng).item() for _ in range(40)}
+    assert drawn == {7, 70, 2900}  # all three equal the second largest
+    flat = {kernels.sample_triton(torch.zeros(1, 2000, device=DEVICE), 1.0, 10, 0.0, rng).item() for _ in range(20)}
+    assert len(flat) > 15
+
+
+def test_sample_follows_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, -1.0, 2.5]])
+    counts = torch.zeros(6)
+    for seed in range(2000):
+        rng = torch.tensor([seed, 0])
+        counts[kernels.sample_reference(logits, 0.9, 4, 0.0, rng)] += 1
+    probs = torch.softmax(logits[0].masked_fill(logits[0] < 1, -math.inf) / 0.9, -1)
+    assert (counts / 2000 - probs).abs().max() < 0.04
+
+
+def test_gumbel_is_philox():
+    # Known answers for Philox4x32-10 (Random123's kat_vectors): counter and key all zero, and all ones.
+    def word(noise):
+        return (1 - torch.exp(-torch.exp(-noise.double()))).item() * 2**32
+
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert word(kernels.gumbel(torch.tensor([0, 0]), zero, zero)) == pytest.approx(0x6627E8D5, rel=1e-5)
+    ones = zero + 0xFFFFFFFF
+    assert word(kernels.gumbel(torch.tensor([-1, -1]), ones, ones)) == pytest.approx(0x408F276D, rel=1e-5)
+
+
+def test_ops_trace_and_agree_on_cpu():
+    x, w = torch.randn(2, 3, 64), torch.randn(48, 64)
+    gain, cache = torch.rand(64), torch.zeros(2, 2, 1, 8, 16)
+
+    def step(x, gain, k_cache, v_cache):
+        qkv = kernels.linear(x, w, norm=gain, eps=1e-5)
+        y = kernels.attend(qkv, k_cache, v_cache, torch.tensor([0, 2]), None, n_head=1)
+        z = kernels.gated_linear(x, w, w, norm=gain, eps=1e-5)
+        return y, z, kernels.sample(z[:, -1], 0.0)
+
+    expected = step(x, gain, *cache)
+    caches = torch.zeros_like(cache)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(x, gain, *caches)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(caches, cache)
+    torch.testing.assert_close(kernels.linear(x, w), torch.nn.functional.linear(x, w))
+    for out, fake in zip(expected, compiled):
+        assert out.shape == fake.shape and out.dtype == fake.dtype
+
+
+def test_cache_writes_stop_at_its_end():
+    cache = torch.zeros(1, 1, 4, 2)
+    kernels._write_cache(cache, torch.ones(1, 3, 1, 2), torch.tensor([2]))
+    assert cache[0, 0, :, 0].tolist() == [0, 0, 1, 1]
+    kernels._write_cache(cache, torch.ones(1, 3, 1, 2), torch.tensor([9]))
+    assert cache[0, 0, :, 0].tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not CUDA, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("M", [1, 2, 8, 9, 16])
+def test_linear_in_model_shapes(kind, M, dtype):
+    generator = torch.Generator().manual_seed(M)
+    for N, K in ((4096, 4096), (2048, 8192), (4096, 11008), (49152, 576)):
+        w, s, dense = on_device(*make_weight(kind, N, K, dtype, generator))
+        x = torch.randn(M, K, generator=generator).to(dtype).to(DEVICE)
+        gain = torch.rand(K, generator=generator).to(dtype).to(DEVICE)
+        torch.empty(M, N, dtype=dtype, device=DEVICE).fill_(math.nan)  # poison what the output may be allocated from
+        out = kernels.linear(x, w, s, norm=gain, eps=1e-5)
+        expected = kernels.rms_norm(x, gain, 1e-5).double() @ dense.double().T
+        assert error(out, expected) < 8e-3
