@@ -186,7 +186,7 @@ def _mul32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rng(logits: Tensor, rng: Tensor | None) -> Tensor:
     """(seed, offset): the caller's, or drawn from PyTorch's generator, so that torch.manual_seed holds."""
-    return torch.empty(2, dtype=torch.int64, device=logits.device).random_() if rng is None else rng
+    return torch.randint(2**62, (2,), device=logits.device) if rng is None else rng
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ if triton is not None:
             SEGMENTS: tl.constexpr = R if KIND == "int4" else R * 8
             segment = blocks * 512 if KIND == "int4" else K // P * 4
             first = tl.minimum(pid * SEGMENTS, (N // 8 if KIND == "int4" else N) - SEGMENTS).to(tl.int64) * segment
-            skip = advance * 4 // (1 if KIND == "int4" else 1)
+            skip = advance * 4  # the first tile is loaded below
             _prefetch(w.to(tl.int64) + first, segment, segment, skip, SEGMENTS, W * 32, AHEAD // (W * 32))
             if ACT is not None:
                 _prefetch(w3.to(tl.int64) + first, segment, segment, skip, SEGMENTS, W * 32, AHEAD // (W * 32))
@@ -994,7 +994,7 @@ def sample(logits: Tensor, temperature: float, top_k: int = 0, min_p: float = 0.
     both come from PyTorch's generator.
     """
     if rng is None:
-        rng = torch.empty(2, dtype=torch.int64, device=logits.device).random_()
+        rng = torch.randint(2**62, (2,), device=logits.device)
     return _sample(logits, temperature, top_k, min_p, rng)
 
 
