@@ -34,7 +34,7 @@ texts = st.one_of(
         " ".join
     ),
 )
-SLOW = settings(max_examples=60, deadline=None)
+SLOW = settings(max_examples=40, deadline=None)
 
 
 def write(folder: Path, **files) -> Path:
