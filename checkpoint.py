@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from linear import Linear, linear_from_tensors, quantize_linear
-from model import ModelConfig, Transformer, rope_table
+from model import BUILTIN, ModelConfig, Transformer, llama3_scaling, rope_table
 from tokenizer import gguf_tokenizer_files
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -100,14 +100,17 @@ def _name_maps(style: int, n_layer: int, fused: bool) -> tuple[dict[str, tuple[s
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
-def open_source(directory: Path) -> Source:
-    """Find out what a directory holds by its files, and open it. Raises UserError when there is nothing to convert."""
+def open_source(directory: Path, model_name: str | None = None) -> Source:
+    """Find out what a directory holds by its files, and open it. Raises UserError when there is nothing to convert.
+
+    model_name: a built-in name that stands for the config.json which Hugging Face weights lack.
+    """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory")
     if files := sorted(directory.glob("*.safetensors")):
-        return _hugging_face(directory, _listed(directory, files, "model.safetensors.index.json"), _safetensors)
+        return _hugging_face(_listed(directory, files, "model.safetensors.index.json"), _safetensors, model_name)
     if files := sorted(directory.glob("pytorch_model*.bin")):
-        return _hugging_face(directory, _listed(directory, files, "pytorch_model.bin.index.json"), _torch_file)
+        return _hugging_face(_listed(directory, files, "pytorch_model.bin.index.json"), _torch_file, model_name)
     for folder in (directory, directory / "original"):
         if files := sorted(folder.glob("consolidated.*.pth")):
             return _meta(folder, files)
@@ -156,8 +159,8 @@ def _prefer_model(files: list[Path]) -> list[Path]:
     return [file for file in files if file.name in ("model.safetensors", "pytorch_model.bin")] or files
 
 
-def _hugging_face(directory: Path, files: list[Path], reader: Callable[[Path], dict[str, Lazy]]) -> Source:
-    config = read_json(directory / "config.json")
+def _hugging_face(files: list[Path], reader: Callable[[Path], dict[str, Lazy]], model_name: str | None) -> Source:
+    config = BUILTIN[model_name] if model_name else read_json(files[0].parent / "config.json")
     tensors: dict[str, Lazy] = {}
     for file in files:
         tensors.update(reader(file))
@@ -187,15 +190,18 @@ def torch_load(path: Path) -> dict:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except RuntimeError as error:
+    except Exception as error:  # the unpickler's and the zip reader's errors have no common base
         if "mmap can only be used" not in str(error):
-            raise UserError(f"{path} is truncated or not a torch file ({str(error).splitlines()[0]})") from None
-    except Exception as error:
-        raise UserError(f"{path} cannot be read as weights ({str(error).splitlines()[0][:120]})") from None
+            raise UserError(_unreadable(path, error)) from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} is truncated or not a torch file ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(_unreadable(path, error)) from None
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    detail = " ".join(str(error).split())[:120] or type(error).__name__
+    return f"{path} is truncated or not a file of weights ({detail})"
 
 
 def _torch_file(path: Path) -> dict[str, Lazy]:
@@ -208,21 +214,25 @@ def _meta(folder: Path, files: list[Path]) -> Source:
     """Meta's original release: one file per tensor-parallel rank, joined along the dimension each layer was cut."""
     params = read_json(folder / "params.json")
     shards = [_torch_file(file) for file in files]
-    tensors = {name: _join(name, [shard[name] for shard in shards]) for name in shards[0]}
+    if len({frozenset(shard) for shard in shards}) != 1:
+        raise UserError(f"{folder}: the consolidated files do not hold the same tensors")
+    if "norm.weight" not in shards[0]:
+        raise UserError("missing tensors: norm.weight")
+    dim = shards[0]["norm.weight"].shape[0]
+    tensors = {name: _join(name, [shard[name] for shard in shards], dim) for name in shards[0]}
     config = _meta_config(params, {name: tensor.shape for name, tensor in tensors.items()})
     return Source(config, tensors, *_name_maps(1, config["num_hidden_layers"], False), interleaved=True)
 
 
-def _join(name: str, parts: list[Lazy]) -> Lazy:
-    if len(parts) == 1 or "norm" in name or "rope" in name:
+def _join(name: str, parts: list[Lazy], dim: int) -> Lazy:
+    if len(parts) == 1 or len(parts[0].shape) < 2:
         return parts[0]
-    rows = ("wq.", "wk.", "wv.", "w1.", "w3.", "output.")
-    # Llama 2 cut the embedding along features, Llama 3 along the vocabulary: a cut along features makes it narrow.
-    by_rows = any(key in name for key in rows) or ("tok_embeddings" in name and parts[0].shape[1] * len(parts) > 16384)
-    dim = 0 if by_rows else 1
+    # Llama 2 cut the embedding along features, Llama 3 along the vocabulary: the latter keeps the model's width.
+    whole_width = "tok_embeddings" in name and parts[0].shape[1] == dim
+    axis = 0 if whole_width or any(key in name for key in ("wq.", "wk.", "wv.", "w1.", "w3.", "output.")) else 1
     shape = list(parts[0].shape)
-    shape[dim] *= len(parts)
-    return Lazy(tuple(shape), lambda: torch.cat([part.read() for part in parts], dim))
+    shape[axis] *= len(parts)
+    return Lazy(tuple(shape), lambda: torch.cat([part.read() for part in parts], axis))
 
 
 def _meta_config(params: dict, shapes: dict[str, tuple[int, ...]]) -> dict:
@@ -246,19 +256,9 @@ def _meta_config(params: dict, shapes: dict[str, tuple[int, ...]]) -> dict:
         raise UserError(f"the checkpoint's parameters or tensors lack {error}") from None
     if params.get("use_scaled_rope"):
         factor = float(params.get("rope_scaling_factor", 8.0))
-        config["rope_scaling"] = _llama3_scaling(factor)
+        config["rope_scaling"] = llama3_scaling(factor)
         config["max_position_embeddings"] = 131072
     return config
-
-
-def _llama3_scaling(factor: float) -> dict:
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
 
 
 def _llama2c(path: Path) -> Source:
@@ -288,6 +288,7 @@ _GGUF = {
 }
 
 
+@lru_cache(maxsize=1)  # parsing a vocabulary takes seconds
 def _gguf_reader(path: Path) -> tuple[gguf.GGUFReader, dict]:
     try:
         reader = gguf.GGUFReader(path)
@@ -362,7 +363,7 @@ def _gguf_rope_scaling(path: Path, arch: str, meta: dict, tensors: dict[str, Laz
         return None
     # Llama 3.1's scaling is stored as its divisors. Recover the factor, and check that nothing else is in them.
     divisors = tensors["rope_freqs.weight"].read().flatten()
-    scaling = _llama3_scaling(float(divisors.max()))
+    scaling = llama3_scaling(float(divisors.max()))
     plain, scaled = (rope_table(ModelConfig.from_hf({**config, "rope_scaling": s}), 2) for s in (None, scaling))
     angle = [torch.atan2(table[1, :, 1], table[1, :, 0]) for table in (plain, scaled)]
     if not torch.allclose(angle[0] / angle[1], divisors, rtol=1e-3):
@@ -375,25 +376,28 @@ def _gguf_rope_scaling(path: Path, arch: str, meta: dict, tensors: dict[str, Laz
 # --- conversion -------------------------------------------------------------------------------------------------------
 
 
-def convert(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: str | None = None) -> Path:
     """Convert whatever `directory` holds to directory/model.pth, and write config.json and tokenizer files where the
     source keeps them inside (GGUF, Meta, llama2.c). Peak memory is about one layer, or a shard of an unmappable file.
 
     Raises UserError, and leaves no model.pth, for truncated files and missing, unexpected or wrongly shaped tensors.
     """
-    source = open_source(directory)
+    source = open_source(directory, model_name)
     config = ModelConfig.from_hf(source.config)
     if config.tied and _untied(source):
         config = ModelConfig.from_hf({**source.config, "tie_word_embeddings": False})
     shapes = model_shapes(config)
     _check(source, config, shapes)
+    side_files = _side_files(directory, source)  # before the long work, since a vocabulary may be refused
     with new_state_dict(directory / "model.pth", {name: (shape, dtype) for name, shape in shapes.items()}) as target:
         for name, tensor in tqdm(target.items(), desc="converting", unit="tensor"):
             value = _convert_tensor(source, config, name)
             if not value.isfinite().all():
                 raise UserError(f"{' + '.join(_sources(source, name))} holds NaN or infinite weights")
             tensor.copy_(value)
-    _write_side_files(directory, source)
+    for name, text in side_files.items():
+        if not (directory / name).exists():
+            _atomic_text(directory / name, text)
     return directory / "model.pth"
 
 
@@ -451,13 +455,12 @@ def _convert_tensor(source: Source, config: ModelConfig, name: str) -> Tensor:
     return torch.cat((rotated, value[heads * D :]))
 
 
-def _write_side_files(directory: Path, source: Source) -> None:
+def _side_files(directory: Path, source: Source) -> dict[str, str]:
+    """What the source keeps beside or inside its weights, as the files of a Hugging Face directory: name -> text."""
     files = {"config.json": json.dumps(source.config, indent=2)}
     if ggufs := sorted(directory.glob("*.gguf")):
         files |= gguf_tokenizer_files(_gguf_reader(ggufs[0])[1])
-    for name, text in files.items():
-        if not (directory / name).exists():
-            _atomic_text(directory / name, text)
+    return files
 
 
 def _atomic_text(path: Path, text: str) -> None:

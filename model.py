@@ -105,7 +105,7 @@ class ModelConfig:
     @classmethod
     def from_name(cls, name: str) -> "ModelConfig":
         """The blueprint of one of gpt-fast's model names, for directories that hold no config.json."""
-        return cls(**BUILTIN[_choice("model name", name, BUILTIN)])
+        return cls.from_hf(BUILTIN[_choice("model name", name, BUILTIN)])
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
@@ -135,55 +135,56 @@ def _windows(config: dict, n_layer: int) -> tuple[int, ...]:
     return tuple(window if layer >= first else 0 for layer in range(n_layer))
 
 
-def _llama(dim, n_layer, n_head, intermediate_size, *, kv=None, vocab=32000, block=4096, base=10000.0, **more) -> dict:
+def _llama(dim, layers, heads, intermediate, *, kv=None, vocab=32000, context=4096, base=10000.0, **more) -> dict:
     return {
-        "dim": dim,
-        "n_layer": n_layer,
-        "n_head": n_head,
-        "n_local_heads": kv or n_head,
-        "head_dim": dim // n_head,
-        "intermediate_size": intermediate_size,
+        "model_type": "llama",
+        "hidden_size": dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv or heads,
+        "intermediate_size": intermediate,
         "vocab_size": vocab,
-        "block_size": block,
-        "rope_base": base,
+        "max_position_embeddings": context,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": base,
         **more,
     }
 
 
-_LLAMA3 = {"kv": 8, "vocab": 128256, "block": 8192, "base": 500000.0}
-
-
-def _llama31(factor: float) -> dict:
-    scaling = {
-        "factor": factor,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
+def llama3_scaling(factor: float) -> dict:
+    """Llama 3.1's rope parameters, in config.json's terms."""
+    return {
         "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
     }
-    return {**_LLAMA3, "block": 131072, "rope_scaling": tuple(sorted(scaling.items()))}
 
 
-# The dense models gpt-fast lists by name, Llama 3.2's, the default model's and llama2.c's shapes.
+_LLAMA3 = {"kv": 8, "vocab": 128256, "context": 8192, "base": 5e5}
+_LLAMA31 = {**_LLAMA3, "context": 131072, "rope_scaling": llama3_scaling(8.0)}
+_LLAMA32 = {**_LLAMA3, "context": 131072, "rope_scaling": llama3_scaling(32.0), "tie_word_embeddings": True}
+
+# The dense models that gpt-fast lists by name, llama2.c's, Llama 3.2's and the default model, in config.json's terms.
 BUILTIN: dict[str, dict] = {
-    "CodeLlama-7b-Python-hf": _llama(4096, 32, 32, 11008, block=16384, base=1e6),
+    "CodeLlama-7b-Python-hf": _llama(4096, 32, 32, 11008, context=16384, base=1e6),
     "7B": _llama(4096, 32, 32, 11008),
     "13B": _llama(5120, 40, 40, 13824),
-    "30B": _llama(6656, 60, 52, 17920, block=2048),
-    "34B": _llama(8192, 48, 64, 22016, kv=8, block=16384, base=1e6),
+    "30B": _llama(6656, 60, 52, 17920, context=2048),
+    "34B": _llama(8192, 48, 64, 22016, kv=8, context=16384, base=1e6),
     "70B": _llama(8192, 80, 64, 28672, kv=8),
-    "Mistral-7B": _llama(4096, 32, 32, 14336, kv=8, block=32768, windows=(4096,) * 32),
-    "stories15M": _llama(288, 6, 6, 768, block=256),
-    "stories42M": _llama(512, 8, 8, 1376, block=1024),
-    "stories110M": _llama(768, 12, 12, 2048, block=1024),
+    "Mistral-7B": _llama(4096, 32, 32, 14336, kv=8, context=32768, model_type="mistral", sliding_window=4096),
+    "stories15M": _llama(288, 6, 6, 768, context=256),
+    "stories42M": _llama(512, 8, 8, 1376, context=1024),
+    "stories110M": _llama(768, 12, 12, 2048, context=1024),
     "Llama-3-8B": _llama(4096, 32, 32, 14336, **_LLAMA3),
     "Llama-3-70B": _llama(8192, 80, 64, 28672, **_LLAMA3),
-    "Llama-3.1-8B": _llama(4096, 32, 32, 14336, **_llama31(8.0)),
-    "Llama-3.1-70B": _llama(8192, 80, 64, 28672, **_llama31(8.0)),
-    "Llama-3.1-405B": _llama(16384, 126, 128, 53248, **_llama31(8.0)),
-    "Llama-3.2-1B": _llama(2048, 16, 32, 8192, **_llama31(32.0), tied=True),
-    "Llama-3.2-3B": _llama(3072, 28, 24, 8192, **_llama31(32.0), tied=True),
-    "SmolLM2-135M": _llama(576, 30, 9, 1536, kv=3, vocab=49152, block=8192, base=1e5, tied=True),
+    "Llama-3.1-8B": _llama(4096, 32, 32, 14336, **_LLAMA31),
+    "Llama-3.1-70B": _llama(8192, 80, 64, 28672, **_LLAMA31),
+    "Llama-3.1-405B": _llama(16384, 126, 128, 53248, **_LLAMA31),
+    "Llama-3.2-1B": _llama(2048, 16, 32, 8192, **_LLAMA32),
+    "Llama-3.2-3B": _llama(3072, 28, 24, 8192, **_LLAMA32),
 }
 
 
@@ -213,14 +214,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, input_pos: Tensor, cache: "KVCache", layer: int, context: int
+        self, x: Tensor, norm: RMSNorm, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor, context: int
     ) -> Tensor:
         y = kernels.attend(
             self.wqkv(x, norm=norm),
-            cache.k[layer],
-            cache.v[layer],
+            k,
+            v,
             input_pos,
-            cache.rope if self.rotates else None,
+            rope if self.rotates else None,
             self.q_norm.weight if self.q_norm else None,
             self.k_norm.weight if self.k_norm else None,
             eps=self.eps,
@@ -252,9 +253,10 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, input_pos: Tensor, cache: "KVCache", layer: int, context: int) -> Tensor:
+    def forward(self, x: Tensor, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor, context: int = 0) -> Tensor:
+        """x: (B, S, C); k, v: this layer's caches (B, Hkv, T, D), written in place."""
         # Norm and residual belong to the linears beside them, so that a kernel can fuse them.
-        x = self.attention(x, self.attention_norm, input_pos, cache, layer, context)
+        x = self.attention(x, self.attention_norm, input_pos, k, v, rope, context)
         return self.feed_forward(x, self.ffn_norm)
 
 
@@ -292,17 +294,17 @@ class Transformer(nn.Module):
         Returns fp32 (B, 1, V), or (B, S, V) with all_logits.
         """
         x = self.tok_embeddings(tokens)  # (B, S, C)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, input_pos, cache, i, context)
+        for layer, k, v in zip(self.layers, cache.k, cache.v):
+            x = layer(x, input_pos, k, v, cache.rope, context)
         if not all_logits:
             x = x[:, -1:] if last is None else x[torch.arange(len(x), device=x.device), last].unsqueeze(1)
         return self.output(x, norm=self.norm, fp32=True)
 
 
 class KVCache:
-    """Run state: each layer's keys and values (B, Hkv, T, D) and the rotary table. Allocated once, at a fixed length.
+    """Run state: each layer's keys and values (B, Hkv, T, D) and the rotary table. Allocated once.
 
-    Rolling back is a matter of position alone: entries at or past a row's position are never read before they are rewritten.
+    Rolling back is a matter of position alone: what lies at or past a row's position is rewritten before it is read.
     """
 
     def __init__(
@@ -321,7 +323,7 @@ class KVCache:
 
 
 def rope_table(config: ModelConfig, length: int) -> Tensor:
-    """Rotary cosines and sines, fp32 (length, rotary_dim / 2, 2), for positions 0..length-1 (RoFormer, arXiv 2104.09864).
+    """Rotary cosines and sines, fp32 (length, rotary_dim / 2, 2), positions 0..length-1 (RoFormer, arXiv 2104.09864).
 
     Scalings: linear (arXiv 2306.15595); llama3 (Llama 3.1's reference code); yarn (arXiv 2309.00071); longrope
     (arXiv 2402.13753), whose long factors serve a run whose cache is longer than the original context.

@@ -1,0 +1,655 @@
+"""The runtime and the main CLI: load, prefill, decode, sample, stream, stop, measure.
+
+As a library, two lines:
+
+    llm = load("checkpoints/SmolLM2-135M-Instruct/model.pth", compile=True)
+    for token in generate(llm, llm.tokenizer.encode("Hello"), max_new_tokens=50): ...
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import kernels
+from checkpoint import DTYPES, load_model
+from errors import UserError, run_cli
+from model import KVCache, Transformer
+from tokenizer import StopStrings, StreamDecoder, Tokenizer, load_tokenizer
+
+PREFILL_CHUNK = 512  # tokens a row; bounds the score matrix of a long prompt
+DECODE_BLOCK = 8  # steps between two looks at the tokens on a GPU: the host reads one block while the next runs
+MAX_DEFAULT_CONTEXT = 8192  # cache length of a chat when --max_seq_length does not say
+DEFAULT_CHECKPOINT = Path("checkpoints/SmolLM2-135M-Instruct/model.pth")
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the next token is drawn. temperature 0 is argmax; the filters apply in the order of the fields."""
+
+    repetition_penalty: float = 1.0  # CTRL's (arXiv 1909.05858), over the prompt and the answer
+    temperature: float = 0.8
+    top_k: int | None = 200
+    top_p: float | None = None  # nucleus sampling (arXiv 1904.09751)
+    min_p: float | None = None  # tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
+
+    def __post_init__(self):
+        for name, value, low, high in (
+            ("temperature", self.temperature, 0, 100),
+            ("top_k", self.top_k, 1, float("inf")),
+            ("top_p", self.top_p, 1e-9, 1),
+            ("min_p", self.min_p, 0, 1),
+            ("repetition_penalty", self.repetition_penalty, 1e-3, 100),
+        ):
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name} is {value}; accepted: {low} to {high}")
+
+    def __call__(self, logits: Tensor, history: Tensor, pos: Tensor, rng: Tensor) -> Tensor:
+        """Draw a token for each row. logits: fp32 (B, V); history: (B, T) int64, tokens known at positions 0..pos;
+        pos: (B,) int64; rng: int64 (2,), seed and offset, which advances. Returns (B,) int64.
+        """
+        if self.repetition_penalty != 1.0:
+            known = torch.arange(history.shape[1], device=history.device) <= pos[:, None]
+            index = torch.where(known, history, history[:, :1])
+            score = logits.gather(1, index)
+            score = torch.where(score < 0, score * self.repetition_penalty, score / self.repetition_penalty)
+            logits = logits.scatter(1, index, score)
+        if self.top_p is not None and self.temperature > 0:
+            logits = logits.masked_fill(logits < self._nucleus(logits), -torch.inf)
+        return kernels.sample(logits, self.temperature, self.top_k or 0, self.min_p or 0.0, rng)
+
+    def _nucleus(self, logits: Tensor) -> Tensor:
+        """The smallest logit (B, 1) of the nucleus among the top_k at this temperature."""
+        k = min(self.top_k or logits.shape[1], logits.shape[1])
+        values = torch.topk(logits, k).values
+        probs = torch.softmax(values / self.temperature, -1)
+        inside = probs.cumsum(-1) - probs < self.top_p  # the token that crosses top_p belongs to it
+        return values.gather(1, inside.sum(-1, keepdim=True) - 1)
+
+
+# --- engine -----------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """A model with its run state: one cache of fixed size, the device-side position and token of each row, and the
+    decode step, compiled once. Prompts of any length up to the cache reuse all of it.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        *,
+        batch_size: int = 1,
+        max_seq_length: int | None = None,
+        sampler: Sampler | None = None,
+        compile: bool = False,
+        compile_prefill: bool = False,
+    ):
+        weight = model.norm.weight
+        self.model, self.tokenizer, self.sampler = model, tokenizer, sampler or Sampler()
+        self.device, self.batch_size = weight.device, batch_size
+        length = max_seq_length or min(model.config.block_size, MAX_DEFAULT_CONTEXT)
+        self.cache = KVCache(model.config, batch_size, length, dtype=weight.dtype, device=self.device)
+        self.pos = torch.zeros(batch_size, dtype=torch.int64, device=self.device)  # position of the token to feed
+        self.history = torch.zeros(batch_size, length + 1, dtype=torch.int64, device=self.device)  # tokens by position
+        self.rng = torch.zeros(2, dtype=torch.int64, device=self.device)  # seed and number of draws
+        self.compile_seconds = 0.0
+        self._step, self._prefill = self._eager_step, self._eager_prefill  # replaced by their compiled selves
+        if compile or compile_prefill:
+            start = time.perf_counter()
+            self._compile(compile, compile_prefill)
+            self.synchronize()
+            self.compile_seconds = time.perf_counter() - start
+
+    def _compile(self, decode: bool, prefill: bool) -> None:
+        with torch.inference_mode():
+            if prefill:
+                self._prefill = torch.compile(self._eager_prefill, fullgraph=True, dynamic=True)
+                for n in (2, 5, 10, 20, 40):  # layers choose by the number of rows: visit each choice
+                    tokens = self.history[:, : min(n, self.cache.length)].clone()
+                    self._prefill(tokens, torch.zeros_like(self.pos), torch.zeros_like(self.pos))
+            if decode and self.device.type == "cuda" and kernels.fits(self.model.norm.weight[None]):
+                # Every hot operation is a kernel of ours: the graph alone is what torch.compile would add.
+                self._step = _cuda_graph(self._eager_step)
+            elif decode:
+                step = torch.compile(self._eager_step, fullgraph=True)
+                step()
+                self._step = _cuda_graph(step) if self.device.type == "cuda" else step
+        self.seed(0)
+
+    def seed(self, seed: int) -> None:
+        """Start the random numbers anew: the same seed and calls give the same tokens."""
+        self.rng.copy_(torch.tensor([seed, 0]))
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _eager_step(self) -> None:
+        """Feed each row's token at its position, sample the next one, advance. Everything stays on the device."""
+        token = self.history.gather(1, self.pos[:, None])  # (B, 1)
+        logits = self.model(token, self.pos, self.cache)[:, -1]
+        following = self.sampler(logits, self.history, self.pos, self.rng)
+        self.pos.add_(1)
+        self.history.scatter_(1, self.pos[:, None], following[:, None])
+
+    def _eager_prefill(self, tokens: Tensor, start: Tensor, last: Tensor, context: int = 0) -> Tensor:
+        return self.model(tokens, start, self.cache, last=last, context=context)[:, -1]
+
+    @torch.inference_mode()
+    def prefill(self, prompts: list[list[int]], start: int = 0) -> None:
+        """Read the prompts from position `start` on (what the cache holds before it stays), and sample one token each.
+
+        prompts: one list of token ids a row, each with at least start + 1 ids; shorter rows are padded, and what
+        padding leaves in the cache is overwritten before it can be seen.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
+        if longest > self.cache.length:
+            raise UserError(f"the prompt has {longest} tokens; the cache holds {self.cache.length} (--max_seq_length)")
+        padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+        self.history[:, :longest] = padded.to(self.device)
+        end = torch.tensor(lengths, device=self.device)
+        logits = None
+        for a in range(start, longest, PREFILL_CHUNK):
+            b = min(a + PREFILL_CHUNK, longest)
+            last = (end - 1 - a).clamp(0, b - a - 1)
+            # torch.compile would make a graph of its own for one token, and for each bound of the context.
+            prefill, context = (self._prefill, 0) if b - a > 1 else (self._eager_prefill, b)
+            chunk = prefill(self.history[:, a:b].clone(), torch.full_like(self.pos, a), last, context)
+            logits = chunk if logits is None else torch.where((end > a)[:, None], chunk, logits)
+        self.pos.copy_(end - 1)
+        first = self.sampler(logits, self.history, self.pos, self.rng)
+        self.pos.copy_(end)
+        self.history.scatter_(1, end[:, None], first[:, None])
+
+    @torch.inference_mode()
+    def decode(self, steps: int) -> Iterator[list[list[int]]]:
+        """The token that prefill sampled, then `steps` more: yields each step's tokens, one a row.
+
+        On a GPU the tokens of a block of steps are fetched while the next block runs, so the device never waits for
+        the host, and stopping early throws away at most two blocks.
+        """
+        block = DECODE_BLOCK if self.device.type == "cuda" else 1
+        begin = self.pos.clone()
+        pending: deque[tuple[Tensor, Callable[[], None]]] = deque()
+
+        def fetch(first: int, count: int) -> None:
+            index = begin[:, None] + torch.arange(first, first + count, device=self.device)
+            pending.append(_to_host(self.history.gather(1, index)))
+
+        fetch(0, 1)
+        for first in range(1, steps + 1, block):
+            count = min(block, steps + 1 - first)
+            for _ in range(count):
+                self._step()
+            fetch(first, count)
+            yield from _drain(pending, keep=1 if block > 1 else 0)
+        yield from _drain(pending, keep=0)
+
+
+def _to_host(tokens: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """Start copying tokens to the host; the callable waits until they are there."""
+    if tokens.device.type != "cuda":
+        return tokens.cpu(), lambda: None
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event.synchronize
+
+
+def _drain(pending: deque, keep: int) -> Iterator[list[list[int]]]:
+    while len(pending) > keep:
+        host, wait = pending.popleft()
+        wait()
+        yield from host.t().tolist()
+
+
+def _cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """Capture a step that reads and writes only fixed tensors; the result replays it without the host's help."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles kernels and makes library handles, which capturing must not do
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+# --- library interface ------------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, by default a GPU where there is one. Raises UserError when it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"device {name!r} is not known; accepted: cpu, cuda, cuda:N, mps") from None
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise UserError(f"device {name!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device 'mps' was asked for, but this machine has none")
+    return device
+
+
+def load(
+    checkpoint_path: str | Path = DEFAULT_CHECKPOINT,
+    *,
+    device: str | None = None,
+    precision: str = "bf16",
+    quantize: str | None = None,
+    **engine,
+) -> Engine:
+    """Load a checkpoint and its tokenizer and make an Engine; `engine` takes its options (compile, sampler, ...)."""
+    path = Path(checkpoint_path)
+    model = load_model(path, device=pick_device(device), dtype=DTYPES[precision], quantize=quantize)
+    return Engine(model, load_tokenizer(path.parent), **engine)
+
+
+def generate(
+    llm: Engine,
+    prompt: list[int] | list[list[int]],
+    max_new_tokens: int = 200,
+    *,
+    is_stop: Callable[[int, int], bool] | None = None,
+    start: int = 0,
+) -> Iterator[int | list[int | None]]:
+    """Generate from token ids, yielding each token id as it comes; for a list of prompts, one list a step with a row's
+    token or None once it has ended.
+
+    A row ends after the token for which is_stop(row, token) is true (by default: any of the model's stop ids), which
+    is yielded too. Generation ends when every row has, after max_new_tokens, or when the cache is full.
+    start: keep what the cache holds before this position, which must be the same tokens.
+    """
+    single = not prompt or isinstance(prompt[0], int)
+    prompts = [prompt] if single else prompt
+    if not prompts or not all(prompts):
+        raise UserError("the prompt is empty; at least one token is needed")
+    if len(prompts) != llm.batch_size:
+        raise UserError(f"{len(prompts)} prompts were given to an engine whose batch_size is {llm.batch_size}")
+    vocab = llm.model.config.vocab_size
+    if bad := [token for row in prompts for token in row if not 0 <= token < vocab]:
+        raise UserError(f"token id {bad[0]} is outside the vocabulary of {vocab}")
+    if is_stop is None:
+        stop_ids = llm.tokenizer.stop_ids if llm.tokenizer else frozenset()
+        is_stop = lambda row, token: token in stop_ids  # noqa: E731
+    longest = max(map(len, prompts))
+    llm.prefill(prompts, start)
+    live = [True] * len(prompts)
+    for tokens in llm.decode(min(max_new_tokens - 1, llm.cache.length - longest)):
+        step = [token if alive else None for token, alive in zip(tokens, live)]
+        live = [alive and not is_stop(row, token) for row, (token, alive) in enumerate(zip(tokens, live))]
+        yield step[0] if single else step
+        if not any(live):
+            return
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Measure:
+    """What one generation took. Times in seconds, sizes in bytes, rates per second."""
+
+    prompt_tokens: int = 0  # all rows together, padding not counted
+    new_tokens: int = 0  # all rows together
+    steps: int = 0  # decode steps after the first token
+    time_to_first_token: float = 0.0
+    decode_seconds: float = 0.0
+    positions: int = 0  # cache positions read by the decode steps, all rows together
+
+    @property
+    def seconds(self) -> float:
+        return self.time_to_first_token + self.decode_seconds
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of the weights that a decode step reads: all but the embedding table, unless it is the output as well."""
+    tensors = {t.data_ptr(): t for t in itertools.chain(model.parameters(), model.buffers())}
+    embedding = model.tok_embeddings.weight
+    if model.output.weight is not embedding:
+        tensors.pop(embedding.data_ptr())
+    return sum(t.nbytes for t in tensors.values())
+
+
+def report(llm: Engine, measure: Measure, read_bandwidth: float) -> dict:
+    """The measures of design: rates, bytes per token, and the share of the device's read bandwidth they make."""
+    steps, decode = max(measure.steps, 1), max(measure.decode_seconds, 1e-9)
+    weights = weight_bytes(llm.model)
+    kv = measure.positions / steps * llm.cache.bytes_per_position
+    rate = measure.steps / decode  # per user; each step yields a token for every row
+    memory = torch.cuda.max_memory_reserved() if llm.device.type == "cuda" else _peak_rss()
+    return {
+        **asdict(measure),
+        "seconds": measure.seconds,
+        "tokens_per_second": measure.new_tokens / max(measure.seconds, 1e-9),
+        "prefill_tokens_per_second": measure.prompt_tokens / max(measure.time_to_first_token, 1e-9),
+        "decode_tokens_per_second": rate,
+        "decode_tokens_per_second_total": rate * llm.batch_size,
+        "weight_bytes_per_step": weights,
+        "kv_bytes_per_step": round(kv),
+        "bytes_per_second": (weights + kv) * rate,
+        "read_bandwidth": read_bandwidth,
+        "bandwidth_fraction": (weights + kv) * rate / read_bandwidth,
+        "compile_seconds": llm.compile_seconds,
+        "memory_bytes": memory,
+    }
+
+
+def _peak_rss() -> int:
+    import resource  # Unix only; a GPU machine of another kind does not need it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """A row's text as it grows: decoded without half characters, cut at a stop string or stop id."""
+
+    decoder: StreamDecoder
+    stops: StopStrings
+    stop_ids: frozenset[int]
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    stopped: bool = False
+
+    def put(self, token: int) -> str:
+        """Take a token; returns the text that has become certain."""
+        self.tokens.append(token)
+        if token in self.stop_ids:
+            self.stopped = True
+            return ""
+        piece, self.stopped = self.stops.put(self.decoder.put(token))
+        self.text += piece
+        return piece
+
+    def finish(self) -> str:
+        """The text held back in case it began a character or a stop string."""
+        piece = ""
+        if not self.stopped or self.tokens[-1] in self.stop_ids:
+            piece, _ = self.stops.put(self.decoder.flush())
+            piece += self.stops.flush()
+        self.text += piece
+        return piece
+
+
+def answer(
+    llm: Engine,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    stop_strings: tuple[str, ...] = (),
+    emit: Callable[[str], None] | None = None,
+    start: int = 0,
+    answers: list[Answer] | None = None,
+) -> tuple[list[Answer], Measure]:
+    """Generate one answer a prompt, emitting row 0's text as it comes; `answers` lets the caller keep a partial one."""
+    answers = [] if answers is None else answers
+    stop_ids = llm.tokenizer.stop_ids
+    answers += [Answer(StreamDecoder(llm.tokenizer), StopStrings(stop_strings), stop_ids) for _ in prompts]
+    measure = Measure(prompt_tokens=sum(len(prompt) - start for prompt in prompts))
+
+    def is_stop(row: int, token: int) -> bool:
+        piece = answers[row].put(token)
+        if emit and row == 0 and piece:
+            emit(piece)
+        return answers[row].stopped
+
+    begin = previous = time.perf_counter()
+    for tokens in generate(llm, prompts, max_new_tokens, is_stop=is_stop, start=start):
+        previous = time.perf_counter()
+        live = [row for row, token in enumerate(tokens) if token is not None]
+        measure.new_tokens += len(live)
+        if not measure.time_to_first_token:
+            measure.time_to_first_token = previous - begin
+            continue
+        measure.steps += 1
+        measure.positions += sum(len(prompts[row]) + measure.steps for row in range(len(prompts)))
+    measure.decode_seconds = previous - begin - measure.time_to_first_token
+    rest = [row.finish() for row in answers]
+    if emit and rest[0]:
+        emit(rest[0])
+    return answers, measure
+
+
+def chat(llm: Engine, args: argparse.Namespace) -> None:
+    """A conversation on the terminal. The cache keeps earlier turns: only tokens it has not seen are prefilled."""
+    messages: list[dict] = []
+    cached: list[int] = []  # the tokens whose keys and values the cache holds
+    print("Chat with the model: Ctrl-C stops an answer, /clear starts anew, Ctrl-D quits.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if not text.strip():
+            continue
+        if text.strip() == "/clear":
+            messages.clear()
+            continue
+        messages.append({"role": "user", "content": text})
+        prompt = llm.tokenizer.encode(llm.tokenizer.render_chat(messages), bos=False)
+        room = llm.cache.length - len(prompt)
+        if room < 1:
+            messages.pop()
+            print(f"[the context is full: {len(prompt)} of {llm.cache.length} tokens; /clear starts anew]")
+            continue
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(cached, prompt)))
+        start = min(same, len(prompt) - 1)  # at least one token must be fed to get logits
+        answers: list[Answer] = []
+        interrupted = False
+        try:
+            budget = min(args.max_new_tokens, room)
+            answer(llm, [prompt], budget, stop_strings=args.stop, emit=_emit, start=start, answers=answers)
+        except KeyboardInterrupt:
+            interrupted = True
+        reply = answers[0] if answers else None
+        print(" [interrupted]" if interrupted else "")
+        if reply and not reply.stopped and not interrupted and len(reply.tokens) >= room:
+            print(f"[the context is full: {llm.cache.length} tokens; /clear starts anew]")
+        messages.append({"role": "assistant", "content": reply.text if reply else ""})
+        # The last token was sampled but never fed; an interrupted prefill may have left anything.
+        cached = prompt + reply.tokens[:-1] if reply and reply.tokens else cached[:start]
+
+
+def _emit(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Generate text from a transformer checkpoint, fast.")
+    parser.add_argument(
+        "--prompt", type=_int_or_str, default="Hello, my name is", help="text, or a number of random tokens"
+    )
+    parser.add_argument("--prompt_file", type=Path, help="a prompt a line, generated as one ragged batch")
+    parser.add_argument("--interactive", action="store_true", help="chat on the terminal")
+    parser.add_argument("--chat", action="store_true", help="put the prompt in the model's chat template")
+    parser.add_argument("--num_samples", type=_positive, default=1, help="how often to generate")
+    parser.add_argument("--max_new_tokens", type=_positive, default=200)
+    parser.add_argument("--batch_size", type=_positive, default=1, help="copies of the prompt to generate at once")
+    parser.add_argument("--top_k", type=int, default=200, help="0 turns it off")
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--min_p", type=float)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--stop", action="append", default=[], help="end an answer at this string (may be repeated)")
+    parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
+    parser.add_argument("--max_seq_length", type=_positive, help="length of the KV cache in tokens")
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of activations and plain weights")
+    parser.add_argument("--quantize", metavar="KIND", help="quantise on load: int8, fp8, int4 or int4:GROUP")
+    parser.add_argument("--compile", action="store_true", help="compile the decode step")
+    parser.add_argument("--compile_prefill", action="store_true", help="compile the prefill, too (for long prompts)")
+    parser.add_argument("--profile", type=Path, help="write a Chrome trace of the last sample to PROFILE.json")
+    parser.add_argument("--stream", action="store_true", help="print text as it comes")
+    parser.add_argument("--json", action="store_true", help="print the measures as one JSON line, last")
+    parser.add_argument("--device", help="cpu, cuda, cuda:N, mps; by default a GPU where there is one")
+    return parser.parse_args(argv)
+
+
+def _int_or_str(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
+    """The prompts of the command line as token ids."""
+    if args.prompt_file:
+        try:
+            texts = [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read --prompt_file {args.prompt_file}: {error}") from None
+        if not texts:
+            raise UserError(f"--prompt_file {args.prompt_file} holds no prompts; one a line is needed")
+    elif isinstance(args.prompt, int):
+        if args.prompt < 1:
+            raise UserError("--prompt 0 asks for an empty prompt; at least one token is needed")
+        # Ids from the low thousand exist in every vocabulary and are ordinary tokens in most.
+        generator = torch.Generator().manual_seed(args.seed)
+        synthetic = torch.randint(0, min(1024, vocab_size), (args.prompt,), generator=generator).tolist()
+        return [synthetic] * args.batch_size
+    else:
+        texts = [args.prompt] * args.batch_size
+    if args.chat:
+        texts = [tokenizer.render_chat([{"role": "user", "content": text}]) for text in texts]
+    prompts = [tokenizer.encode(text, bos=not args.chat) for text in texts]
+    if not all(prompts):
+        raise UserError("--prompt is empty; at least one token is needed")
+    return prompts
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    sampler = Sampler(
+        temperature=args.temperature,
+        top_k=args.top_k if args.top_k != 0 else None,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+    if not all(args.stop):
+        raise UserError("--stop is empty; a non-empty string is needed")
+    device = pick_device(args.device)
+    print(f"Using device={device}", file=sys.stderr)
+    start = time.perf_counter()
+    model = load_model(args.checkpoint_path, device=device, dtype=DTYPES[args.precision], quantize=args.quantize)
+    tokenizer = load_tokenizer(args.checkpoint_path.parent)
+    load_seconds = time.perf_counter() - start
+    print(f"Time to load model: {load_seconds:.02f} seconds", file=sys.stderr)
+    prompts = [] if args.interactive else read_prompts(args, tokenizer, model.config.vocab_size)
+    length = _cache_length(args, model, max(map(len, prompts), default=0))
+    llm = Engine(
+        model,
+        tokenizer,
+        batch_size=max(len(prompts), 1),
+        max_seq_length=length,
+        sampler=sampler,
+        compile=args.compile,
+        compile_prefill=args.compile_prefill,
+    )
+    if llm.compile_seconds:
+        print(f"Compilation time: {llm.compile_seconds:.2f} seconds", file=sys.stderr)
+    llm.seed(args.seed)
+    if args.interactive:
+        chat(llm, args)
+    else:
+        measures = _samples(llm, prompts, args)
+        _print_measures(llm, measures, args.json, load_seconds)
+
+
+def _cache_length(args: argparse.Namespace, model: Transformer, longest: int) -> int | None:
+    """The cache's length: as asked for, or what the prompts and answers need, within the model's context."""
+    context = model.config.block_size
+    if args.max_seq_length and args.max_seq_length > context:
+        raise UserError(f"--max_seq_length {args.max_seq_length} exceeds the model's context of {context} tokens")
+    if args.interactive:
+        return args.max_seq_length
+    length = args.max_seq_length or min(context, longest + args.max_new_tokens)
+    if longest >= length:
+        raise UserError(f"the prompt has {longest} tokens, which leaves no room in a context of {length} tokens")
+    return length
+
+
+def _samples(llm: Engine, prompts: list[list[int]], args: argparse.Namespace) -> list[Measure]:
+    measures = []
+    for sample in range(args.num_samples):
+        last = sample == args.num_samples - 1
+        profiling = torch.profiler.profile() if args.profile and last else nullcontext()
+        if args.stream:
+            print(llm.tokenizer.decode(prompts[0]), end="", flush=True)
+        with profiling as profiler:
+            emit = _emit if args.stream else None
+            answers, measure = answer(llm, prompts, args.max_new_tokens, stop_strings=tuple(args.stop), emit=emit)
+            llm.synchronize()
+        if args.stream:
+            print()
+        for row, (prompt, reply) in enumerate(zip(prompts, answers)):
+            if not args.stream or row > 0:
+                print(llm.tokenizer.decode(prompt) + reply.text)
+        if profiler:
+            profiler.export_chrome_trace(f"{args.profile}.json")
+        print(
+            f"Time for inference {sample + 1}: {measure.seconds:.02f} sec total, "
+            f"{measure.new_tokens / measure.seconds:.02f} tokens/sec",
+            file=sys.stderr,
+        )
+        measures.append(measure)
+    return measures
+
+
+def _print_measures(llm: Engine, measures: list[Measure], as_json: bool, load_seconds: float) -> None:
+    """gpt-fast's closing lines and what they leave out, from the sample of median speed."""
+    median = sorted(measures, key=lambda m: m.new_tokens / m.seconds)[len(measures) // 2]
+    result = report(llm, median, kernels.read_bandwidth(llm.device)) | {"load_seconds": load_seconds}
+    rates = [m.new_tokens / m.seconds for m in measures]
+    out = sys.stderr
+    print("==========", file=out)
+    print(f"Batch Size: {llm.batch_size}", file=out)
+    print(f"Time to first token: {result['time_to_first_token']:.3f} seconds", file=out)
+    print(f"Prefill: {result['prefill_tokens_per_second']:.2f} tokens/sec", file=out)
+    total = f" ({result['decode_tokens_per_second_total']:.2f} in total)" if llm.batch_size > 1 else ""
+    print(f"Decode: {result['decode_tokens_per_second']:.2f} tokens/sec{total}", file=out)
+    per_step = (result["weight_bytes_per_step"] + result["kv_bytes_per_step"]) / 1e6
+    print(
+        f"Bandwidth achieved: {result['bytes_per_second'] / 1e9:.02f} GB/s ({per_step:.1f} MB a step), "
+        f"{result['bandwidth_fraction']:.3f} of the {result['read_bandwidth'] / 1e9:.1f} GB/s this device reads",
+        file=out,
+    )
+    print(f"Average tokens/sec: {sum(rates) / len(rates):.2f}", file=out)
+    print(f"Memory used: {result['memory_bytes'] / 1e9:.02f} GB", file=out)
+    if as_json:
+        result["tokens_per_second_of_samples"] = rates
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_cli(main)

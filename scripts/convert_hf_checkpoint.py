@@ -1,0 +1,24 @@
+"""Convert the weights in a checkpoint directory, whatever their format, to model.pth beside them."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
+from checkpoint import DTYPES, convert
+from errors import run_cli
+from model import BUILTIN
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints/SmolLM2-135M-Instruct"))
+    parser.add_argument("--model_name", choices=sorted(BUILTIN), help="for weights without a config.json: one of the built-in names")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of the weights in model.pth")
+    args = parser.parse_args()
+    print(f"Saved {convert(args.checkpoint_dir, DTYPES[args.dtype], args.model_name)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_cli(main)

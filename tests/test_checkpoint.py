@@ -1,0 +1,412 @@
+"""Every source format gives the same model; damaged ones are refused by name and leave nothing behind."""
+
+import json
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import REPO, build
+
+from checkpoint import convert, load_model, model_shapes, new_state_dict, read_config, torch_load
+from errors import UserError
+from model import BUILTIN, KVCache, ModelConfig
+
+META = {
+    "attention.wo": "attention.wo",
+    "feed_forward.w1": "feed_forward.w1",
+    "feed_forward.w2": "feed_forward.w2",
+    "feed_forward.w3": "feed_forward.w3",
+    "attention_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+}
+GGUF = {
+    "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+}
+
+
+@pytest.fixture
+def hf(tmp_path):
+    """A directory with a tiny Llama in one safetensors file, and the state dict it converts to."""
+    source = tmp_path / "hf"
+    build(source, "llama3")
+    state = dict(torch_load(convert(source, torch.float32)))
+    (source / "model.pth").unlink()
+    return source, state
+
+
+def assert_same(directory, state):
+    written = torch_load(convert(directory, torch.float32))
+    assert written.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(written[name], tensor), name
+
+
+def meta_names(state):
+    """The state dict in Meta's names, which keep queries, keys and values apart."""
+    out = {}
+    for name, tensor in state.items():
+        if ".wqkv." in name:
+            for key, part in zip("qkv", tensor.split((32, 16, 16))):
+                out[name.replace("wqkv", f"w{key}")] = part.clone()
+        else:
+            out[name] = tensor.clone()
+    return out
+
+
+PARAMS = {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-6, "rope_theta": 500000.0}
+
+
+def test_sharded_safetensors(tmp_path, hf):
+    build(tmp_path / "sharded", "llama3", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    assert_same(tmp_path / "sharded", hf[1])
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bin_shards(tmp_path, hf, zipped):
+    source, state = hf
+    tensors = load_file(source / "model.safetensors")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/config.json").write_text((source / "config.json").read_text())
+    index = {}
+    for i, names in enumerate((list(tensors)[:9], list(tensors)[9:])):
+        shard = f"pytorch_model-{i + 1:05}-of-00002.bin"
+        torch.save({n: tensors[n] for n in names}, tmp_path / "bin" / shard, _use_new_zipfile_serialization=zipped)
+        index |= dict.fromkeys(names, shard)
+    (tmp_path / "bin/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    assert_same(tmp_path / "bin", state)
+
+
+@pytest.mark.parametrize("style", ["one", "llama2", "llama3"])
+def test_meta(tmp_path, hf, style):
+    names, shards = meta_names(hf[1]), []
+    for rank in range(1 if style == "one" else 2):
+        shard = {}
+        for name, tensor in names.items():
+            by_rows = any(k in name for k in ("wq", "wk", "wv", "w1", "w3", "output"))
+            if "tok_embeddings" in name:
+                by_rows = style == "llama3"
+            if style == "one" or tensor.ndim < 2:
+                shard[name] = tensor
+            else:
+                parts = tensor.tensor_split(2, 0 if by_rows else 1)
+                # 97 rows do not halve evenly; real vocabularies do
+                shard[name] = parts[rank].clone()
+        shard["rope.freqs"] = torch.ones(4)
+        shards.append(shard)
+    if style != "one":  # make the vocabulary even
+        for shard in shards:
+            for name in ("tok_embeddings.weight", "output.weight"):
+                if shard[name].shape[0] in (97, 49, 48):
+                    shard[name] = shard[name][: 96 if shard[name].shape[0] == 97 else 48].clone()
+        expected = dict(hf[1])
+        rows = torch.cat((torch.arange(48), torch.arange(49, 97)))
+        expected["output.weight"] = hf[1]["output.weight"][rows]
+        expected["tok_embeddings.weight"] = hf[1]["tok_embeddings.weight"][rows if style == "llama3" else slice(96)]
+    else:
+        expected = hf[1]
+    for rank, shard in enumerate(shards):
+        torch.save(shard, tmp_path / f"consolidated.{rank:02}.pth")
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS))
+    assert_same(tmp_path, expected)
+    config = read_config(tmp_path)
+    assert (config.intermediate_size, config.rope_base, config.norm_eps) == (48, 500000.0, 1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_llama2c(tmp_path, hf, tied):
+    names = {f"_orig_mod.{name}": tensor for name, tensor in meta_names(hf[1]).items()}
+    if tied:
+        names["_orig_mod.output.weight"] = names["_orig_mod.tok_embeddings.weight"]
+    args = {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "max_seq_len": 64}
+    torch.save({"model": names, "model_args": args, "iter_num": 1}, tmp_path / "stories1M.pt")
+    expected = {name: t for name, t in hf[1].items() if not (tied and name == "output.weight")}
+    assert_same(tmp_path, expected)
+    assert read_config(tmp_path).tied is tied
+
+
+def write_gguf(path, state, kind, arch="llama", split=(32, 16, 16), extra=None):
+    """A GGUF file of the state dict, with quantised matrices; returns the state dict it stands for."""
+    writer, expected = gguf.GGUFWriter(path, arch), {}
+    writer.add_block_count(3)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(500000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([chr(ord("!") + i) if i < 93 else f"<{i}>" for i in range(96)] + ["ab"])
+    writer.add_token_types([1] * 93 + [3] * 3 + [1])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(94)
+    writer.add_eos_token_id(95)
+
+    def add(name, tensor):
+        quantised = kind if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(tensor.numpy(), quantised)
+        writer.add_tensor(name, data, raw_dtype=quantised)
+        return torch.from_numpy(gguf.quants.dequantize(data, quantised).reshape(tensor.shape).copy())
+
+    top = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
+    for name, tensor in state.items():
+        ours = name.removesuffix(".weight")
+        if ours in top:
+            expected[name] = add(f"{top[ours]}.weight", tensor)
+            continue
+        _, layer, part = ours.split(".", 2)
+        if part == "attention.wqkv":
+            parts = zip("qkv", tensor.split(split))
+            expected[name] = torch.cat([add(f"blk.{layer}.attn_{k}.weight", t.contiguous()) for k, t in parts])
+        else:
+            expected[name] = add(f"blk.{layer}.{GGUF[part]}.weight", tensor)
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def even(state):
+    """Feed-forward width 64, so that GGUF's blocks of 32 divide every row."""
+    out = dict(state)
+    for name, tensor in state.items():
+        if ".w2." in name:
+            out[name] = torch.nn.functional.pad(tensor, (0, 16), value=0.5)
+        elif ".w1." in name or ".w3." in name:
+            out[name] = torch.nn.functional.pad(tensor, (0, 0, 0, 16), value=0.25)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_gguf(tmp_path, hf, kind):
+    expected = write_gguf(tmp_path / "tiny.gguf", even(hf[1]), gguf.GGMLQuantizationType[kind])
+    assert_same(tmp_path, expected)
+    assert read_config(tmp_path).rope_base == 500000.0
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        json.loads((tmp_path / name).read_text())
+
+
+def test_gguf_recovers_llama3_rope_scaling(tmp_path, hf):
+    from model import llama3_scaling, rope_table
+
+    plain = ModelConfig.from_hf({**BUILTIN["7B"], "head_dim": 8, "rope_theta": 500000.0})
+    scaled = ModelConfig.from_hf(
+        {**BUILTIN["7B"], "head_dim": 8, "rope_theta": 500000.0, "rope_scaling": llama3_scaling(32.0)}
+    )
+    angles = [torch.atan2(rope_table(c, 2)[1, :, 1], rope_table(c, 2)[1, :, 0]) for c in (plain, scaled)]
+    factors = (angles[0] / angles[1]).numpy().astype(np.float32)
+    write_gguf(tmp_path / "a.gguf", even(hf[1]), gguf.GGMLQuantizationType.F32, extra={"rope_freqs.weight": factors})
+    convert(tmp_path)
+    assert dict(read_config(tmp_path).rope_scaling)["factor"] == pytest.approx(32.0)
+    other = tmp_path / "other"
+    other.mkdir()
+    wrong = np.linspace(1, 32, 4, dtype=np.float32)
+    write_gguf(other / "b.gguf", even(hf[1]), gguf.GGMLQuantizationType.F32, extra={"rope_freqs.weight": wrong})
+    with pytest.raises(UserError, match=r"rope_freqs.weight is not Llama 3.1's scaling"):
+        convert(other)
+
+
+def test_model_name_stands_for_a_missing_config(tmp_path):
+    shapes = model_shapes(ModelConfig.from_name("stories15M"))
+    tensors = {}
+    for name, shape in shapes.items():
+        tensors[name] = torch.randn(shape)
+    hf_names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+    parts = {
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    out = {}
+    for name, tensor in tensors.items():
+        stem = name.removesuffix(".weight")
+        if stem in hf_names:
+            out[f"{hf_names[stem]}.weight"] = tensor
+        elif "wqkv" in stem:
+            layer = stem.split(".")[1]
+            for key, part in zip("qkv", tensor.chunk(3)):
+                out[f"model.layers.{layer}.self_attn.{key}_proj.weight"] = part.clone()
+        else:
+            _, layer, part = stem.split(".", 2)
+            out[f"model.layers.{layer}.{parts[part]}.weight"] = tensor
+    save_file(out, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"cannot read .*config\.json"):
+        convert(tmp_path)
+    convert(tmp_path, model_name="stories15M")
+    assert read_config(tmp_path) == ModelConfig.from_name("stories15M")
+
+
+def damage(source, change):
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            r"missing tensors: model\.layers\.1\.mlp\.up_proj\.weight",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.extra.weight": torch.ones(2)}),
+            r"unexpected tensors: model\.layers\.0\.extra",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(31)}),
+            r"model\.norm\.weight \[31\]; norm\.weight needs \[32\]",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.self_attn.k_proj.weight": torch.ones(15, 32)}),
+            r"k_proj\.weight \[15, 32\].*wqkv\.weight needs \[64, 32\]",
+        ),
+        (lambda t: t["lm_head.weight"][3].fill_(float("nan")), r"lm_head\.weight holds NaN"),
+    ],
+)
+def test_damaged_tensors_are_named(hf, change, words):
+    source, _ = hf
+    damage(source, change)
+    with pytest.raises(UserError, match=words):
+        convert(source)
+    assert not list(source.glob("model.pth*"))
+
+
+def test_truncated_files(tmp_path, hf):
+    source, state = hf
+    write_gguf(tmp_path / "t.gguf", even(state), gguf.GGMLQuantizationType.F16)
+    torch.save(meta_names(state), tmp_path / "consolidated.00.pth")
+    files = {
+        "model.safetensors": (source / "model.safetensors").read_bytes(),
+        "t.gguf": (tmp_path / "t.gguf").read_bytes(),
+        "consolidated.00.pth": (tmp_path / "consolidated.00.pth").read_bytes(),
+        "pytorch_model.bin": (tmp_path / "consolidated.00.pth").read_bytes(),
+    }
+    for name, data in files.items():
+        for part in (0.0, 0.3, 0.9):
+            directory = tmp_path / f"{name}-{part}"
+            directory.mkdir()
+            (directory / "config.json").write_text((source / "config.json").read_text())
+            (directory / "params.json").write_text(json.dumps(PARAMS))
+            (directory / name).write_bytes(data[: int(len(data) * part)])
+            with pytest.raises(UserError, match=rf"{name}.* is truncated"):
+                convert(directory)
+            assert not list(directory.glob("model.pth*"))
+
+
+def test_untied_output_of_a_model_called_tied_is_kept(tmp_path):
+    build(tmp_path, "llama3.2-tied")
+    damage(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    written = torch_load(convert(tmp_path, torch.float32))
+    torch.testing.assert_close(written["output.weight"], written["tok_embeddings.weight"] + 1)
+    model = load_model(tmp_path / "model.pth", dtype=torch.float32)
+    assert not torch.equal(model.output.weight, model.tok_embeddings.weight)
+
+
+def test_new_state_dict_is_an_ordinary_file_or_nothing(tmp_path):
+    spec = {"a": ((3, 5), torch.float32), "b": ((7,), torch.int8)}
+    with new_state_dict(tmp_path / "x.pth", spec) as tensors:
+        tensors["a"].copy_(torch.arange(15.0).view(3, 5))
+        tensors["b"].fill_(3)
+        assert not (tmp_path / "x.pth").exists()
+    state = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert torch.equal(state["a"], torch.arange(15.0).view(3, 5))
+    assert torch.equal(state["b"], torch.full((7,), 3, dtype=torch.int8))
+    with pytest.raises(ZeroDivisionError), new_state_dict(tmp_path / "y.pth", spec):
+        _ = 1 / 0
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
+    with pytest.raises(UserError, match="cannot write"), new_state_dict(tmp_path / "absent" / "z.pth", spec):
+        pass
+
+
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[2])
+from checkpoint import convert
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+base, peak, run = anonymous(), 0, True
+def watch():
+    global peak
+    while run:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+convert(Path(sys.argv[1]))
+run = False
+thread.join()
+print(peak - base)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_conversion_streams(tmp_path):
+    """640 MB of fp32 weights in 24 layers convert within the memory of a few layers."""
+    config = {**BUILTIN["7B"], "hidden_size": 768, "num_hidden_layers": 24, "num_attention_heads": 12}
+    config |= {"num_key_value_heads": 12, "intermediate_size": 2048, "vocab_size": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    layer = {
+        **{f"self_attn.{k}_proj.weight": torch.ones(768, 768) for k in "qkvo"},
+        "mlp.gate_proj.weight": torch.ones(2048, 768),
+        "mlp.up_proj.weight": torch.ones(2048, 768),
+        "mlp.down_proj.weight": torch.ones(768, 2048),
+        "input_layernorm.weight": torch.ones(768),
+        "post_attention_layernorm.weight": torch.ones(768),
+    }
+    tensors = {f"model.layers.{i}.{name}": t.clone() for i in range(24) for name, t in layer.items()}
+    tensors |= {"model.embed_tokens.weight": torch.ones(1000, 768), "lm_head.weight": torch.ones(1000, 768)}
+    tensors["model.norm.weight"] = torch.ones(768)
+    save_file(tensors, tmp_path / "model.safetensors")
+    del tensors
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path, REPO], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert float(run.stdout) < 120  # MB; the model is 680 MB, its largest layer 27 MB
+
+
+@torch.inference_mode()
+def test_loading_names_what_is_wrong(tmp_path, hf):
+    source, state = hf
+    path = source / "model.pth"
+    torch.save(state, path)
+    model = load_model(path, dtype=torch.float32)
+    cache = KVCache(model.config, 1, 8, dtype=torch.float32, device="cpu")
+    assert model(torch.tensor([[1, 2]]), torch.tensor([0]), cache).shape == (1, 1, 97)
+    for change, words in (
+        ({"layers.0.attention.wo.weight": None}, r"layers\.0\.attention\.wo"),
+        ({"norm.weight": torch.ones(5)}, r"norm\.weight needs shape \[32\]; found \[5\]"),
+        ({"layers.9.ffn_norm.weight": torch.ones(5)}, r"unexpected tensors: layers\.9"),
+        ({"layers.1.feed_forward.w2.weight": torch.ones(32, 47)}, r"layers\.1\.feed_forward\.w2"),
+    ):
+        changed = {n: t for n, t in {**state, **change}.items() if t is not None}
+        torch.save(changed, path)
+        torch_load.cache_clear()
+        with pytest.raises(UserError, match=words):
+            load_model(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    torch_load.cache_clear()
+    with pytest.raises(UserError, match=r"model\.pth is truncated"):
+        load_model(path)
+    with pytest.raises(UserError, match=r"does not exist"):
+        load_model(source / "absent.pth")

@@ -1,0 +1,259 @@
+"""The runtime: greedy text equals transformers', sampling follows its distribution, stopping, batches, streaming,
+compilation counts, and the real model's golden tokens."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import write_checkpoint
+
+import generate as runtime
+from errors import UserError
+from generate import Engine, Sampler, answer, generate, load
+
+GREEDY = Sampler(temperature=0.0)
+ORACLE = json.loads((Path(__file__).parent / "data/smollm2_135m_instruct.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny")
+    return directory, write_checkpoint(directory)
+
+
+def tiny_engine(tiny, **options):
+    return load(tiny[0] / "model.pth", device="cpu", precision="fp32", **{"sampler": GREEDY, **options})
+
+
+def never(row, token):
+    return False
+
+
+def reference_greedy(model, prompt, n):
+    ids = torch.tensor([prompt])
+    for _ in range(n):
+        ids = torch.cat((ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)), 1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def test_greedy_equals_transformers(tiny):
+    prompt = list(range(10, 30))
+    expected = reference_greedy(tiny[1], prompt, 30)
+    assert list(generate(tiny_engine(tiny), prompt, 30, is_stop=never)) == expected
+
+
+def test_ragged_batch_equals_single_rows(tiny, monkeypatch):
+    monkeypatch.setattr(runtime, "PREFILL_CHUNK", 8)
+    prompts = [list(range(5, 30)), [7, 8, 9], list(range(40, 52))]
+    llm = tiny_engine(tiny, batch_size=3, max_seq_length=60)
+    rows = list(zip(*generate(llm, prompts, 20, is_stop=never)))
+    for row, prompt in zip(rows, prompts):
+        assert list(row) == reference_greedy(tiny[1], prompt, 20)
+
+
+def test_rows_stop_each_on_their_own(tiny):
+    prompts = [[11, 12], [13, 14]]
+    llm = tiny_engine(tiny, batch_size=2)
+    free = list(generate(llm, prompts, 12, is_stop=never))
+    stop = free[4][0]
+    first = next(i for i, step in enumerate(free) if step[0] == stop)
+    steps = list(generate(llm, prompts, 12, is_stop=lambda row, token: row == 0 and token == stop))
+    assert [s[0] for s in steps[: first + 1]] == [s[0] for s in free[: first + 1]]
+    assert all(s[0] is None for s in steps[first + 1 :])
+    assert [s[1] for s in steps] == [s[1] for s in free]
+
+
+def test_default_stop_ids_end_generation(tiny):
+    llm = tiny_engine(tiny)
+    tokens = list(generate(llm, [20, 21, 22], 200, is_stop=never))
+    llm.tokenizer.stop_ids = frozenset({tokens[6]})
+    assert list(generate(llm, [20, 21, 22], 200)) == tokens[: tokens.index(tokens[6]) + 1]
+
+
+def test_generation_ends_when_the_cache_is_full(tiny):
+    llm = tiny_engine(tiny, max_seq_length=16)
+    tokens = list(generate(llm, list(range(10, 20)), 100, is_stop=never))
+    assert tokens == reference_greedy(tiny[1], list(range(10, 20)), 7)  # positions 10..15 are fed, one more is sampled
+
+
+def test_later_turns_reuse_the_cache(tiny):
+    llm = tiny_engine(tiny)
+    prompt = list(range(10, 40))
+    turn = list(generate(llm, prompt, 10, is_stop=never))
+    longer = [*prompt, *turn, 50, 51, 52]
+    again = list(generate(llm, longer, 10, is_stop=never, start=len(prompt) + 9))  # all but the last token was fed
+    assert again == reference_greedy(tiny[1], longer, 10)
+
+
+def test_stopping_early_leaves_a_usable_engine(tiny):
+    llm = tiny_engine(tiny)
+    for token in generate(llm, [5, 6, 7], 50, is_stop=never):
+        assert token >= 0
+        break
+    assert list(generate(llm, [8, 9], 5, is_stop=never)) == reference_greedy(tiny[1], [8, 9], 5)
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+def test_compiled_equals_eager_and_never_recompiles(tiny, prefill):
+    torch._dynamo.reset()
+    eager = tiny_engine(tiny, max_seq_length=64)
+    llm = tiny_engine(tiny, max_seq_length=64, compile=True, compile_prefill=prefill)
+    assert llm.compile_seconds > 0
+    torch._dynamo.utils.counters.clear()
+    for length in (1, 2, 3, 7, 16, 31, 50):
+        prompt = torch.randint(3, 259, (length,)).tolist()
+        assert list(generate(llm, prompt, 9, is_stop=never)) == list(generate(eager, prompt, 9, is_stop=never))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+def test_seed_repeats_a_run(tiny):
+    llm = tiny_engine(tiny, sampler=Sampler(temperature=1.5, top_k=None))
+    runs = []
+    for seed in (1, 1, 2):
+        llm.seed(seed)
+        runs.append(list(generate(llm, [5, 6], 30, is_stop=never)))
+    assert runs[0] == runs[1] != runs[2]
+
+
+def filtered(logits, sampler):
+    """Probabilities by the definitions of the filters, one at a time, in float64."""
+    probs = torch.softmax(logits.double() / sampler.temperature, -1)
+    if sampler.top_k:
+        probs[torch.argsort(-logits)[sampler.top_k :]] = 0
+        probs /= probs.sum()
+    if sampler.top_p:
+        order = torch.argsort(-probs)
+        before = probs[order].cumsum(0) - probs[order]
+        probs[order[before >= sampler.top_p]] = 0
+        probs /= probs.sum()
+    if sampler.min_p:
+        probs[probs < sampler.min_p * probs.max()] = 0
+    return probs / probs.sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": None},
+        {"top_k": 5},
+        {"top_k": None, "top_p": 0.7},
+        {"top_k": 8, "top_p": 0.8},
+        {"top_k": None, "min_p": 0.1},
+        {"top_k": 10, "top_p": 0.9, "min_p": 0.2, "temperature": 1.7},
+    ],
+)
+def test_sampling_follows_the_distribution(options):
+    sampler = Sampler(**{"temperature": 0.9, **options})
+    logits = torch.randn(40) * 2
+    n = 20000
+    history, pos = torch.zeros(n, 4, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+    drawn = (
+        sampler(logits.expand(n, -1).contiguous(), history, pos, torch.tensor([7, 0])).bincount(minlength=40).double()
+    )
+    expected = filtered(logits, sampler) * n
+    assert drawn[expected == 0].sum() == 0
+    big = expected > 5
+    chi2 = ((drawn - expected)[big] ** 2 / expected[big]).sum().item()
+    degrees = int(big.sum()) - 1
+    assert chi2 < degrees + 5 * (2 * degrees) ** 0.5  # five standard deviations
+
+
+def test_repetition_penalty():
+    logits = torch.tensor([[2.0, -1.0, 1.9, 0.5]])
+    history = torch.tensor([[0, 1, 2, 2]])  # position 2 and later are not known yet
+    sampler, rng = Sampler(temperature=0.0, repetition_penalty=2.0), torch.zeros(2, dtype=torch.int64)
+    assert sampler(logits, history, torch.tensor([1]), rng).item() == 2
+    assert sampler(logits, history, torch.tensor([2]), rng).item() == 0
+    both = torch.tensor([[-0.5, -0.1, -3.0, -0.3]])
+    assert (
+        sampler(both, history, torch.tensor([1]), rng).item() == 1
+    )  # -0.1 becomes -0.2: a penalty lowers negative ones
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": -2}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 2}])
+def test_sampler_refuses_nonsense(options):
+    with pytest.raises(UserError, match=f"{next(iter(options))} is .*; accepted"):
+        Sampler(**options)
+
+
+def test_bad_prompts(tiny):
+    llm = tiny_engine(tiny, max_seq_length=8)
+    for prompt, words in (
+        ([], "empty"),
+        ([9999], "token id 9999"),
+        (list(range(9)), "holds 8"),
+        ([[1], [2]], "batch_size"),
+    ):
+        with pytest.raises(UserError, match=words):
+            list(generate(llm, prompt, 4))
+
+
+def test_answers_stop_at_strings_and_stream_whole_characters(tiny):
+    llm = tiny_engine(tiny)
+    (whole,), _ = answer(llm, [[30, 31, 32]], 40)
+    pieces = []
+    (streamed,), measure = answer(llm, [[30, 31, 32]], 40, emit=pieces.append)
+    assert "".join(pieces) == streamed.text == whole.text
+    assert measure.new_tokens == len(streamed.tokens) == measure.steps + 1
+    stop = whole.text[5:8]
+    (cut,), _ = answer(llm, [[30, 31, 32]], 40, stop_strings=(stop,))
+    assert cut.text == whole.text[: whole.text.index(stop)]
+
+
+# --- the real model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2(request):
+    from conftest import SMOLLM2
+
+    device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    return load(SMOLLM2 / "model.pth", device=device, precision="fp32", sampler=GREEDY, max_seq_length=1088)
+
+
+on_devices = pytest.mark.parametrize("smollm2", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+
+
+@pytest.mark.real
+@on_devices
+@pytest.mark.parametrize("case", ORACLE["prompts"], ids=lambda case: case["prompt"][:16])
+def test_golden_tokens(smollm2, case):
+    prompt, expected = case["prompt_ids"], case["greedy_ids"]
+    assert smollm2.tokenizer.encode(case["prompt"]) == prompt
+    done = 0
+    while done < len(expected):  # a step whose margin is under 0.02 may differ: go on from the golden token
+        tokens = list(generate(smollm2, prompt + expected[:done], len(expected) - done, is_stop=never))
+        same = next((i for i, (a, b) in enumerate(zip(tokens, expected[done:])) if a != b), len(tokens))
+        done += same
+        assert done == len(expected) or case["margins"][done] < 0.02, (done, case["margins"][done])
+        done += 1
+    assert smollm2.tokenizer.decode(expected) == case["text"]
+
+
+@pytest.mark.real
+@on_devices
+@torch.inference_mode()
+def test_golden_nll(smollm2):
+    ids = torch.tensor([ORACLE["nll"]["token_ids"]], device=smollm2.device)
+    zero = torch.zeros(1, dtype=torch.int64, device=smollm2.device)
+    logits = smollm2.model(ids, zero, smollm2.cache, all_logits=True, context=ids.shape[1])
+    nll = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
+    assert nll == pytest.approx(ORACLE["nll"]["mean_nll"], abs=0.002)
+
+
+@pytest.mark.real
+def test_compiled_golden_tokens(smollm2_dir):
+    """The command's own path: compiled, fp32, through the first golden prompt."""
+    case = ORACLE["prompts"][5]
+    llm = load(
+        smollm2_dir / "model.pth", device="cpu", precision="fp32", sampler=GREEDY, max_seq_length=160, compile=True
+    )
+    assert list(generate(llm, case["prompt_ids"], 60, is_stop=never))[:55] == case["greedy_ids"][:55]
+
+
+def test_engine_without_a_tokenizer(tiny):
+    llm = Engine(tiny_engine(tiny).model, sampler=GREEDY, max_seq_length=32)
+    assert list(generate(llm, [5, 6], 4)) == reference_greedy(tiny[1], [5, 6], 4)
