@@ -401,12 +401,18 @@ def answer(
     stop_strings: tuple[str, ...] = (),
     emit: Callable[[str], None] | None = None,
     start: int = 0,
+    continues: bool = True,
     answers: list[Answer] | None = None,
 ) -> tuple[list[Answer], Measure]:
-    """Generate one answer a prompt, emitting row 0's text as it comes; `answers` lets the caller keep a partial one."""
+    """Generate one answer a prompt, emitting row 0's text as it comes; `answers` lets the caller keep a partial one.
+
+    continues: whether an answer goes on with its prompt's text, or is a text of its own, as in a chat.
+    """
     answers = [] if answers is None else answers
     stop_ids = llm.tokenizer.stop_ids
-    answers += [Answer(StreamDecoder(llm.tokenizer), StopStrings(stop_strings), stop_ids) for _ in prompts]
+    for prompt in prompts:
+        decoder = StreamDecoder(llm.tokenizer, prompt if continues else ())
+        answers.append(Answer(decoder, StopStrings(stop_strings), stop_ids))
     measure = Measure(prompt_tokens=sum(len(prompt) - start for prompt in prompts))
 
     def is_stop(row: int, token: int) -> bool:
@@ -452,7 +458,7 @@ def chat(llm: Engine, args: argparse.Namespace) -> None:
             messages.clear()
             continue
         messages.append({"role": "user", "content": text})
-        prompt = llm.tokenizer.encode(llm.tokenizer.render_chat(messages), bos=False)
+        prompt = llm.tokenizer.encode_chat(messages)
         room = llm.cache.length - len(prompt)
         if room < 1:
             messages.pop()
@@ -464,7 +470,8 @@ def chat(llm: Engine, args: argparse.Namespace) -> None:
         interrupted = False
         try:
             budget = min(args.max_new_tokens, room)
-            answer(llm, [prompt], budget, stop_strings=args.stop, emit=_emit, start=start, answers=answers)
+            options = {"stop_strings": tuple(args.stop), "emit": _emit, "start": start, "answers": answers}
+            answer(llm, [prompt], budget, continues=False, **options)
         except KeyboardInterrupt:
             interrupted = True
         reply = answers[0] if answers else None
@@ -540,8 +547,9 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int
     else:
         texts = [args.prompt] * args.batch_size
     if args.chat:
-        texts = [tokenizer.render_chat([{"role": "user", "content": text}]) for text in texts]
-    prompts = [tokenizer.encode(text, bos=not args.chat) for text in texts]
+        prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
+    else:
+        prompts = [tokenizer.encode(text) for text in texts]
     if not all(prompts):
         raise UserError("--prompt is empty; at least one token is needed")
     return prompts
@@ -608,7 +616,8 @@ def _samples(llm: Engine, prompts: list[list[int]], args: argparse.Namespace) ->
             print(llm.tokenizer.decode(prompts[0]), end="", flush=True)
         with profiling as profiler:
             emit = _emit if args.stream else None
-            answers, measure = answer(llm, prompts, args.max_new_tokens, stop_strings=tuple(args.stop), emit=emit)
+            options = {"stop_strings": tuple(args.stop), "emit": emit, "continues": not args.chat}
+            answers, measure = answer(llm, prompts, args.max_new_tokens, **options)
             llm.synchronize()
         if args.stream:
             print()
