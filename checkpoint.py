@@ -185,7 +185,7 @@ def _safetensors(path: Path) -> dict[str, Lazy]:
 
 @lru_cache(maxsize=2)  # a file in the old format cannot be mapped: then one shard is resident at a time
 def torch_load(path: Path) -> dict:
-    """A .pth, .pt or .bin file, memory-mapped where its format allows. Only tensors and plain containers are accepted."""
+    """A .pth, .pt or .bin file, memory-mapped where its format allows. Only tensors and containers are accepted."""
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
@@ -236,7 +236,7 @@ def _join(name: str, parts: list[Lazy], dim: int) -> Lazy:
 
 
 def _meta_config(params: dict, shapes: dict[str, tuple[int, ...]]) -> dict:
-    """config.json's terms for Meta's params.json or llama2.c's model_args; sizes it leaves out are read from tensors."""
+    """config.json's terms for Meta's params.json or llama2.c's model_args; tensors tell the sizes they leave out."""
     try:
         vocab_size, dim = shapes["tok_embeddings.weight"]
         config = {
@@ -390,7 +390,7 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
     _check(source, config, shapes)
     side_files = _side_files(directory, source)  # before the long work, since a vocabulary may be refused
     with new_state_dict(directory / "model.pth", {name: (shape, dtype) for name, shape in shapes.items()}) as target:
-        for name, tensor in tqdm(target.items(), desc="converting", unit="tensor"):
+        for name, tensor in tqdm(target.items(), desc="converting", unit="tensor", disable=None):
             value = _convert_tensor(source, config, name)
             if not value.isfinite().all():
                 raise UserError(f"{' + '.join(_sources(source, name))} holds NaN or infinite weights")
@@ -444,7 +444,8 @@ def _convert_tensor(source: Source, config: ModelConfig, name: str) -> Tensor:
     value = torch.cat([source.tensors[n].read() for n in _sources(source, name)])
     if name in source.halves:
         value = value.chunk(2)[source.halves[name][1]]
-    if source.interleaved or ".wqkv." not in name and not name.endswith(("q_norm.weight", "k_norm.weight")):
+    rotates = ".wqkv." in name or name.endswith(("q_norm.weight", "k_norm.weight"))
+    if source.interleaved or not rotates:
         return value
     # Hugging Face rotates (i, i + rotary/2); gpt-fast rotates (2i, 2i+1): reorder the rows of each query and key head.
     heads = config.n_head + config.n_local_heads if ".wqkv." in name else 1
@@ -474,7 +475,7 @@ def new_state_dict(path: Path, spec: dict[str, tuple[tuple[int, ...], torch.dtyp
     """Write a state dict larger than memory: yields its tensors, mapped from a temporary file, to be filled in place.
 
     spec: name -> (shape, dtype). On success the file takes its name at once; on any error nothing is left behind.
-    The result is an ordinary torch.save file. Raises UserError when the directory cannot be written or the disk is full.
+    The result is an ordinary torch.save file. Raises UserError when the disk is full or the directory not writable.
     """
     partial = path.with_name(path.name + ".tmp")
     try:

@@ -1,6 +1,7 @@
 """The architecture, and nothing else: ModelConfig (blueprint), Transformer (weights), KVCache (run state).
 
-Letters in shape comments: B batch, S new tokens, T cache length, H query heads, Hkv key/value heads, D head dim, C model dim.
+Letters in shape comments: B batch, S new tokens, T cache length, H query heads, Hkv key/value heads, D head dim,
+C model dim.
 """
 
 import math

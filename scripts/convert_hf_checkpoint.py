@@ -14,7 +14,7 @@ from model import BUILTIN
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints/SmolLM2-135M-Instruct"))
-    parser.add_argument("--model_name", choices=sorted(BUILTIN), help="for weights without a config.json: one of the built-in names")
+    parser.add_argument("--model_name", choices=sorted(BUILTIN), help="for weights without a config.json")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of the weights in model.pth")
     args = parser.parse_args()
     print(f"Saved {convert(args.checkpoint_dir, DTYPES[args.dtype], args.model_name)}", file=sys.stderr)
