@@ -21,7 +21,7 @@ from linear import GROUPS, Int4Linear, Linear, quantize_linear, quantizer
 from model import KVCache, ModelConfig, RMSNorm, Transformer, TransformerBlock
 from tokenizer import load_tokenizer
 
-CHUNK = 1 << 24  # weights quantised at a time: bounds the memory that the largest output layer takes
+CHUNK = 1 << 22  # weights quantised at a time: bounds the memory that the largest output layer takes
 SHORTEST = 32  # tokens of a calibration sequence
 
 
@@ -166,8 +166,8 @@ def quantize_block(
 
     def attention(x: Tensor) -> Tensor:
         B, S, _ = x.shape
-        start = torch.zeros(B, dtype=torch.int32, device=device)
-        return block.attention(x, block.attention_norm, start, caches[B, S], 0, S)
+        start, cache = torch.zeros(B, dtype=torch.int32, device=device), caches[B, S]
+        return block.attention(x, block.attention_norm, start, cache.k[0], cache.v[0], cache.rope, S)
 
     def feed_forward(x: Tensor) -> Tensor:
         return block.feed_forward(x, block.ffn_norm)
@@ -205,11 +205,10 @@ def input_hessian(activations: Iterable[Tensor], norm: RMSNorm, device: torch.de
 
 def task_documents(tasks: list[str], include_path: Path | None = None) -> Iterator[str]:
     """The text of each document of lm-eval tasks: what a model would read, and the answer it should give."""
-    from lm_eval.tasks import TaskManager, get_task_dict  # heavy, and of no use to the other modes
+    from lm_eval.tasks import TaskManager  # heavy, and of no use to the other modes
 
     try:
-        found = get_task_dict(tasks, TaskManager(include_path=include_path and str(include_path)))
-        for task in _leaves(found):
+        for task in TaskManager(include_path=include_path and str(include_path)).load(tasks)["tasks"].values():
             split = next(s for s in ("training", "validation", "test") if getattr(task, f"has_{s}_docs")())
             for doc in getattr(task, f"{split}_docs")():
                 target = task.doc_to_target(doc)
@@ -222,15 +221,6 @@ def task_documents(tasks: list[str], include_path: Path | None = None) -> Iterat
         raise UserError(
             f"cannot read calibration task {' '.join(tasks)} ({reason}); give a text with --calibration_file"
         ) from None
-
-
-def _leaves(tasks: dict) -> Iterator:
-    """Tasks of lm-eval's dict, whose groups are dicts again."""
-    for task in tasks.values():
-        if isinstance(task, dict):
-            yield from _leaves(task)
-        else:
-            yield task
 
 
 def calibration_sequences(
