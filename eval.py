@@ -1,0 +1,431 @@
+"""Accuracy: lm-eval's tasks on this repository's models, and perplexity of any text without lm-eval.
+
+python eval.py --checkpoint_path checkpoints/$MODEL_REPO/model.pth --compile --tasks hellaswag winogrande
+python eval.py --checkpoint_path checkpoints/$MODEL_REPO/model_int8.pth --perplexity
+"""
+
+import argparse
+import difflib
+import json
+import math
+import platform
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import kernels
+from checkpoint import DTYPES, load_model
+from errors import UserError, run_cli
+from generate import DEFAULT_CHECKPOINT, MAX_DEFAULT_CONTEXT, Engine, Sampler, generate, pick_device
+from model import KVCache, Transformer, TransformerBlock
+from tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.utils import make_table
+except ImportError:  # perplexity does without lm-eval; load_tasks says that it is missing
+    TemplateLM = None
+
+MAX_BATCH_TOKENS = 32768  # cache positions of a batch, all rows together: long texts make small batches
+MAX_LOGITS = 2**25  # fp32 logits held at a time, 128 MiB: long continuations are scored in slices
+MAX_SLICE = 512  # tokens a row and forward pass: bounds the score matrix of attention
+BUILTIN_CHARACTERS = 100_000  # of the built-in text: some 25,000 tokens
+TEXT_WINDOW = 2048  # the most tokens of context for a text's perplexity
+
+
+class LanguageModel(TemplateLM or object):
+    """A model and its tokenizer as lm-eval sees them, with the semantics of lm-eval's own `hf` backend.
+
+    Log-likelihoods are computed in batches sorted by length. Continuations of one context share its prefill: a batch's
+    distinct contexts are read once each, and their rows of the cache copied to the continuations.
+    max_length: the most tokens in an input, by default the model's context, up to MAX_DEFAULT_CONTEXT.
+    """
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, *, batch_size=16, max_length: int | None = None, compile=False
+    ):
+        super().__init__()
+        self.model, self.text_tokenizer = model, tokenizer  # lm-eval takes `tokenizer` for one of transformers'
+        self.batch_size, self.compile = batch_size, compile
+        self.max_length = max_length or min(model.config.block_size, MAX_DEFAULT_CONTEXT)
+        self._device, self._dtype = model.norm.weight.device, model.norm.weight.dtype
+        # Symbolic sizes: the graph of a block serves all layers and lengths, and all numbers of rows but one.
+        self._block = torch.compile(_block, fullgraph=True, dynamic=True) if compile else _block
+        self._traced: set[bool] = set()
+
+    @property
+    def eot_token_id(self) -> int:
+        """End of text: the configured eos_token, or else the first of the checkpoint's stop ids."""
+        known, name = self.text_tokenizer.backend.added, self.text_tokenizer.template_tokens.get("eos_token")
+        token = known.get(name, min(self.text_tokenizer.eos_ids, default=None))
+        if token is None:
+            raise UserError(f"{self.tokenizer_name}: eos_token is {name!r}; the name of an added token is needed")
+        return token
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text so that its first token can be predicted: BOS, or else end of text."""
+        bos = self.text_tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.text_tokenizer.name
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        return self.text_tokenizer.encode(string, bos=add_special_tokens is not False)
+
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+        text = self.text_tokenizer.render_chat(chat_history, add_generation_prompt)
+        if not add_generation_prompt:  # the last message is to be continued: drop what would end it
+            last = chat_history[-1]["content"].strip()
+            text = text[: text.rindex(last) + len(last)]
+        return text
+
+    # --- log-likelihoods ---
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+        return self.score([(context, continuation) for _, context, continuation in requests], not disable_tqdm)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        texts = [self.tok_encode(request.args[0]) for request in requests]
+        windows = [rolling_windows(tokens, self.prefix_token_id, self.max_length) for tokens in texts]
+        scores = iter(self.score([pair for text in windows for pair in text], not disable_tqdm))
+        return [sum(next(scores)[0] for _ in text) for text in windows]
+
+    def score(self, pairs: list[tuple[list[int], list[int]]], progress: bool = False) -> list[tuple[float, bool]]:
+        """For each (context, continuation) of token ids, the context not empty: the continuation's log-likelihood in
+        nats, and whether greedy decoding would give it. A pair of over max_length + 1 tokens loses some on the left.
+
+        Raises UserError for a continuation longer than max_length.
+        """
+        if (longest := max((len(target) for _, target in pairs), default=0)) > self.max_length:
+            raise UserError(f"a continuation has {longest} tokens, more than --max_seq_length {self.max_length}")
+        rows = [(tuple(context[-(self.max_length + 1 - len(target)) :]), tuple(target)) for context, target in pairs]
+        # Equal contexts side by side, longest first: memory peaks at once, and there is little padding.
+        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]), rows[i][0], -len(rows[i][1])))
+        order = [i for i in order if rows[i][1]]
+        longest = max((len(rows[i][0]) + len(rows[i][1]) for i in order), default=1)
+        size = max(1, min(self.batch_size, MAX_BATCH_TOKENS // longest))
+        results = [(0.0, True)] * len(rows)  # what an empty continuation gets
+        for a in tqdm(range(0, len(order), size), desc="log-likelihoods", unit="batch", disable=not progress):
+            batch = order[a : a + size]
+            for i, result in zip(batch, self._score_batch([rows[i] for i in batch])):
+                results[i] = result
+        return results
+
+    @torch.inference_mode()
+    def _score_batch(self, rows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[float, bool]]:
+        contexts = {context: row for row, context in enumerate(dict.fromkeys(context for context, _ in rows))}
+        length = max(8, *(len(context) + len(target) - 1 for context, target in rows))  # the last is never fed
+        cache = KVCache(self.model.config, len(contexts), length, dtype=self._dtype, device=self._device)
+        # A context's last token predicts the first that is scored, so it belongs to the continuation.
+        for _ in self._feed([context[:-1] for context in contexts], [0] * len(contexts), cache):
+            pass
+        if len(contexts) < len(rows):
+            source = torch.tensor([contexts[context] for context, _ in rows], device=self._device)
+            cache.k, cache.v = [k[source] for k in cache.k], [v[source] for v in cache.v]
+            cache.batch_size = len(rows)
+        targets = self._padded([target for _, target in rows])
+        step = max(1, MAX_LOGITS // (len(rows) * self.model.config.vocab_size))
+        logprobs, greedy = [], []
+        inputs, start = [(context[-1], *target[:-1]) for context, target in rows], [len(c) - 1 for c, _ in rows]
+        for a, x in self._feed(inputs, start, cache):
+            for part, target in zip(x.split(step, 1), targets[:, a : a + x.shape[1]].split(step, 1)):
+                logits = self.model.output(part, norm=self.model.norm, fp32=True)  # (B, step, V)
+                logprobs.append(logits.gather(-1, target[..., None])[..., 0] - logits.logsumexp(-1))
+                greedy.append(logits.argmax(-1) == target)
+        logprobs, greedy = torch.cat(logprobs, 1).cpu().double(), torch.cat(greedy, 1).cpu()  # (B, S)
+        lengths = [len(target) for _, target in rows]
+        return [(logprobs[row, :n].sum().item(), bool(greedy[row, :n].all())) for row, n in enumerate(lengths)]
+
+    def _feed(self, rows: list[tuple[int, ...]], start: list[int], cache: KVCache) -> Iterator[tuple[int, Tensor]]:
+        """Feed each row's tokens from its start position on, in slices: yields (offset, hidden states (B, s, C))."""
+        tokens, pos = self._padded(rows), torch.tensor(start, device=self._device)
+        # A few tokens would go to the kernels for decoding, and be graphs of their own.
+        least = max(2, 1 + kernels.MAX_ROWS // len(rows))
+        for a in range(0, tokens.shape[1], MAX_SLICE):
+            part = tokens[:, a : a + MAX_SLICE]
+            n = part.shape[1]
+            yield a, self._hidden(F.pad(part, (0, max(0, least - n))), pos + a, cache)[:, :n]
+
+    def _hidden(self, tokens: Tensor, pos: Tensor, cache: KVCache) -> Tensor:
+        """Transformer.forward up to the output layer, of which a slice at a time fits into memory: -> (B, S, C)."""
+        if self.compile and (single := len(tokens) == 1) not in self._traced:
+            # Sizes that are equal when a graph is traced are one symbol in it: trace with sizes that seldom are.
+            self._traced.add(single)
+            other = KVCache(self.model.config, 1 if single else 11, 37, dtype=self._dtype, device=self._device)
+            self._hidden(tokens.new_zeros(other.batch_size, 23), pos.new_zeros(other.batch_size), other)
+        x = self.model.tok_embeddings(tokens)
+        context = 0 if self.compile else cache.length  # a bound known to the host would be one more size
+        for layer, k, v in zip(self.model.layers, cache.k, cache.v):
+            x = self._block(layer, x, pos, k, v, cache.rope, context)
+        return x
+
+    def _padded(self, rows: list[tuple[int, ...]]) -> Tensor:
+        """Token ids (B, longest), shorter rows padded at their end."""
+        ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        return pad_sequence(ids, batch_first=True).to(self._device)
+
+    # --- generation ---
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        groups: dict[str, list[int]] = {}  # requests that sample and stop alike
+        for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+            groups.setdefault(json.dumps(requests[i].args[1], sort_keys=True), []).append(i)
+        results = [""] * len(requests)
+        with tqdm(total=len(requests), desc="generating", disable=disable_tqdm) as bar:
+            for group in groups.values():
+                texts = self._generate([prompts[i] for i in group], requests[group[0]].args[1])
+                for i, text in zip(group, texts):
+                    results[i] = text
+                    bar.update()
+        return results
+
+    def _generate(self, prompts: list[list[int]], options: dict) -> Iterator[str]:
+        """A text for each prompt, as lm-eval's generation_kwargs say. The longest prompt comes first."""
+        options = normalize_gen_kwargs(options)
+        end = self.text_tokenizer.decode([self.eot_token_id])
+        until = [string for string in handle_stop_sequences(options.pop("until", None), end) if string]
+        budget = options.pop("max_gen_toks")
+        if not 0 < budget < self.max_length:
+            raise UserError(f"max_gen_toks is {budget}; accepted: 1 to {self.max_length - 1} (--max_seq_length)")
+        options.pop("do_sample")  # the temperature says the same
+        known = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        if unknown := sorted(set(options) - set(known)):
+            raise UserError(f"generation_kwargs {', '.join(unknown)} are not supported; supported: {', '.join(known)}")
+        prompts = [prompt[-(self.max_length - budget) :] for prompt in prompts]
+        llm = Engine(
+            self.model,
+            self.text_tokenizer,
+            batch_size=min(self.batch_size, len(prompts)),
+            max_seq_length=len(prompts[0]) + budget,
+            sampler=Sampler(**{"top_k": None, **options}),
+            compile=self.compile,
+        )
+        for a in range(0, len(prompts), llm.batch_size):
+            yield from self._generate_batch(llm, prompts[a : a + llm.batch_size], until, budget)
+
+    def _generate_batch(self, llm: Engine, prompts: list[list[int]], until: list[str], budget: int) -> Iterator[str]:
+        ends = self.text_tokenizer.eos_ids or self.text_tokenizer.stop_ids
+        decoders = [StreamDecoder(self.text_tokenizer) for _ in prompts]  # of special tokens, too: tasks stop at some
+        texts, answers = [""] * len(prompts), [[] for _ in prompts]
+
+        def is_stop(row: int, token: int) -> bool:
+            if row >= len(prompts):
+                return True
+            answers[row].append(token)
+            texts[row] += decoders[row].put(token)
+            return token in ends or any(string in texts[row] for string in until)
+
+        idle = [[self.prefix_token_id]] * (llm.batch_size - len(prompts))
+        for _ in generate(llm, prompts + idle, budget, is_stop=is_stop):
+            pass
+        for answer in answers:
+            yield postprocess_generated_text(self.text_tokenizer.decode(answer, skip_special=True), until, None)
+
+
+def _block(layer: TransformerBlock, *args) -> Tensor:
+    return layer(*args)
+
+
+def rolling_windows(tokens: list[int], prefix: int, length: int) -> list[tuple[list[int], list[int]]]:
+    """Cut a text into (context, continuation) pairs that predict each token once, from at most `length` tokens.
+
+    lm-eval's convention (get_rolling_token_windows): the first window begins with the prefix token, the others with one
+    token of context, and the last reaches back so that it is as long as the others.
+    """
+    ends = [(a, min(a + length, len(tokens))) for a in range(0, len(tokens), length)]
+    return [(tokens[b - length - 1 : a] if a else [prefix], tokens[a:b]) for a, b in ends]
+
+
+# --- perplexity -------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: str | None) -> tuple[str, str]:
+    """A text and where it is from; without a path, what every Python brings: the start of its language reference."""
+    if path is None:
+        from pydoc_data.topics import topics  # half a megabyte that nothing else needs
+
+        text = "\n\n".join(topics[name] for name in sorted(topics))[:BUILTIN_CHARACTERS]
+        return text, f"built-in text (pydoc_data.topics of Python {platform.python_version()})"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as UTF-8 text: {error}") from None
+    if not text:
+        raise UserError(f"{path} is empty; a text of at least one token is needed")
+    return text, path
+
+
+def perplexity(lm: LanguageModel, text: str, *, window: int = TEXT_WINDOW, max_tokens: int | None = None) -> dict:
+    """Predict every token of a text, or its first max_tokens, from at most `window` tokens (and lm.max_length).
+
+    Returns tokens, bytes (of UTF-8), window (tokens), nll (nats, all tokens together), perplexity (per token) and
+    bits_per_byte, which can be compared between vocabularies.
+    """
+    tokens = lm.text_tokenizer.encode(text, bos=False, special=False)
+    if max_tokens and max_tokens < len(tokens):
+        tokens = tokens[:max_tokens]
+        text = lm.text_tokenizer.decode(tokens)
+    window = min(window, lm.max_length)
+    nll = -sum(logprob for logprob, _ in lm.score(rolling_windows(tokens, lm.prefix_token_id, window), progress=True))
+    if not math.isfinite(nll):
+        raise UserError(f"the text's negative log-likelihood is {nll}: the weights overflow or hold NaN")
+    size = len(text.encode())
+    result = {"tokens": len(tokens), "bytes": size, "window": window, "nll": nll}
+    return result | {"perplexity": math.exp(min(nll / len(tokens), 700)), "bits_per_byte": nll / math.log(2) / size}
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def load_tasks(names: list[str], include_path: Path | None = None) -> dict:
+    """lm-eval's tasks of these names (tasks, groups, tags, patterns), as lm_eval.evaluate takes them.
+
+    include_path: a directory of YAML files, whose tasks hide lm-eval's own of the same name. Data files that they name
+    are looked for beside them, and then, as lm-eval does, in the working directory.
+    Raises UserError for an unknown name, and for data that cannot be read or downloaded.
+    """
+    if TemplateLM is None:
+        raise UserError("--tasks needs lm-eval: pip install 'lm-eval>=0.4.13'; --perplexity does without")
+    if include_path and not include_path.is_dir():
+        raise UserError(f"--include_path {include_path} is not a directory")
+    from lm_eval.tasks import TaskManager  # brings datasets and pandas, for which perplexity need not wait
+
+    # Indexing lm-eval's own 15,000 tasks takes a quarter of a minute, so only where one of them is wanted.
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not set(names) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=include_path)
+    for name in names:
+        if not manager.match_tasks([name]):
+            close = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=5)) or "none"
+            raise UserError(f"--tasks: there is no task {name!r}; close names: {close}")
+    try:
+        if include_path:
+            _anchor_data_files(manager, include_path.resolve())
+        return manager.load([match for name in names for match in manager.match_tasks([name])])
+    except Exception as error:  # a task is YAML, code and data of others, and can raise anything
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"--tasks: cannot load {', '.join(names)}: {reason}") from error
+
+
+def _anchor_data_files(manager, root: Path) -> None:
+    """In the manager's index, make data files absolute that lie beside the YAML which names them."""
+    from lm_eval.tasks._yaml_loader import load_yaml  # the index holds functions unresolved
+
+    def absolute(files, folder: Path):
+        if isinstance(files, dict):
+            return {split: absolute(value, folder) for split, value in files.items()}
+        if isinstance(files, list):
+            return [absolute(value, folder) for value in files]
+        return str(folder / files) if (folder / files).exists() else files
+
+    for entry in manager.task_index.values():
+        options = (entry.cfg or {}).get("dataset_kwargs") or {}
+        if "data_files" in options and entry.yaml_path and root in entry.yaml_path.resolve().parents:
+            data_files = absolute(options["data_files"], entry.yaml_path.resolve().parent)
+            entry.cfg = {**load_yaml(entry.yaml_path), "dataset_kwargs": {**options, "data_files": data_files}}
+            entry.yaml_path = None  # so that the config in the index counts
+
+
+def evaluate(lm, tasks: dict, *, limit: int | None = None, num_fewshot: int | None = None, chat: bool = False) -> dict:
+    """Run a model of lm-eval's on tasks from load_tasks, with its chat template if asked; returns lm-eval's results."""
+    import lm_eval.evaluator  # brings transformers
+
+    random.seed(0)  # lm-eval's own seeds, for tasks that shuffle
+    np.random.seed(1234)  # noqa: NPY002
+    torch.manual_seed(1234)
+    for task in tasks["tasks"].values():
+        fixed = task.get_config("num_fewshot")
+        if fixed is None or (num_fewshot is not None and fixed != 0):  # a task that says 0 means it
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=1234)
+    return lm_eval.evaluator.evaluate(lm, tasks, limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure a checkpoint's accuracy: lm-eval tasks, or perplexity.")
+    parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
+    parser.add_argument("--tasks", nargs="+", default=[], help="lm-eval tasks, groups, tags or patterns")
+    parser.add_argument("--perplexity", nargs="?", const="", metavar="FILE", help="of a text file, or a built-in text")
+    parser.add_argument("--limit", type=_positive, help="documents of each task, or tokens of the text, to stop after")
+    parser.add_argument("--num_fewshot", type=int, help="examples in each prompt, for tasks that do not fix it")
+    parser.add_argument("--chat", action="store_true", help="put prompts in the model's chat template")
+    parser.add_argument("--include_path", type=Path, help="a directory of your own tasks' YAML files")
+    parser.add_argument("--max_seq_length", type=_positive, help="longest input in tokens; text is cut on the left")
+    parser.add_argument("--batch_size", type=_positive, default=16, help="rows at most; long texts make fewer")
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of activations and plain weights")
+    parser.add_argument("--quantize", metavar="KIND", help="quantise on load: int8, fp8, int4 or int4:GROUP")
+    parser.add_argument("--compile", action="store_true", help="compile the model")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON line, last")
+    parser.add_argument("--device", help="cpu, cuda, cuda:N, mps; by default a GPU where there is one")
+    args = parser.parse_args(argv)
+    if not args.tasks and args.perplexity is None:
+        args.tasks = ["hellaswag"]  # gpt-fast's default
+    return args
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    # Texts and tasks first: what is wrong with them shows before a large model is read.
+    text, source = ("", None) if args.perplexity is None else read_text(args.perplexity or None)
+    tasks = load_tasks(args.tasks, args.include_path) if args.tasks else None
+    model = load_model(args.checkpoint_path, device=device, dtype=DTYPES[args.precision], quantize=args.quantize)
+    tokenizer, context = load_tokenizer(args.checkpoint_path.parent), model.config.block_size
+    if args.max_seq_length and args.max_seq_length > context:
+        raise UserError(f"--max_seq_length {args.max_seq_length} exceeds the model's context of {context} tokens")
+    lm = LanguageModel(
+        model, tokenizer, batch_size=args.batch_size, max_length=args.max_seq_length, compile=args.compile
+    )
+    report = {"checkpoint": str(args.checkpoint_path), "device": str(device), "precision": args.precision}
+    report["quantize"] = args.quantize
+    start = time.perf_counter()
+    try:
+        if source:
+            window = args.max_seq_length or TEXT_WINDOW
+            measures = perplexity(lm, text, window=window, max_tokens=args.limit)
+            report["perplexity"] = {"text": source, **measures}
+            print(
+                f"{source}: {measures['tokens']} tokens in windows of {measures['window']}, {measures['bytes']} bytes"
+            )
+            print(
+                f"NLL: {measures['nll']:.2f} nats, perplexity: {measures['perplexity']:.4f}, "
+                f"bits per byte: {measures['bits_per_byte']:.4f}"
+            )
+        if tasks:
+            results = evaluate(lm, tasks, limit=args.limit, num_fewshot=args.num_fewshot, chat=args.chat)
+            report |= {key: results[key] for key in ("results", "groups", "n-samples") if results.get(key)}
+            print(make_table(results))
+            if results.get("groups"):
+                print(make_table(results, "groups"))
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory on {device}; lower --batch_size or --max_seq_length") from None
+    print(f"Time to run eval: {time.perf_counter() - start:.02f} seconds", file=sys.stderr)
+    if args.json:
+        print(json.dumps(report, default=float))
+
+
+if __name__ == "__main__":
+    run_cli(main)
