@@ -1,0 +1,232 @@
+"""The real commands: text, measures, chat, and one clear line with exit status 2 for whatever a user gets wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPO
+from tiny import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(directory)
+    return directory
+
+
+def run_args(directory):
+    return ["--checkpoint_path", directory / "model.pth", "--device", "cpu", "--precision", "fp32"]
+
+
+def test_generate_prints_text_and_measures(cli, tiny):
+    args = [*run_args(tiny), "--prompt", "Hello", "--max_new_tokens", "20", "--num_samples", "2", "--json"]
+    result = cli("generate.py", *args, "--temperature", "0")
+    assert result.status == 0, result.stderr
+    *text, line = result.stdout.splitlines()
+    assert "\n".join(text).startswith("Hello")
+    measures = json.loads(line)
+    assert measures["new_tokens"] == measures["steps"] + 1 <= 20
+    assert measures["weight_bytes_per_step"] == 4 * sum(
+        t.numel() for name, t in torch.load(tiny / "model.pth").items() if name != "tok_embeddings.weight"
+    )
+    expected = measures["bytes_per_second"] / measures["read_bandwidth"]
+    assert measures["bandwidth_fraction"] == pytest.approx(expected)
+    for words in ("Average tokens/sec: ", "Memory used: ", "Bandwidth achieved: ", "Time to first token: "):
+        assert words in result.stderr
+    again = cli("generate.py", *args, "--temperature", "0", "--stream")
+    assert again.stdout.splitlines()[:-1] == text
+
+
+def test_prompt_file_chat_and_synthetic_prompts(cli, tiny, tmp_path):
+    (tmp_path / "prompts.txt").write_text("One\n\nTwo and more\nThree, naïve 😀\n", encoding="utf-8")
+    args = [*run_args(tiny), "--max_new_tokens", "5", "--temperature", "0"]
+    result = cli("generate.py", *args, "--prompt_file", tmp_path / "prompts.txt")
+    assert result.status == 0, result.stderr
+    for start in ("One", "Two and more", "Three, naïve 😀"):
+        assert f"\n{start}" in f"\n{result.stdout}"
+    assert "Batch Size: 3" in result.stderr
+    chat = cli("generate.py", *args, "--prompt", "Hi", "--chat")
+    assert chat.stdout.startswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    synthetic = cli("generate.py", *args, "--prompt", "7", "--batch_size", "2", "--json")
+    assert json.loads(synthetic.stdout.splitlines()[-1])["prompt_tokens"] == 14
+
+
+def test_profile_writes_a_trace(cli, tiny, tmp_path):
+    args = [*run_args(tiny), "--max_new_tokens", "3", "--profile", tmp_path / "trace"]
+    assert cli("generate.py", *args).status == 0
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_interactive_chat(cli, tiny):
+    args = [*run_args(tiny), "--interactive", "--max_new_tokens", "8", "--max_seq_length", "120", "--temperature", "0"]
+    result = cli("generate.py", *args, stdin="Hi\n\nAgain, please\n/clear\nHi\n" + "x" * 200 + "\n")
+    assert result.status == 0, result.stderr
+    replies = result.stdout.split("> ")[1:]
+    assert replies[0] == replies[4] or replies[0] == replies[3]  # the conversation began anew, with the same answer
+    assert "the context is full: " in result.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_ends_an_answer_not_the_chat(tiny):
+    command = [sys.executable, REPO / "generate.py", *run_args(tiny), "--interactive", "--max_new_tokens", "100000"]
+    command += ["--temperature", "0"]
+    # An answer long enough to be interrupted: nothing stops it but the signal.
+    directory = tiny.parent / "endless"
+    shutil.copytree(tiny, directory, dirs_exist_ok=True)
+    config = json.loads((directory / "config.json").read_text()) | {"max_position_embeddings": 60000}
+    (directory / "config.json").write_text(json.dumps(config))
+    command[command.index(tiny / "model.pth")] = directory / "model.pth"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [*map(str, command), "--max_seq_length", "50000"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+    )  # fmt: skip
+    process.stdin.write("Tell me everything\n")
+    process.stdin.flush()
+    assert process.stdout.read(2) == "> "
+    process.stdout.read(3)  # the answer has begun
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate("/clear\n", timeout=60)
+    assert process.returncode == 0, err
+    assert "[interrupted]" in out and out.rstrip().endswith(">"), out[-200:]
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def damaged(tiny, tmp_path, change):
+    """A copy of the checkpoint with one thing wrong."""
+    directory = tmp_path / "damaged"
+    shutil.copytree(tiny, directory)
+    change(directory)
+    return ["--checkpoint_path", directory / "model.pth", "--device", "cpu"]
+
+
+def truncate(path, part=0.6):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
+
+
+def edit_state(path, change):
+    state = torch.load(path)
+    change(state)
+    torch.save(state, path)
+
+
+FLAGS = {
+    "no such checkpoint": (["--checkpoint_path", "/absent/model.pth"], r"/absent/model\.pth does not exist"),
+    "a directory as checkpoint": (["--checkpoint_path", "/tmp"], r"/tmp"),
+    "unknown device": (["--device", "tpu9"], r"tpu9"),
+    "absent GPU": (["--device", "cuda:99"], r"cuda:99"),
+    "unknown precision": (["--precision", "fp8"], r"invalid choice: 'fp8'"),
+    "negative temperature": (["--temperature", "-1"], r"temperature is -1\.0; accepted"),
+    "negative top_k": (["--top_k", "-5"], r"top_k is -5; accepted"),
+    "top_p over one": (["--top_p", "1.5"], r"top_p is 1\.5; accepted"),
+    "min_p over one": (["--min_p", "7"], r"min_p is 7\.0; accepted"),
+    "zero repetition penalty": (["--repetition_penalty", "0"], r"repetition_penalty is 0\.0"),
+    "no new tokens": (["--max_new_tokens", "0"], r"'0' is not a positive integer"),
+    "no samples": (["--num_samples", "-1"], r"num_samples"),
+    "empty batch": (["--batch_size", "0"], r"'0' is not a positive integer"),
+    "empty prompt": (["--prompt", ""], r"prompt is empty"),
+    "synthetic prompt of nothing": (["--prompt", "0"], r"empty prompt"),
+    "empty stop string": (["--stop", ""], r"--stop is empty"),
+    "prompt longer than the cache": (["--prompt", "30", "--max_seq_length", "20"], r"has 30 tokens.*20 tokens"),
+    "prompt longer than the context": (["--prompt", "999"], r"has 999 tokens.*256 tokens"),
+    "cache longer than the context": (["--max_seq_length", "300"], r"300 exceeds the model's context of 256"),
+    "no such prompt file": (["--prompt_file", "/absent.txt"], r"cannot read --prompt_file /absent\.txt"),
+    "unknown quantisation": (["--quantize", "int3"], r"int3"),
+    "group that is none": (["--quantize", "int4:33"], r"33"),
+    "unknown flag": (["--fast"], r"unrecognized arguments: --fast"),
+}
+DAMAGES = {
+    "truncated weights": (lambda d: truncate(d / "model.pth"), r"model\.pth is truncated"),
+    "weights that are text": (lambda d: (d / "model.pth").write_text("hello"), r"model\.pth is truncated or not"),
+    "missing tensor": (lambda d: edit_state(d / "model.pth", lambda s: s.pop("norm.weight")), r"norm\.weight"),
+    "unexpected tensor": (
+        lambda d: edit_state(d / "model.pth", lambda s: s.update({"extra.weight": torch.ones(1)})),
+        r"unexpected tensors: extra\.weight",
+    ),
+    "wrong shape": (
+        lambda d: edit_state(d / "model.pth", lambda s: s.update({"layers.0.attention.wo.weight": torch.ones(3, 64)})),
+        r"layers\.0\.attention\.wo",
+    ),
+    "no config": (lambda d: (d / "config.json").unlink(), r"model name 'damaged' is not supported; supported: 13B"),
+    "malformed config": (lambda d: truncate(d / "config.json"), r"config\.json is not valid JSON"),
+    "config that is a list": (lambda d: (d / "config.json").write_text("[]"), r"config\.json holds a list"),
+    "unknown model_type": (lambda d: edit_json(d / "config.json", model_type="rwkv"), r"model_type 'rwkv'"),
+    "unknown rope_type": (
+        lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "mrope"}),
+        r"rope_type 'mrope' is not supported; supported: default",
+    ),
+    "unknown activation": (lambda d: edit_json(d / "config.json", hidden_act="relu2"), r"hidden_act 'relu2'"),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), r"tokenizer"),
+    "malformed tokenizer": (lambda d: truncate(d / "tokenizer.json"), r"tokenizer\.json"),
+}
+
+
+def assert_one_line(result, words):
+    assert result.status == 2, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert "error: " in last
+    import re
+
+    assert re.search(words, last), last
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_bad_flags(cli, tiny, case):
+    flags, words = FLAGS[case]
+    assert_one_line(cli("generate.py", *run_args(tiny), *flags), words)
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_checkpoints(cli, tiny, tmp_path, case):
+    change, words = DAMAGES[case]
+    assert_one_line(cli("generate.py", *damaged(tiny, tmp_path, change)), words)
+
+
+def test_chat_without_a_template(cli, tiny, tmp_path):
+    def forget_chat(directory):
+        edit_json(directory / "tokenizer_config.json", chat_template=None)
+        text = (directory / "tokenizer.json").read_text().replace("<|im_start|>", "<|other|>")
+        (directory / "tokenizer.json").write_text(text)
+
+    flags = damaged(tiny, tmp_path, forget_chat)
+    assert_one_line(cli("generate.py", *flags, "--chat"), r"has no chat template")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, r"holds no weights to convert; accepted: \*\.safetensors"),
+        ({"model.safetensors": b"junk"}, r"model\.safetensors is truncated"),
+        ({"a.gguf": b"GGUF\x03\x00\x00\x00"}, r"a\.gguf is truncated or not a GGUF file"),
+        ({"a.gguf": b"", "b.gguf": b""}, r"holds several models: a\.gguf, b\.gguf; keep one"),
+        ({"stories1M.pt": b"\x80\x02"}, r"stories1M\.pt is truncated"),
+        ({"consolidated.00.pth": b"junk"}, r"cannot read .*params\.json"),
+    ],
+)
+def test_bad_conversions(cli, tmp_path, files, words):
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | _SIZES))
+    assert_one_line(cli("scripts/convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path), words)
+    assert not list(tmp_path.glob("model.pth*"))
+
+
+_SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 97,
+}
