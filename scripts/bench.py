@@ -1,0 +1,255 @@
+"""Measure whole generations against the device's read bandwidth: a table, JSON, and a plot of speed against the limit.
+
+    python scripts/bench.py                                        # the shapes and modes of the README's table
+    python scripts/bench.py --models 7B --modes bf16 int4 --rows 1 8 16
+    python scripts/bench.py --checkpoint_path checkpoints/$MODEL_REPO/model_int8.pth
+
+Shapes are filled with random weights. Each figure is the median of --runs generations of --max_new_tokens tokens after
+a prompt of --prompt_length, prefill included. Fraction: bytes of the weights but the embedding, times tokens per
+second, over the read bandwidth measured in the same run.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
+import kernels
+from checkpoint import DTYPES, load_model
+from errors import UserError, run_cli
+from generate import Engine, Sampler, generate, pick_device, weight_bytes
+from linear import GROUPS, Linear, linear_from_tensors
+from model import BUILTIN, KVCache, ModelConfig, Transformer
+
+MODELS = ("7B", "Llama-3.1-8B", "Llama-3.2-1B")
+MODES = ("bf16", "int8", "fp8", "int4")
+
+
+def random_tensors(mode: str, N: int, K: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A random linear layer's tensors as on disk, of about the scale that keeps activations near one."""
+    kind, _, group = mode.partition(":")
+    deviation = K**-0.5
+    if kind == "int4":
+        groups = -(-K // int(group or 32))
+        packed = torch.randint(0, 256, (N, groups * int(group or 32) // 2), dtype=torch.uint8, device=device)
+        scales = torch.full((N, groups), deviation / 4, dtype=torch.bfloat16, device=device)
+        return {"weight": packed, "scales": scales, "zeros": torch.zeros_like(scales)}
+    if kind == "int8":
+        weight = torch.randint(-128, 128, (N, K), dtype=torch.int8, device=device)
+        return {"weight": weight, "scales": torch.full((N,), deviation / 64, dtype=torch.bfloat16, device=device)}
+    weight = torch.randn(N, K, dtype=dtype, device=device)
+    if kind == "fp8":
+        scales = torch.full((N,), deviation, dtype=torch.bfloat16, device=device)
+        return {"weight": weight.to(torch.float8_e4m3fn), "scales": scales}
+    return {"weight": weight * deviation}
+
+
+def random_model(config: ModelConfig, mode: str, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """A model of the shape with random weights in `mode`: "bf16" (any full precision), int8, fp8, int4, int4:GROUP."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear):
+            if name == "output" and config.tied and mode == "bf16":
+                continue
+            tensors = random_tensors(mode, module.out_features, module.in_features, device, dtype)
+            layer = linear_from_tensors(module.in_features, module.out_features, tensors, name)
+            layer.pack(dtype)
+            model.set_submodule(name, layer)
+        elif name == "tok_embeddings":
+            module.weight = torch.nn.Parameter(
+                torch.randn(module.weight.shape, dtype=dtype, device=device) * config.dim**-0.5, requires_grad=False
+            )
+        elif getattr(module, "weight", None) is not None:
+            ones = torch.ones(module.weight.shape, dtype=dtype, device=device)
+            module.weight = torch.nn.Parameter(ones, requires_grad=False)
+    if config.tied and mode == "bf16":
+        model.output.weight = model.tok_embeddings.weight
+    return model.eval()
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    model: str
+    mode: str
+    tokens_per_second: float
+    spread: tuple[float, float]
+    gigabytes_per_second: float
+    fraction: float
+    weight_gigabytes: float
+    prefill_ms: float
+    step_ms: float
+    compile_seconds: float
+    first_token_seconds: float
+    memory_gigabytes: float
+    step_ms_by_rows: dict[int, float]
+
+
+def measure(name: str, mode: str, model: Transformer, args: argparse.Namespace, bandwidth: float) -> Row:
+    device = model.norm.weight.device
+    start = time.perf_counter()
+    length = args.prompt_length + args.max_new_tokens
+    sampler = Sampler(temperature=args.temperature, top_k=args.top_k or None)
+    llm = Engine(model, max_seq_length=length, sampler=sampler, compile=True)
+    prompt = torch.randint(0, min(1024, model.config.vocab_size), (args.prompt_length,)).tolist()
+    next(generate(llm, prompt, 2, is_stop=lambda row, token: False))
+    first = time.perf_counter() - start
+    rates, prefills = [], []
+    for _ in range(args.runs + 1):  # the first warms up
+        llm.synchronize()
+        begin = time.perf_counter()
+        for count, _ in enumerate(generate(llm, prompt, args.max_new_tokens, is_stop=lambda row, token: False), 1):
+            if count == 1:
+                prefills.append(time.perf_counter() - begin)
+        rates.append(count / (time.perf_counter() - begin))
+    rates, prefills = rates[1:], prefills[1:]
+    rate, prefill = statistics.median(rates), statistics.median(prefills)
+    weights = weight_bytes(model)
+    return Row(
+        model=name,
+        mode=mode,
+        tokens_per_second=rate,
+        spread=(min(rates), max(rates)),
+        gigabytes_per_second=weights * rate / 1e9,
+        fraction=weights * rate / bandwidth,
+        weight_gigabytes=weights / 1e9,
+        prefill_ms=prefill * 1e3,
+        step_ms=(args.max_new_tokens / rate - prefill) / (args.max_new_tokens - 1) * 1e3,
+        compile_seconds=llm.compile_seconds,
+        first_token_seconds=first,
+        memory_gigabytes=torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else 0.0,
+        step_ms_by_rows={rows: step_time(model, rows, length) * 1e3 for rows in args.rows},
+    )
+
+
+@torch.inference_mode()
+def step_time(model: Transformer, rows: int, length: int) -> float:
+    """Seconds of one forward pass of `rows` tokens of one sequence, all logits wanted, as a verification makes it."""
+    weight = model.norm.weight
+    cache = KVCache(model.config, 1, length, dtype=weight.dtype, device=weight.device)
+    tokens = torch.ones(1, rows, dtype=torch.int64, device=weight.device)
+    pos = torch.full((1,), length // 2, dtype=torch.int64, device=weight.device)
+
+    def step() -> None:
+        model(tokens, pos, cache, all_logits=True)
+
+    step()
+    if weight.device.type != "cuda":
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+    for mark in marks:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) / 1e3
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| model | weights | tok/s (min-max) | GB/s | of read bandwidth | step ms | prefill ms | first token s | GB |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        lines.append(
+            f"| {r.model} | {r.mode} {r.weight_gigabytes:.2f} GB | {r.tokens_per_second:.1f} "
+            f"({r.spread[0]:.1f}-{r.spread[1]:.1f}) | {r.gigabytes_per_second:.0f} | {r.fraction:.3f} | "
+            f"{r.step_ms:.3f} | {r.prefill_ms:.1f} | {r.first_token_seconds:.1f} | {r.memory_gigabytes:.1f} |"
+        )
+        if r.step_ms_by_rows:
+            times = ", ".join(f"{n}: {ms:.3f}" for n, ms in r.step_ms_by_rows.items())
+            lines.append(f"|  | step ms by rows | {times} |||||||")
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
+    try:
+        import matplotlib.pyplot as plt  # optional: only the plot needs it
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+
+    figure, axes = plt.subplots(figsize=(1 + len(rows), 4))
+    names = [f"{r.model}\n{r.mode}" for r in rows]
+    axes.bar(names, [bandwidth / r.weight_gigabytes / 1e9 for r in rows], color="lightgray", label="limit")
+    axes.bar(names, [r.tokens_per_second for r in rows], width=0.5, label="measured")
+    axes.set_ylabel("tokens/s, batch 1")
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help=f"of {', '.join(BUILTIN)}")
+    parser.add_argument("--modes", nargs="+", default=MODES, metavar="MODE", help="bf16, int8, fp8, int4, int4:GROUP")
+    parser.add_argument("--checkpoint_path", type=Path, help="measure this model instead of random shapes")
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--prompt_length", type=int, default=5)
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top_k", type=int, default=200)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--rows", type=int, nargs="*", default=[], help="also time a step with so many rows")
+    parser.add_argument("--device")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, and what they were measured on")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speed against the limit (needs matplotlib)")
+    args = parser.parse_args()
+    known = {*MODES, *(f"int4:{group}" for group in GROUPS)}
+    if unknown := [mode for mode in args.modes if mode not in known]:
+        raise UserError(f"mode {unknown[0]!r} is not known; accepted: {', '.join(sorted(known))}")
+    if args.runs < 1 or args.max_new_tokens < 2 or args.prompt_length < 1:
+        raise UserError("--runs and --prompt_length must be at least 1, --max_new_tokens at least 2")
+    device, dtype = pick_device(args.device), DTYPES[args.precision]
+    configs = {name: ModelConfig.from_name(name) for name in args.models}
+    bandwidth = kernels.read_bandwidth(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}: reads {bandwidth / 1e9:.1f} GB/s")
+    rows: list[Row] = []
+    if args.checkpoint_path:
+        model = load_model(args.checkpoint_path, device=device, dtype=dtype)
+        rows.append(measure(args.checkpoint_path.parent.name, args.checkpoint_path.stem, model, args, bandwidth))
+    for shape, config in () if args.checkpoint_path else configs.items():
+        for mode in args.modes:
+            model = random_model(config, mode, device, dtype)
+            rows.append(measure(shape, mode, model, args, bandwidth))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            del model
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+    print(table(rows))
+    if args.json:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        about = {
+            "device": name,
+            "torch": torch.__version__,
+            "commit": commit,
+            "command": " ".join(sys.argv),
+            "read_bandwidth": bandwidth,
+        }
+        args.json.write_text(json.dumps(about | {"rows": [vars(row) for row in rows]}, indent=1) + "\n")
+    if args.plot:
+        plot(rows, bandwidth, args.plot)
+
+
+if __name__ == "__main__":
+    run_cli(main)
