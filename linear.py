@@ -114,7 +114,7 @@ class Int8Linear(Linear):
         return {"weight": q.to(torch.int8), "scales": scales.bfloat16()}
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        return self.weight.to(dtype) * self.scales.to(dtype)[:, None]
+        return (self.weight.to(dtype) * self.scales[:, None]).to(dtype)  # fp16 alone would not hold small scales
 
     def matmul(self, x: Tensor) -> Tensor:
         # PyTorch's CPU kernel reads past the end of rows that are not a multiple of its vectors.
@@ -137,7 +137,7 @@ class FP8Linear(Linear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         weight = self.weight.to(dtype)
-        return weight if self.scales is None else weight * self.scales.to(dtype)[:, None]
+        return weight if self.scales is None else (weight * self.scales[:, None]).to(dtype)
 
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().pack(dtype)
@@ -183,8 +183,7 @@ class Int4Linear(Linear):
         if weight.dtype is torch.int32:
             weight, scales, zeros = kernels.unpack_int4(weight, scales)
         offsets = _nibbles(weight).to(dtype).unflatten(1, (scales.shape[1], -1)) - 8
-        # addcmul rounds once
-        matrix = torch.addcmul(zeros.to(dtype)[..., None], offsets, scales.to(dtype)[..., None])
+        matrix = torch.addcmul(zeros[..., None], offsets, scales[..., None]).to(dtype)  # one rounding, not two
         return matrix.flatten(1)[:, : self.in_features]
 
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -264,5 +263,7 @@ def _rows(x: Tensor) -> int:
 
 
 def _half_is_slow(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether fp32 multiplies faster than `dtype`: half precision on a CPU without AVX-512 or better."""
-    return device.type == "cpu" and dtype.itemsize == 2 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether fp32 multiplies faster than `dtype`: half precision on an x86 CPU without AVX-512."""
+    if device.type != "cpu" or dtype.itemsize != 2 or not torch.backends.mkldnn.is_available():
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -67,6 +67,14 @@ def test_matmul_is_dequantise_then_matmul(mode, dtype, N, K):
             assert relative(y, x.double() @ plain.t()) < (1e-2 if dtype is torch.bfloat16 else 1e-5), (packed, rows)
 
 
+@pytest.mark.parametrize("mode", KINDS)
+def test_fp16_holds_what_small_scales_make(mode):
+    weight = torch.randn(8, 64) * 1e-3
+    layer = linear_from_tensors(64, 8, quantizer(mode)(weight))
+    assert relative(layer.dequantized(torch.float16), layer.dequantized(torch.float64)) < 2e-3
+    assert layer.dequantized(torch.float16).dtype is torch.float16
+
+
 @pytest.mark.parametrize("mode", ["int8", "int4:32"])
 def test_fast_cpu_operators_are_used_in_bf16(mode, monkeypatch):
     _, layer = make(mode, 32, 64)

@@ -255,7 +255,7 @@ def test_a_read_only_directory(folder, capsys):
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """Half a gigabyte of weights, half of it in one tensor, and less memory than that beyond an idle start."""
+    """Memory that is neither the source's nor the target's pages: less than the file, half of which is one tensor."""
     folder = tmp_path / "large"
     folder.mkdir()
     config = '{"model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8,'
@@ -264,17 +264,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     with new_state_dict(folder / "model.pth", {n: (s, torch.bfloat16) for n, s in shapes.items()}):
         pass  # zeros
     size = (folder / "model.pth").stat().st_size
-    peaks = []
-    for args in (["--help"], ["--mode", "int4"]):
-        process = command(folder, *args, stdout=subprocess.DEVNULL)
-        peak = 0
-        while process.poll() is None:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
-            time.sleep(0.01)
-        assert process.returncode == 0, process.stderr.read()
-        peaks.append(peak * 1024)
-    assert size > 500e6 and peaks[1] - peaks[0] < 250e6, peaks
+    process = command(folder, "--mode", "int4", stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
+        time.sleep(0.01)
+    assert process.returncode == 0, process.stderr.read()
+    assert size > 550e6 and peak * 1024 < 450e6, peak  # PyTorch takes 170 MB at rest
 
 
 def test_the_generic_basis_is_the_same_function(folder, tmp_path):
