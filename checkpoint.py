@@ -25,6 +25,7 @@ from errors import UserError
 from linear import Linear, linear_from_tensors, quantize_linear
 from model import BUILTIN, ModelConfig, Transformer, llama3_scaling, rope_table
 from tokenizer import gguf_tokenizer_files
+from tp import TensorParallel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -513,10 +514,12 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     quantize: str | None = None,
     config: ModelConfig | None = None,
+    tp: TensorParallel | None = None,
 ) -> Transformer:
     """Load a model*.pth of any kind (told from its tensors), ready to run on `device` with activations of `dtype`.
 
     quantize: "int8", "int4", "int4:64", "fp8", ... to quantise a full-precision checkpoint on the way.
+    tp: read and load this rank's part only.
     Raises UserError for a missing or damaged file and for missing, unexpected or wrongly shaped tensors.
     """
     path = Path(path)
@@ -524,20 +527,21 @@ def load_model(
         raise UserError(f"{path} does not exist; scripts/prepare.sh makes it")
     config = config or read_config(path.parent)
     with torch.device("meta"):
-        model = Transformer(config)
+        whole, model = Transformer(config), Transformer(config, tp)
     state = dict(torch_load(path))
     tied = config.tied and not any(name.startswith("output.") for name in state)
-    for prefix, module in list(model.named_modules()):
+    for prefix, module in whole.named_modules():
         own = {name: state.pop(f"{prefix}.{name}") for name in _own(state, prefix)}
         if isinstance(module, Linear) and not (tied and prefix == "output"):
             if quantize:
                 own = quantize_linear(quantize, own, prefix)
+            linear_from_tensors(module.in_features, module.out_features, own, prefix)  # raises what is wrong with them
             own = {
                 k: v.to(device, dtype if v.dtype in DTYPES.values() and k in ("weight", "bias") else None)
-                for k, v in own.items()
+                for k, v in model.tp.shard(prefix, own, config).items()
             }
-            new = linear_from_tensors(module.in_features, module.out_features, own, prefix)
-            model.set_submodule(prefix, new)
+            part = model.get_submodule(prefix)
+            model.set_submodule(prefix, linear_from_tensors(part.in_features, part.out_features, own, prefix))
         else:
             for name, parameter in module.named_parameters(recurse=False):
                 if prefix == "output" and tied:
@@ -546,7 +550,8 @@ def load_model(
                 if value is None or value.shape != parameter.shape:
                     found = "nothing" if value is None else list(value.shape)
                     raise UserError(f"{path}: {prefix}.{name} needs shape {list(parameter.shape)}; found {found}")
-                setattr(module, name, torch.nn.Parameter(value.to(device, dtype), requires_grad=False))
+                value = model.tp.shard(prefix, {name: value}, config)[name].to(device, dtype)
+                setattr(model.get_submodule(prefix), name, torch.nn.Parameter(value, requires_grad=False))
     if state:
         raise UserError(f"{path}: unexpected tensors: {_abridged(sorted(state))}")
     if tied:

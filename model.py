@@ -15,6 +15,7 @@ from torch import Tensor
 import kernels
 from errors import UserError
 from linear import Linear, gated
+from tp import TensorParallel
 
 # What a family fixes beyond what its config.json says. A dense Llama-like family is one line here.
 FAMILIES: dict[str, dict] = {
@@ -204,10 +205,11 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions over a static cache."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel):
         super().__init__()
-        H, Hkv, D = config.n_head, config.n_local_heads, config.head_dim
-        self.n_head, self.head_dim, self.eps = H, D, config.norm_eps
+        H, Hkv = map(len, tp.heads(config.n_head, config.n_local_heads))
+        D = config.head_dim
+        self.tp, self.n_head, self.head_dim, self.eps = tp, H, D, config.norm_eps
         self.window, self.rotates = config.window(layer), config.rotates(layer)
         self.wqkv = Linear(config.dim, (H + 2 * Hkv) * D, bias=config.qkv_bias)
         self.wo = Linear(H * D, config.dim, bias=config.o_bias)
@@ -230,27 +232,28 @@ class Attention(nn.Module):
             window=self.window,
             context=context,
         )
-        return self.wo(y, residual=x)
+        return self.tp.project(self.wo, y, residual=x)
 
 
 class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, tp: TensorParallel):
         super().__init__()
-        self.w1 = Linear(config.dim, config.intermediate_size, bias=config.mlp_bias)
-        self.w3 = Linear(config.dim, config.intermediate_size, bias=config.mlp_bias)
-        self.w2 = Linear(config.intermediate_size, config.dim, bias=config.mlp_bias)
+        self.tp, hidden = tp, len(tp.part(config.intermediate_size, 32))
+        self.w1 = Linear(config.dim, hidden, bias=config.mlp_bias)
+        self.w3 = Linear(config.dim, hidden, bias=config.mlp_bias)
+        self.w2 = Linear(hidden, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        return self.w2(gated(self.w1, self.w3, x, norm), residual=x)
+        return self.tp.project(self.w2, gated(self.w1, self.w3, x, norm), residual=x)
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel):
         super().__init__()
-        self.attention = Attention(config, layer)
-        self.feed_forward = FeedForward(config)
+        self.attention = Attention(config, layer, tp)
+        self.feed_forward = FeedForward(config, tp)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
@@ -262,16 +265,17 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Llama-family decoder. Build it under torch.device("meta") and let checkpoint.py fill it."""
+    """A Llama-family decoder, or a rank's part of it. Build it under torch.device("meta") and let checkpoint.py fill it."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, tp: TensorParallel | None = None):
         super().__init__()
-        self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.config, self.tp = config, tp or TensorParallel()
+        rows = len(self.tp.part(config.vocab_size, 16))
+        self.tok_embeddings = nn.Embedding(rows, config.dim)
         self.tok_embeddings.weight.requires_grad_(False)
-        self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layer))
+        self.layers = nn.ModuleList(TransformerBlock(config, layer, self.tp) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Linear(config.dim, config.vocab_size)
+        self.output = Linear(config.dim, rows)
         if config.tied:
             self.output.weight = self.tok_embeddings.weight
 
@@ -294,12 +298,12 @@ class Transformer(nn.Module):
         which spares reading it from the device.
         Returns fp32 (B, 1, V), or (B, S, V) with all_logits.
         """
-        x = self.tok_embeddings(tokens)  # (B, S, C)
+        x = self.tp.embed(tokens, self.tok_embeddings.weight)  # (B, S, C)
         for layer, k, v in zip(self.layers, cache.k, cache.v):
             x = layer(x, input_pos, k, v, cache.rope, context)
         if not all_logits:
             x = x[:, -1:] if last is None else x[torch.arange(len(x), device=x.device), last].unsqueeze(1)
-        return self.output(x, norm=self.norm, fp32=True)
+        return self.tp.gather(self.output(x, norm=self.norm, fp32=True), self.config.vocab_size)
 
 
 class KVCache:

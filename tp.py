@@ -1,0 +1,330 @@
+"""Tensor parallelism over torchrun's processes: who holds which part of which weight, and how the parts meet again.
+
+wqkv, w1, w3 and the vocabulary of embedding and output are split by rows, wo and w2 by columns (Megatron-LM, arXiv
+1909.08053), so a layer needs two sums over the ranks. Rank 0's share of a sum includes the residual and the bias.
+
+    with session() as tp:  # alone, without torchrun
+        model = load_model(path, tp=tp)
+"""
+
+import functools
+import gc
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+import kernels
+from errors import UserError
+from linear import GROUPS, Int4Linear, Linear
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra import cuda as tlx
+except ImportError:  # CPU-only builds of torch come without Triton: torch.distributed alone serves
+    triton = None
+
+MAX_WORDS = 2**17  # of 4 bytes, a rank; more than that (a prefill) is NCCL's, whose strength is bandwidth
+BLOCK = 256  # words a program of the exchange kernel
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """This process's place among the ranks. By default it is alone, and nothing is split or exchanged."""
+
+    rank: int = 0
+    world: int = 1
+    store: dist.Store | None = None
+    turns: Iterator[int] = field(default_factory=itertools.count)
+
+    def part(self, size: int, unit: int) -> range:
+        """This rank's part of range(size), in whole units; all are equally long, so the last may reach past the end."""
+        n = size if self.world == 1 else math.ceil(size / (self.world * unit)) * unit
+        return range(self.rank * n, (self.rank + 1) * n)
+
+    def heads(self, n_head: int, n_local_heads: int) -> tuple[range, range]:
+        """This rank's query heads and the key/value heads they share; ranks share a head when there are fewer heads.
+
+        Raises UserError, naming the world sizes that work, when heads do not divide."""
+        works = [w for w in range(1, n_head + 1) if n_head % w == 0 and 0 in (n_local_heads % w, w % n_local_heads)]
+        if self.world not in works:
+            raise UserError(
+                f"world size {self.world} does not divide {n_head} query and {n_local_heads} key/value heads; "
+                f"world sizes that work: {', '.join(map(str, works))}"
+            )
+        n, first = max(1, n_local_heads // self.world), self.rank * n_local_heads // self.world
+        return self.part(n_head, 1), range(first, first + n)
+
+    def shard(self, name: str, tensors: dict[str, Tensor], config) -> dict[str, Tensor]:
+        """This rank's part of a module's tensors as they are on disk. Only that part of a mapped file is read."""
+        if self.world == 1:
+            return tensors
+        D, kind = config.head_dim, name.rpartition(".")[2]
+        H, Hkv = config.n_head, config.n_local_heads
+        queries, keys = self.heads(H, Hkv)
+        hidden = self.part(config.intermediate_size, 32)
+        if kind == "wo":
+            return self._columns(tensors, queries.start * D, len(queries) * D)
+        if kind == "w2":
+            return self._columns(tensors, hidden.start, len(hidden))
+        if kind == "wqkv":
+            first = (queries.start, H + keys.start, H + Hkv + keys.start)
+            spans = [(a * D, len(part) * D) for a, part in zip(first, (queries, keys, keys))]
+            return {key: torch.cat([_cut(t, 0, *span) for span in spans]) for key, t in tensors.items()}
+        if kind in ("w1", "w3", "tok_embeddings", "output"):
+            rows = hidden if kind in ("w1", "w3") else self.part(config.vocab_size, 16)
+            return {key: _cut(t, 0, rows.start, len(rows)) for key, t in tensors.items()}
+        return tensors
+
+    def _columns(self, tensors: dict[str, Tensor], start: int, n: int) -> dict[str, Tensor]:
+        tensors = {key: t for key, t in tensors.items() if key != "bias" or self.rank == 0}
+        weight, scales = tensors["weight"], tensors.get("scales")
+        if weight.dtype is not torch.uint8:
+            return {**tensors, "weight": _cut(weight, 1, start, n)}
+        # int4: a group that straddles two ranks becomes smaller ones of the same scale, on both of them.
+        old = 2 * weight.shape[1] // scales.shape[1]
+        new = math.gcd(old, start)
+        if new not in GROUPS:  # heads of an odd size: keep the values, give up the format
+            plain = Int4Linear.from_tensors(2 * weight.shape[1], len(weight), {k: tensors[k] for k in _INT4})
+            kept = {key: t for key, t in tensors.items() if key not in _INT4}
+            return {**kept, "weight": _cut(plain.dequantized(torch.float32), 1, start, n)}
+        groups = math.ceil(n / new)
+        first = start // old
+        spread = (start + torch.arange(groups) * new) // old - first
+        cut = {key: _cut(tensors[key], 1, first, int(spread[-1]) + 1)[:, spread] for key in ("scales", "zeros")}
+        return {**tensors, **cut, "weight": _cut(weight, 1, start // 2, groups * new // 2)}
+
+    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """Rows of an embedding of which `table` (n, C) is this rank's part: (B, S) int64 -> (B, S, C)."""
+        return F.embedding(tokens, table) if self.world == 1 else exchange(table, tokens, False, self.rank, self.world)
+
+    def project(self, linear: Linear, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + W x, of which every rank holds some columns of W and that part of x (..., K / world)."""
+        y = linear(x, residual=residual if self.rank == 0 else None)
+        return y if self.world == 1 else exchange(y, None, False, self.rank, self.world)
+
+    def gather(self, x: Tensor, size: int) -> Tensor:
+        """The ranks' (..., n) side by side, up to `size`: (..., size)."""
+        return x if self.world == 1 else exchange(x, None, True, self.rank, self.world)[..., :size]
+
+    def share(self, value):
+        """Rank 0's value (anything JSON holds) on every rank. The others wait for it as long as it takes."""
+        if self.world == 1:
+            return value
+        key = f"shared {next(self.turns)}"
+        if self.rank == 0:
+            self.store.set(key, json.dumps(value))
+            return value
+        self.store.wait([key], timedelta(days=365))
+        return json.loads(self.store.get(key))
+
+
+_INT4 = ("weight", "scales", "zeros")
+
+
+def _cut(t: Tensor, dim: int, start: int, n: int) -> Tensor:
+    """t[start : start + n] along dim, contiguous, with zeros where it reaches past the end."""
+    start = min(start, t.shape[dim])
+    have = t.narrow(dim, start, min(n, t.shape[dim] - start)).contiguous()
+    if have.shape[dim] == n:
+        return have
+    shape = [*t.shape]
+    shape[dim] = n
+    padded = torch.zeros(shape, dtype=t.dtype)
+    padded.narrow(dim, 0, have.shape[dim]).copy_(have)
+    return padded
+
+
+@contextmanager
+def session() -> Iterator[TensorParallel]:
+    """Join the processes that torchrun started, for as long as the context lasts; without torchrun, stay alone.
+
+    Only rank 0 prints. A rank that fails says so (the first one, if several do) and ends at once, whatever the others
+    wait for, and torchrun then ends those; so does Ctrl-C.
+    """
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield TensorParallel()
+        return
+    # A thread can end the process while the main one waits for another rank, where Python's own handler cannot run.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast is not needed, and not everywhere safe
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    store, rank, world = next(rendezvous("env://"))
+    threading.Thread(target=_end_on_interrupt, args=(rank,), daemon=True).start()
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    if local < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    try:
+        with ExitStack() as quiet:
+            if rank > 0:
+                nowhere = quiet.enter_context(Path(os.devnull).open("w"))
+                quiet.enter_context(redirect_stdout(nowhere))
+                quiet.enter_context(redirect_stderr(nowhere))
+            dist.init_process_group(store=store, rank=rank, world_size=world)
+            yield TensorParallel(rank, world, store)
+        gc.collect()  # NCCL ends only after the CUDA graphs that hold its calls
+        dist.destroy_process_group()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        _fail(error, rank, store)
+
+
+def _end_on_interrupt(rank: int) -> None:
+    signal.sigwait({signal.SIGINT})
+    if rank == 0:
+        print("interrupted", file=sys.__stderr__, flush=True)
+    os._exit(130)
+
+
+def _fail(error: BaseException, rank: int, store: dist.Store) -> None:
+    """Say why, unless another rank has, and end without waiting for anyone, as a regular exit would."""
+    expected = isinstance(error, UserError)
+    if not expected or store.add("failed", 1) == 1:
+        text = f"error: {error}" if expected else "".join(traceback.format_exception(error))
+        print(f"[rank {rank}] {text}" if rank else text, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2 if expected else 1)
+
+
+# --- exchange ---------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gptfast::exchange", mutates_args=())
+def exchange(x: Tensor, tokens: Tensor | None, gather: bool, rank: int, world: int) -> Tensor:
+    """Of x (..., n) on every rank: the sum or, to gather, the ranks' parts side by side, (..., world n).
+
+    With tokens (B, S) int64, x (n, C) is this rank's part of an embedding, of which the rows come: (B, S, C).
+    Every rank gets the same bits. On GPUs with peer access one kernel does it, otherwise NCCL, and on a CPU gloo.
+    """
+    words = (tokens.numel() * x.shape[1] if tokens is not None else x.numel()) * x.element_size() // 4
+    if x.is_cuda and words <= MAX_WORDS and x.shape[-1] * x.element_size() % 4 == 0 and (box := _mailbox(x.device)):
+        return exchange_triton(x.contiguous(), tokens, gather, rank, world, *box[:2])
+    try:
+        return _exchange_by_library(x, tokens, gather, rank, world)
+    except RuntimeError as error:
+        raise UserError(f"cannot reach the other ranks: {str(error).splitlines()[0]}") from None
+
+
+@exchange.register_fake
+def exchange_fake(x, tokens, gather, rank, world):
+    if tokens is not None:
+        return x.new_empty((*tokens.shape, x.shape[1]))
+    return x.new_empty((*x.shape[:-1], x.shape[-1] * (world if gather else 1)))
+
+
+def _exchange_by_library(x: Tensor, tokens: Tensor | None, gather: bool, rank: int, world: int) -> Tensor:
+    if gather:
+        parts = x.new_empty(world, *x.shape)
+        dist.all_gather_into_tensor(parts, x.contiguous())
+        return parts.movedim(0, -2).flatten(-2)
+    if tokens is not None:
+        local = tokens - rank * len(x)
+        inside = (local >= 0) & (local < len(x))
+        x = F.embedding(local.clamp(0, len(x) - 1), x) * inside[..., None]
+    total = x.to(torch.float32 if x.is_cpu else x.dtype, copy=True)
+    dist.all_reduce(total)
+    return total.to(x.dtype)
+
+
+@functools.cache
+def _mailbox(device: torch.device) -> tuple[Tensor, Tensor, object] | None:
+    """The address of each rank's mailbox, int64 (world,), and the number of exchanges each program has done; None where
+    GPUs cannot reach each other's memory. Every rank must call it. A mailbox has two places for a word of each rank.
+    """
+    world = dist.get_world_size()
+    if triton is None or int(os.environ.get("LOCAL_WORLD_SIZE", 0)) != world:
+        return None
+    if not all(torch.cuda.can_device_access_peer(i, j) for i in range(world) for j in range(i)):
+        return None
+    box = symm_mem.empty(2 * world * MAX_WORDS, dtype=torch.int64, device=device).zero_()
+    handle = symm_mem.rendezvous(box, dist.group.WORLD)
+    torch.cuda.synchronize(device)
+    dist.barrier()  # every mailbox is empty before the first message
+    addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+    return addresses, torch.zeros(MAX_WORDS // BLOCK, dtype=torch.int64, device=device), (box, handle)
+
+
+def exchange_triton(x, tokens, gather, rank, world, boxes, counts):
+    """One launch of the exchange kernel: x contiguous, in whole words of 4 bytes along its last dimension."""
+    out = exchange_fake(x, tokens, gather, rank, world)
+    pdl = kernels._is_hopper(x.device)
+    width = x.shape[-1] * x.element_size() // 4
+    words = out.numel() * x.element_size() // 4 // (world if gather else 1)
+    _exchange_kernel[(triton.cdiv(words, BLOCK),)](
+        out.view(torch.int32), x.view(torch.int32), tokens, boxes, counts, rank, words, width, x.shape[0],
+        WORLD=world, RANKS=triton.next_power_of_2(world), SLOTS=MAX_WORDS, GATHER=gather, DTYPE=_TRITON[x.dtype],
+        BLOCK=BLOCK, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out
+
+
+if triton is not None:
+    _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+    @triton.jit(do_not_specialize=["rank", "words"])  # all ranks run the same code, and so sum in the same order
+    def _exchange_kernel(
+        out, x, tokens, boxes, counts, rank, words, width, rows,
+        WORLD: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, GATHER: tl.constexpr, DTYPE: tl.constexpr,
+        BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """Each rank writes its words into everyone's mailbox and waits for everyone's in its own.
+
+        A message is 8 bytes, a word and the number of this exchange, which a GPU writes as one: no other signal is
+        needed (NCCL's LL protocol). Two places in turn suffice: who sends message n + 2 has received all of n + 1, and
+        these were sent after their senders had read n.
+        """
+        pid = tl.program_id(0)
+        at = pid * BLOCK + tl.arange(0, BLOCK)[None, :]
+        source = tl.arange(0, RANKS)[:, None]
+        sent = at < words
+        mask = sent & (source < WORLD)
+        if PDL:
+            tlx.gdc_launch_dependents()
+            tlx.gdc_wait()
+        count = tl.load(counts + pid) + 1
+        number = count & 0xFFFFFFFF
+        if tokens is None:
+            word = tl.load(x + at, mask=sent, other=0)
+        else:
+            row = tl.load(tokens + at // width, mask=sent, other=0) - rank * rows
+            word = tl.load(x + row * width + at % width, mask=sent & (row >= 0) & (row < rows), other=0)
+        message = (word.to(tl.int64) << 32) | number
+        place = (count % 2) * (WORLD * SLOTS) + at
+        theirs = tl.load(boxes + source, mask=source < WORLD, other=0).to(tl.pointer_type(tl.int64))
+        tl.store(theirs + (place + rank * SLOTS), tl.broadcast_to(message, (RANKS, BLOCK)), mask=mask)
+        mine = tl.load(boxes + rank).to(tl.pointer_type(tl.int64)) + (place + source * SLOTS)
+        got = tl.load(mine, mask=mask, other=number, volatile=True)
+        while tl.max(tl.max(((got & 0xFFFFFFFF) != number).to(tl.int32), 1), 0) != 0:
+            got = tl.load(mine, mask=mask, other=number, volatile=True)
+        got = (got >> 32).to(tl.int32)
+        if GATHER:
+            tl.store(out + (at // width) * (WORLD * width) + source * width + at % width, got, mask=mask)
+        elif DTYPE is tl.float32:
+            total = tl.sum(tl.where(mask, got.to(tl.float32, bitcast=True), 0.0), 0)
+            tl.store(out + at, total.to(tl.int32, bitcast=True)[None, :], mask=sent)
+        else:
+            low, high = got.to(tl.int16), (got >> 16).to(tl.int16)
+            low = tl.sum(tl.where(mask, low.to(DTYPE, bitcast=True).to(tl.float32), 0.0), 0).to(DTYPE)
+            high = tl.sum(tl.where(mask, high.to(DTYPE, bitcast=True).to(tl.float32), 0.0), 0).to(DTYPE)
+            low, high = low.to(tl.int16, bitcast=True).to(tl.int32), high.to(tl.int16, bitcast=True).to(tl.int32)
+            tl.store(out + at, ((high << 16) | (low & 0xFFFF))[None, :], mask=sent)
+        tl.debug_barrier()  # every thread has read the count
+        tl.store(counts + pid, count)
