@@ -265,7 +265,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Llama-family decoder, or a rank's part of it. Build it under torch.device("meta") and let checkpoint.py fill it."""
+    """A Llama-family decoder, or a rank's part. Build it under torch.device("meta") and let checkpoint.py fill it."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel | None = None):
         super().__init__()
