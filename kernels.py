@@ -239,7 +239,6 @@ if triton is not None:
     def _assembly(kind: str) -> str:
         """PTX that turns two int32 words into their values as pairs of bf16, in order."""
         bodies = {
-            "fp": ["mov.b32 {o}, {w};"],
             # 128 + the low 7 bits, minus 128 or, if the sign bit is set, 256: exact in bf16
             "int8": [
                 f"prmt.b32 t, {{w}}, 0, {pick}; lop3.b32 s, t, 0x00800080, 0xc300c300, 0xea;"
@@ -255,7 +254,7 @@ if triton is not None:
             # nibbles a and a + 4, each in the mantissa of 128: 128 + q
             "int4": [f"shr.b32 t, {{w}}, {4 * a}; lop3.b32 {{o}}, t, 0x000f000f, 0x43004300, 0xea;" for a in range(4)],
         }
-        body = bodies[kind]
+        body = bodies.get(kind, [])
         n = 2 * len(body)
         lines = [body[i % len(body)].format(o=f"${i}", w=f"${n + i // len(body)}") for i in range(n)]
         return "{ .reg .b32 t, s, c; mov.b32 c, 0x7b807b80; " + " ".join(lines) + " }"
@@ -293,7 +292,8 @@ if triton is not None:
             )
             out = tl.join(_join4(a, c, e, g), _join4(b, d, f, h))
         elif KIND == "fp":
-            a, b = tl.inline_asm_elementwise(ASM, "=&r,=&r,r,r", [w], (tl.bfloat16,) * 2, is_pure=True, pack=2)
+            move: tl.constexpr = "mov.b32 $0, $2; mov.b32 $1, $3;"
+            a, b = tl.inline_asm_elementwise(move, "=&r,=&r,r,r", [w], (tl.bfloat16,) * 2, is_pure=True, pack=2)
             out = tl.join(a, b).to(DTYPE, bitcast=True)
         else:
             a, b, c, d = tl.inline_asm_elementwise(
@@ -312,16 +312,14 @@ if triton is not None:
         return (w & 15).to(DTYPE), (w >> 4 & 15).to(DTYPE), (w >> 8 & 15).to(DTYPE), (w >> 12 & 15).to(DTYPE)
 
     @triton.jit
-    def _prefetch(start, segment, stride, offset, SEGMENTS: tl.constexpr, THREADS: tl.constexpr, BYTES: tl.constexpr):
-        """Ask for a part of SEGMENTS runs of `segment` bytes to be read into L2, and wait for nothing: BYTES for each
-        thread, from `offset` on in each run."""
-        t = tl.arange(0, THREADS)
-        at = offset + (t // SEGMENTS) * BYTES
-        size = tl.minimum(segment - at, BYTES)
+    def _prefetch(start, segment, offset, SEGMENTS: tl.constexpr, BYTES: tl.constexpr):
+        """Ask for BYTES of SEGMENTS consecutive runs of `segment` bytes, from `offset` on in each, to be read into L2."""
+        line = tl.arange(0, BYTES // 128)
+        at = offset + (line // SEGMENTS) * 128
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
             "=r,l,r",
-            [start.to(tl.int64) + (t % SEGMENTS) * stride + at, size],
+            [start + (line % SEGMENTS) * segment + at, (at < segment).to(tl.int32)],
             tl.int32,
             is_pure=False,
             pack=1,
@@ -343,8 +341,8 @@ if triton is not None:
             OFFSET: tl.constexpr = 8.0 if ASM is None else 136.0
             scale = _per_row((s << 16).to(tl.float32, bitcast=True), GROUPS, R, C, W, COLS)
             zero = _per_row((s & -65536).to(tl.float32, bitcast=True), GROUPS, R, C, W, COLS)
-            acc += scale * tl.dot(a, b)
-            acc += (zero - OFFSET * scale) * sums
+            parts = scale * tl.dot(a, b) + (zero - OFFSET * scale) * sums
+            acc += tl.sum(parts.reshape(C * GROUPS, W, R * 8, COLS), 0)
         else:
             P: tl.constexpr = 2 if KIND == "fp" else 4
             # (j i W R C, uh e oh ol) -> (W, R i, C uh oh j ol e)
@@ -399,23 +397,14 @@ if triton is not None:
             advance = STEP // P
         m = tl.arange(0, B)[None, None, None, :, None, None] * 8 + i
         part = tl.arange(0, X)[None, None, None, None, :, None]
-        if P == 4:  # a lane's 16 values of 8 bits are two loads of x
-            kx = warp * (C * CHUNK) + (part // 2) * 64 + j * 16 + (part % 2) * 8
+        if P == 4:  # a lane's 16 values of 8 bits meet two loads of x, which is also read in words
+            kx = warp * (C * CHUNK // 2) + (part // 2) * 32 + j * 8 + (part % 2) * 4 + u
         else:
-            kx = warp * (C * CHUNK) + part * 32 + j * 8
-        kx += tl.arange(0, 8)[None, None, None, None, None, :]
-        xs = m.to(tl.int64) * K + kx
+            kx = warp * (C * CHUNK // 2) + part * 16 + j * 4 + u
+        x_words = x.to(tl.pointer_type(tl.int32)) + m * (K // 2) + kx
 
         if PDL:
             tlx.gdc_launch_dependents()
-        if AHEAD > 0:
-            SEGMENTS: tl.constexpr = R if KIND == "int4" else R * 8
-            segment = blocks * 512 if KIND == "int4" else K // P * 4
-            first = tl.minimum(pid * SEGMENTS, (N // 8 if KIND == "int4" else N) - SEGMENTS).to(tl.int64) * segment
-            skip = advance * 4  # the first tile is loaded below
-            _prefetch(w.to(tl.int64) + first, segment, segment, skip, SEGMENTS, W * 32, AHEAD // (W * 32))
-            if ACT is not None:
-                _prefetch(w3.to(tl.int64) + first, segment, segment, skip, SEGMENTS, W * 32, AHEAD // (W * 32))
         # The first tile of weights is under way before the wait for x; each later one before its predecessor is used.
         k_left = K if EVEN else K - kw
         w_next = tl.load(w + words, mask=k_left > 0, other=0, eviction_policy="evict_first")
@@ -429,18 +418,50 @@ if triton is not None:
         else:
             s_next = 0
             s3_next = 0
+        if AHEAD > 0:
+            SEGMENTS: tl.constexpr = R if KIND == "int4" else R * 8
+            segment = blocks * 512 if KIND == "int4" else K // P * 4
+            first = tl.minimum(pid * SEGMENTS, (N // 8 if KIND == "int4" else N) - SEGMENTS).to(tl.int64) * segment
+            _prefetch(w.to(tl.int64) + first, segment, advance * 4, SEGMENTS, AHEAD)
+            if KIND == "int4":
+                SHARE: tl.constexpr = 16 * SPAN // GROUPS  # bytes of weights to one of scales and zeros
+                _prefetch(
+                    s.to(tl.int64) + first // SHARE, segment // SHARE, advance * 4 // SHARE, SEGMENTS, AHEAD // SHARE
+                )
+            if ACT is not None:
+                _prefetch(w3.to(tl.int64) + first, segment, advance * 4, SEGMENTS, AHEAD)
+                if KIND == "int4":
+                    _prefetch(
+                        s3.to(tl.int64) + first // SHARE,
+                        segment // SHARE,
+                        advance * 4 // SHARE,
+                        SEGMENTS,
+                        AHEAD // SHARE,
+                    )
         if PDL:
             tlx.gdc_wait()
 
-        acc = tl.zeros(((C * GROUPS if KIND == "int4" else 1) * W, R * 8, COLS), tl.float32)
+        n = pid * (R * 8) + tl.arange(0, R * 8)
+        col = tl.arange(0, COLS)
+        inside = (n < N)[:, None] & (col < M)[None, :]
+        at = col[None, :].to(tl.int64) * N + n[:, None]
+        if residual is not None:
+            before = tl.load(residual + at, mask=inside, other=0.0)
+        acc = tl.zeros((W, R * 8, COLS), tl.float32)
         acc3 = acc
         squares = tl.zeros((W, COLS, COLS), tl.float32)
+        row_of_x = m < M
+        x_next = tl.load(x_words, mask=row_of_x if EVEN else row_of_x & (kx < K // 2), other=0)
         for k0 in range(0, K, STEP):
-            w_now, s_now = w_next, s_next
+            w_now, s_now, x_now = w_next, s_next, x_next
             if ACT is not None:
                 w3_now, s3_now = w3_next, s3_next
             more = k_left > k0 + STEP
             words += advance
+            x_words += STEP // 2
+            x_next = tl.load(
+                x_words, mask=row_of_x & ((k0 + STEP < K) if EVEN else (kx < (K - k0 - STEP) // 2)), other=0
+            )
             w_next = tl.load(w + words, mask=more, other=0, eviction_policy="evict_first")
             if ACT is not None:
                 w3_next = tl.load(w3 + words, mask=more, other=0, eviction_policy="evict_first")
@@ -449,31 +470,31 @@ if triton is not None:
                 s_next = tl.load(s + pairs, mask=more, other=0)
                 if ACT is not None:
                     s3_next = tl.load(s3 + pairs, mask=more, other=0)
-            t = tl.load(x + xs + k0, mask=m < M if EVEN else (m < M) & (kx < K - k0), other=0.0)
+            t = _unpack(x_now, "fp", x.dtype.element_ty, ASM)  # (j i W B X, 2 of u, e, 2 of u)
             if norm is not None:
                 # the sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing
-                rows = t.reshape(4, 8, W, B, X, 4, 2).permute(2, 3, 1, 4, 5, 0, 6).reshape(W, COLS, X * 32)
-                cols = t.reshape(4, 8, W, B, X, 4, 2).permute(2, 4, 5, 0, 6, 3, 1).reshape(W, X * 32, COLS)
+                t = t.reshape(4, 8, W, B, X, 4, 2)
+                rows = t.permute(2, 3, 1, 4, 5, 0, 6).reshape(W, COLS, X * 32)
+                cols = t.permute(2, 4, 5, 0, 6, 3, 1).reshape(W, X * 32, COLS)
                 squares = tl.dot(rows, cols, squares)
-                gain = tl.broadcast_to(norm + kx + k0, (4, 8, W, B, X, 8))
-                t *= tl.load(gain) if EVEN else tl.load(gain, mask=kx < K - k0, other=0.0)
+                gain = tl.broadcast_to(norm.to(tl.pointer_type(tl.int32)) + k0 // 2 + kx, (4, 8, W, B, X, 4))
+                gain = tl.load(gain) if EVEN else tl.load(gain, mask=kx < (K - k0) // 2, other=0)
+                t *= _unpack(gain, "fp", x.dtype.element_ty, ASM).reshape(4, 8, W, B, X, 4, 2)
             if KIND == "int4":
                 b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 4, 2).permute(4, 5, 2, 6, 7, 0, 8, 3, 1)
                 ones = tl.full((C * GROUPS * W, R * 8, 128 // GROUPS), 1.0, t.dtype)
                 sums = tl.dot(ones, b.reshape(C * GROUPS * W, 128 // GROUPS, COLS))
-                b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 4).permute(4, 5, 2, 6, 7, 0, 8, 3, 1)
+                # (j i W B, C g c, uh e ul) -> (C g W, c uh j ul e, B i)
+                b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 6, 7, 0, 9, 8, 3, 1)
                 b = b.reshape(C * GROUPS * W, 128 // GROUPS, COLS)
             else:
                 sums = 0
-                b = t.reshape(4, 8, W, B, X, 2, 4).permute(2, 4, 5, 0, 6, 3, 1).reshape(W, X * 32, COLS)
+                b = t.reshape(4, 8, W, B, X, 2, 2, 2).permute(2, 4, 5, 0, 7, 6, 3, 1).reshape(W, X * 32, COLS)
             acc = _multiply(acc, w_now, s_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
             if ACT is not None:
                 acc3 = _multiply(acc3, w3_now, s3_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
 
         out = tl.sum(acc, 0)  # (rows of W, rows of x)
-        n = pid * (R * 8) + tl.arange(0, R * 8)
-        col = tl.arange(0, COLS)
-        inside = (n < N)[:, None] & (col < M)[None, :]
         if norm is not None:
             squares = tl.where(col[:, None] == col[None, :], tl.sum(squares, 0), 0.0)
             rms = tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
@@ -490,139 +511,164 @@ if triton is not None:
             out *= up / (1 + tl.exp(-z))  # tanh(z / 2) = 2 sigmoid(z) - 1
         if bias is not None:
             out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        at = col[None, :].to(tl.int64) * N + n[:, None]
         if residual is not None:
-            out += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+            out += before.to(tl.float32)
         tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _rotated(
-        rows, valid, positions, rope, norm, eps, max_position, ROTARY: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+        heads, positions, inside, rope, norm, eps, max_position, D: tl.constexpr, ROTARY: tl.constexpr,
+        W: tl.constexpr, Y: tl.constexpr, X: tl.constexpr,
     ):  # fmt: skip
-        """Heads (R, DP) at pointers `rows` (R,), normalised if asked and rotated to `positions` (R,); zero past D."""
-        d = tl.arange(0, DP)[None, :]
-        dtype: tl.constexpr = rows.dtype.element_ty
-        head = tl.load(rows[:, None] + d, mask=valid[:, None] & (d < D), other=0.0).to(tl.float32)
+        """Heads in tiles (j i W Y X 8), D along j, X and 8: normalised if asked, and rotated to `positions` (1 i W Y 1 1)."""
+        d = tl.arange(0, 4)[:, None, None, None, None, None] * 8 + tl.arange(0, X)[None, None, None, None, :, None] * 32
+        d += tl.arange(0, 8)[None, None, None, None, None, :]
+        x = heads.to(tl.float32)
         if norm is not None:
-            head *= tl.rsqrt(tl.sum(head * head, 1) / D + eps)[:, None]
-            head = (head * tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+            mean = tl.sum(tl.sum(tl.sum(x * x, 5, keep_dims=True), 4, keep_dims=True), 0, keep_dims=True) / D
+            gain = tl.load(tl.broadcast_to(norm + d, x.shape), mask=d < D, other=0.0)
+            x = (x * tl.rsqrt(mean + eps) * gain.to(tl.float32)).to(heads.dtype).to(tl.float32)
         if rope is not None:
-            even, odd = tl.split(head.reshape(head.shape[0], DP // 2, 2))
-            pair = tl.arange(0, DP // 2)[None, :]
-            table = rope + tl.minimum(positions, max_position)[:, None] * ROTARY + 2 * pair
-            cos = tl.load(table, mask=pair < ROTARY // 2, other=1.0)
-            sin = tl.load(table + 1, mask=pair < ROTARY // 2, other=0.0)
-            head = tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(head.shape[0], DP)
-        return head.to(dtype)
-
-    @triton.jit
-    def _attend_tile(q, k, v, visible, top, total, acc, scale):
-        """One step of online softmax (Milakov and Gimelshein, arXiv:1805.02867): q (R, D) on keys, values (T, D)."""
-        scores = tl.dot(q, tl.trans(k)) * scale  # in units of log2 e
-        scores = tl.where(visible, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
-        weights = tl.exp2(scores - base[:, None])
-        fade = tl.exp2(top - base)
-        total = total * fade + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
-        return new_top, total, acc
+            table = rope + tl.minimum(positions, max_position) * ROTARY + d
+            turn = tl.load(table, mask=inside & (d < ROTARY), other=0.0)
+            even, odd = tl.split(x.reshape(4, 8, W, Y, X, 4, 2))
+            cos, sin = tl.split(turn.reshape(4, 8, W, Y, X, 4, 2))
+            turned = tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(4, 8, W, Y, X, 8)
+            x = tl.where(d < ROTARY, turned, x)
+        return x.to(heads.dtype)
 
     @triton.jit
     def _attend_kernel(
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, arrived,
         S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h, stride_t,
-        G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
-        TILE: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
+        G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr,
+        W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """The G query heads of one key head, for one part of the cache; rows are (new token s, head g).
+        """ROWS query rows (new token s, head g) of one key head, on one part of the keys; KEYS a warp and step.
 
-        The live cache is cut into parts of at least SHARE keys, at most SPLITS; programs without one leave at once. The
-        last part's program also writes the new keys and values and attends to them from registers. Whichever program
-        of a head finishes last combines the parts (flash decoding, without a second launch).
+        The visible keys are cut into parts of at least SHARE, at most SPLITS; programs without one leave at once. A key
+        is in the cache or, if new, in qkv: programs that meet new keys normalise, rotate and store them. Whichever
+        program of these rows is the last to finish combines the parts (flash decoding without a second launch).
+        As in the linear kernel, tiles are loaded as `mma` fragments, by permuting what the dot products sum over.
         """
+        Y: tl.constexpr = KEYS // 8
+        X: tl.constexpr = DP // 32
+        Z: tl.constexpr = DP // 64
+        R: tl.constexpr = ROWS // 8
         head = tl.program_id(0)  # (b, hkv)
         split = tl.program_id(1)
+        block = tl.program_id(2)
         b = head // Hkv
         h = head % Hkv
         if PDL:
             tlx.gdc_launch_dependents()
             tlx.gdc_wait()
         pos = tl.load(input_pos + b).to(tl.int32)
-        cached = tl.minimum(pos, T)
-        first = tl.where(window > 0, tl.maximum(pos - window + 1, 0), 0) // TILE * TILE
-        live = tl.maximum(cached - first, 0)
-        parts = tl.minimum(tl.maximum(tl.cdiv(live, SHARE), 1), SPLITS)
-        share = tl.cdiv(tl.cdiv(live, parts), TILE) * TILE
-        parts = tl.maximum(tl.cdiv(live, tl.maximum(share, 1)), 1)
+        first = tl.where(window > 0, tl.maximum(pos - window + 1, 0), 0)
+        live = pos + S - first
+        share = tl.cdiv(tl.maximum(tl.cdiv(live, SPLITS), SHARE), W * KEYS) * (W * KEYS)
+        parts = tl.cdiv(live, share)
         if split >= parts:
             return
 
-        row = tl.arange(0, ROWS)
-        s = row // G
-        d = tl.arange(0, DP)
+        j = tl.arange(0, 4)[:, None, None, None, None, None]
+        i = tl.arange(0, 8)[None, :, None, None, None, None]
+        warp = tl.arange(0, W)[None, None, :, None, None, None]
+        e = tl.arange(0, 8)[None, None, None, None, None, :]
+        d = tl.arange(0, X)[None, None, None, None, :, None] * 32 + j * 8 + e
         width = (Hkv * (G + 2)) * D
         base = qkv + b.to(tl.int64) * S * width
-        q_rows = base + s * width + (h * G + row % G) * D
-        q = _rotated(q_rows, s < S, pos + s, rope, q_norm, eps, max_position, ROTARY, D, DP)
-        top = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        acc = tl.zeros((ROWS, DP), tl.float32)
+        row = block * ROWS + tl.arange(0, R)[None, None, None, :, None, None] * 8 + i + warp * 0
+        q = tl.load(base + row // G * width + (h * G + row % G) * D + d, mask=(row < S * G) & (d < D), other=0.0)
+        q = _rotated(q, pos + row // G, row < S * G, rope, q_norm, eps, max_position, D, ROTARY, W, R, X)
+        q = q.reshape(4, 8, W, R, X, 2, 4).permute(2, 3, 1, 4, 5, 0, 6).reshape(W, ROWS, DP)
 
-        oldest = tl.where(window > 0, pos + s - window, -1)[:, None]  # keys after this one are visible
+        key_of_k = warp * KEYS + tl.arange(0, Y)[None, None, None, :, None, None] * 8 + i
+        pair = tl.arange(0, KEYS // 4)[None, None, None, :, None, None]
+        key_of_v = warp * KEYS + pair // 2 * 8 + j * 2 + pair % 2
+        d_of_v = tl.arange(0, Z)[None, None, None, None, :, None] * 64 + i * 8 + e
+        key_of_p = tl.arange(0, W)[:, None, None] * KEYS + tl.arange(0, KEYS)[None, None, :]
+        last_of_p = pos + (block * ROWS + tl.arange(0, ROWS)[None, :, None]) // G
         keys = k_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
         values = v_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        new_keys = base + (Hkv * G + h) * D
+        new_values = new_keys + Hkv * D
+        top = tl.full((W, ROWS), float("-inf"), tl.float32)
+        total = tl.zeros((W, ROWS), tl.float32)
+        acc = tl.zeros((W, ROWS, DP), tl.float32)
         begin = first + split * share
-        end = tl.minimum(begin + share, cached)
-        for t0 in range(begin, end, TILE):
-            t = t0 + tl.arange(0, TILE)
-            at = t.to(tl.int64)[:, None] * stride_t + d[None, :]
-            inside = (t < end)[:, None] & (d < D)[None, :]
-            k = tl.load(keys + at, mask=inside, other=0.0)
-            v = tl.load(values + at, mask=inside, other=0.0)
-            visible = (t < end)[None, :] & (t[None, :] > oldest)
-            top, total, acc = _attend_tile(q, k, v, visible, top, total, acc, scale)
+        end = tl.minimum(begin + share, pos + S)
+        for t0 in range(begin, end, W * KEYS):
+            t = t0 + key_of_k
+            new_k = t >= pos
+            inside = (t < end) & (new_k | (t < T)) & (d < D)
+            k = tl.load(
+                tl.where(new_k, new_keys + (t - pos) * width, keys + t.to(tl.int64) * stride_t) + d,
+                mask=inside,
+                other=0.0,
+            )
+            tv = t0 + key_of_v
+            new_v = tv >= pos
+            inside_v = (tv < end) & (new_v | (tv < T)) & (d_of_v < D)
+            from_v = tl.where(new_v, new_values + (tv - pos) * width, values + tv.to(tl.int64) * stride_t) + d_of_v
+            v = tl.load(from_v, mask=inside_v, other=0.0)
+            if t0 + W * KEYS > pos:
+                k = tl.where(new_k, _rotated(k, t, inside, rope, k_norm, eps, max_position, D, ROTARY, W, Y, X), k)
+                tl.store(keys + t.to(tl.int64) * stride_t + d, k, mask=inside & new_k & (t < T))
+                tl.store(values + tv.to(tl.int64) * stride_t + d_of_v, v, mask=inside_v & new_v & (tv < T))
+            k = k.reshape(4, 8, W, Y, X, 2, 4).permute(2, 4, 5, 0, 6, 3, 1).reshape(W, DP, KEYS)
+            scores = tl.dot(q, k) * scale  # in units of log2 e
+            t = t0 + key_of_p
+            visible = (t < end) & (t <= last_of_p) & ((window <= 0) | (t > last_of_p - window)) & ((t < T) | (t >= pos))
+            scores = tl.where(visible, scores, float("-inf"))
+            # online softmax (Milakov and Gimelshein, arXiv:1805.02867), for each warp on its own
+            new_top = tl.maximum(top, tl.max(scores, 2))
+            safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+            p = tl.exp2(scores - safe[:, :, None])
+            fade = tl.exp2(top - safe)
+            total = total * fade + tl.sum(p, 2)
+            top = new_top
+            v = v.reshape(4, 8, W, Y, 2, Z, 8).permute(2, 3, 0, 4, 5, 6, 1).reshape(W, KEYS, DP)
+            acc = tl.dot(p.to(v.dtype), v, acc * fade[:, :, None])
 
-        if split == parts - 1:
-            n = tl.arange(0, NEW)
-            k_rows = base + n * width + (Hkv * G + h) * D
-            k = _rotated(k_rows, n < S, pos + n, rope, k_norm, eps, max_position, ROTARY, D, DP)
-            v = tl.load((k_rows + Hkv * D)[:, None] + d[None, :], mask=(n < S)[:, None] & (d < D)[None, :], other=0.0)
-            at = (pos + n).to(tl.int64)[:, None] * stride_t + d[None, :]
-            inside = ((n < S) & (pos + n < T))[:, None] & (d < D)[None, :]
-            tl.store(keys + at, k.to(k_cache.dtype.element_ty), mask=inside)
-            tl.store(values + at, v.to(v_cache.dtype.element_ty), mask=inside)
-            visible = (n[None, :] <= s[:, None]) & (n < S)[None, :] & ((pos + n)[None, :] > oldest)
-            top, total, acc = _attend_tile(q, k, v, visible, top, total, acc, scale)
-
+        best = tl.max(top, 0)
+        fade = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best)[None, :])
+        total = tl.sum(total * fade, 0)
+        acc = tl.sum(acc * fade[:, :, None], 0)  # (ROWS, DP), D in the order (Z, 8 of e, 8 of i)
+        row = tl.arange(0, ROWS)
+        n = tl.arange(0, DP)
         if parts > 1:
-            slot = partial + (head * SPLITS + split).to(tl.int64) * (ROWS * (DP + 2))
-            tl.store(slot + row[:, None] * DP + d[None, :], acc)
-            tl.store(slot + ROWS * DP + row, top)
-            tl.store(slot + ROWS * DP + ROWS + row, total)
+            rows = head * tl.num_programs(2) + block
+            slots = partial + rows.to(tl.int64) * (SPLITS * ROWS * (DP + 2))
+            slot = slots + split * (ROWS * (DP + 2))
+            tl.store(slot + row[:, None] * DP + n[None, :], acc)
+            tl.store(slot + ROWS * DP + row, best)
+            tl.store(slot + ROWS * (DP + 1) + row, total)
             tl.debug_barrier()  # all of this program's stores before its arrival
-            if tl.atomic_add(arrived + head, 1, sem="acq_rel") != parts - 1:
+            if tl.atomic_add(arrived + rows, 1, sem="acq_rel") != parts - 1:
                 return
             tl.debug_barrier()
-            tl.store(arrived + head, 0)
-            top = tl.full((ROWS,), float("-inf"), tl.float32)
+            tl.store(arrived + rows, 0)
+            best = tl.full((ROWS,), float("-inf"), tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, DP), tl.float32)
             for part in range(parts):
-                slot = partial + (head * SPLITS + part).to(tl.int64) * (ROWS * (DP + 2))
-                part_top = tl.load(slot + ROWS * DP + row, cache_modifier=".cg")
-                new_top = tl.maximum(top, part_top)
-                base_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-                fade = tl.exp2(top - base_top)
-                gain = tl.exp2(part_top - base_top)
-                part_acc = tl.load(slot + row[:, None] * DP + d[None, :], cache_modifier=".cg")
-                acc = acc * fade[:, None] + part_acc * gain[:, None]
-                part_total = tl.load(slot + ROWS * DP + ROWS + row, cache_modifier=".cg")
-                total = total * fade + part_total * gain
-                top = new_top
+                slot = slots + part * (ROWS * (DP + 2))
+                part_acc = tl.load(slot + row[:, None] * DP + n[None, :], cache_modifier=".cg")
+                part_best = tl.load(slot + ROWS * DP + row, cache_modifier=".cg")
+                part_total = tl.load(slot + ROWS * (DP + 1) + row, cache_modifier=".cg")
+                new_best = tl.maximum(best, part_best)
+                floor = tl.where(new_best == float("-inf"), 0.0, new_best)
+                old = tl.exp2(best - floor)
+                new = tl.exp2(part_best - floor)
+                acc = acc * old[:, None] + part_acc * new[:, None]
+                total = total * old + part_total * new
+                best = new_best
+        row += block * ROWS
+        d_of_n = n // 64 * 64 + n % 8 * 8 + n // 8 % 8
+        at = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + d_of_n[None, :]
         acc = acc / total[:, None]
-        at = ((b * S + s).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + d[None, :]
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=(s < S)[:, None] & (d < D)[None, :])
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=(row < S * G)[:, None] & (d_of_n < D)[None, :])
 
     @triton.jit
     def _ordered(x):
@@ -759,6 +805,9 @@ if triton is not None:
 # Launchers: what the ops run where the kernels fit. They take CPU tensors too, for Triton's interpreter.
 
 
+ATTEND = (4, 16, 256)  # warps, keys of a warp in a step, keys that one program takes before there are more
+
+
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -778,14 +827,14 @@ def _out_features(weight: Tensor) -> int:
     return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
 
 
-def _configuration(kind: str, N: int, K: int, gated: bool) -> tuple[int, int, int, int]:
-    """R, C, W, AHEAD of the linear kernel: 8 R rows a program, C chunks of K a lane, W warps, bytes to prefetch."""
+def _configuration(kind: str, N: int, K: int, gated: bool) -> tuple[int, int, int, int, int]:
+    """R, C, W of the linear kernel (8 R rows a program, C chunks of K a lane, W warps), bytes to prefetch, registers."""
     chunk = {"fp": 32, "int4": 128}.get(kind, 64)
     W = 8
     while W > 1 and W * chunk > K:
         W //= 2
-    C = max(1, min({"fp": 4, "int4": 1}.get(kind, 2), K // (W * chunk)))
-    return 2, 1 << (C.bit_length() - 1), W, 0
+    C = max(1, min({"fp": 4, "int4": 1}.get(kind, 2) // (2 if gated and kind != "int4" else 1), K // (W * chunk)))
+    return 2, 1 << (C.bit_length() - 1), W, 32768, 128
 
 
 def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, w3=None, s3=None, act=None):
@@ -793,7 +842,7 @@ def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dty
     M, K = x.shape
     N = _out_features(w)
     kind = _kind(w)
-    R, C, W, ahead = _configuration(kind, N, K, act is not None)
+    R, C, W, ahead, registers = _configuration(kind, N, K, act is not None)
     hopper = _is_hopper(x.device)
     groups = s.shape[-1] if kind == "int4" else 1
     span = w.shape[1] // s.shape[1] if kind == "int4" else 1
@@ -801,9 +850,9 @@ def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dty
     y = torch.empty(M, N, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(triton.cdiv(N, 8 * R),)](
         y, x, w.view(torch.int32), None if w3 is None else w3.view(torch.int32), s, s3, bias, norm, residual, M, N, K, eps,
-        KIND=kind, GROUPS=groups, SPAN=span, ACT=act, COLS=8 if M <= 8 else 16, R=R, C=C, W=W, AHEAD=ahead,
+        KIND=kind, GROUPS=groups, SPAN=span, ACT=act, COLS=8 if M <= 8 else 16, R=R, C=C, W=W, AHEAD=ahead if hopper else 0,
         EVEN=K % (W * C * chunk) == 0, ASM=_assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
-        PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
+        PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": registers} if hopper else {}),
     )  # fmt: skip
     return y
 
@@ -813,17 +862,19 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
     B, S, _ = qkv.shape
     _, Hkv, T, D = k_cache.shape
     hopper = _is_hopper(qkv.device)
-    G, DP = n_head // Hkv, max(16, triton.next_power_of_2(D))
-    rows = max(16, triton.next_power_of_2(S * G))
+    G, DP = n_head // Hkv, max(64, triton.next_power_of_2(D))
+    rows = 8 if S * G <= 8 else 16
+    blocks = triton.cdiv(S * G, rows)
     splits = max(1, min(64, 264 // (B * Hkv)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
-    partial = torch.empty(B * Hkv * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
-    _attend_kernel[(B * Hkv, splits)](
-        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, _zeros(qkv.device, max(1024, B * Hkv)),
-        S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps, *k_cache.stride()[:3],
-        G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows,
-        NEW=max(16, triton.next_power_of_2(S)), TILE=64 if rows * DP <= 8192 else 32, SPLITS=splits, SHARE=128,
-        PDL=hopper, num_warps=4, num_stages=3, **({"launch_pdl": True} if hopper else {}),
+    partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
+    W, keys, share = ATTEND
+    _attend_kernel[(B * Hkv, splits, blocks)](
+        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, _zeros(qkv.device, 4096),
+        S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
+        *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows,
+        W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
+        num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return out
 
