@@ -1,0 +1,74 @@
+"""The README is true: its commands run or at least exist with their flags, its files are there, its tables are current."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+from conftest import REPO
+
+README = (REPO / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(bash test|bash|python)\n(.*?)^```", README, flags=re.M | re.S)
+
+
+def commands(kind):
+    lines = [line for name, body in BLOCKS if name == kind for line in body.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.fixture
+def environment(smollm2_dir):
+    if smollm2_dir != REPO / "checkpoints/SmolLM2-135M-Instruct":
+        pytest.skip("the README's commands use checkpoints/SmolLM2-135M-Instruct")
+    return os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+
+
+@pytest.mark.real
+def test_commands_run(environment):
+    """In order: later ones use files that earlier ones make."""
+    for command in commands("bash test"):
+        run = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, (command, run.stderr)
+        assert run.stdout.strip() or command[1] == "quantize.py", command
+
+
+@pytest.mark.real
+def test_python_example_runs(environment):
+    (code,) = [body for name, body in BLOCKS if name == "python"]
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout) > 20
+
+
+@cache
+def known_flags(script):
+    run = subprocess.run([sys.executable, script, "--help"], cwd=REPO, capture_output=True, text=True, check=True)
+    return set(re.findall(r"--[a-z_0-9]+", run.stdout))
+
+
+def test_other_commands_exist_with_their_flags():
+    checked = 0
+    for command in commands("bash"):
+        scripts = [word for word in command if re.fullmatch(r"(\./)?(scripts/)?[a-z_]+\.(py|sh)", word)]
+        for script in scripts:
+            assert (REPO / script).is_file(), command
+            if script.endswith(".py"):
+                after = command[command.index(script) :]
+                unknown = {word for word in after if word.startswith("--")} - known_flags(script)
+                assert not unknown, (command, unknown)
+                checked += 1
+    assert checked > 5
+
+
+def test_named_files_exist():
+    (tree,) = re.findall(r"^## Files\n\n```\n(.*?)^```", README, flags=re.M | re.S)
+    named = [line.split()[0] for line in tree.splitlines()]
+    assert all((REPO / name).exists() for name in named)
+    assert {f.name for f in REPO.glob("*.py")} == {name for name in named if name.endswith(".py")}
+
+
+def test_tables_are_current(cli):
+    assert cli("scripts/tables.py", "--check").status == 0
