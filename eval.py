@@ -199,19 +199,19 @@ class LanguageModel(TemplateLM or object):
         end = self.text_tokenizer.decode([self.eot_token_id])
         until = [string for string in handle_stop_sequences(options.pop("until", None), end) if string]
         budget = options.pop("max_gen_toks")
-        if not 0 < budget < self.max_length:
-            raise UserError(f"max_gen_toks is {budget}; accepted: 1 to {self.max_length - 1} (--max_seq_length)")
         options.pop("do_sample")  # the temperature says the same
         known = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         if unknown := sorted(set(options) - set(known)):
             raise UserError(f"generation_kwargs {', '.join(unknown)} are not supported; supported: {', '.join(known)}")
+        if not 0 < budget < self.max_length:
+            raise UserError(f"max_gen_toks is {budget}; accepted: 1 to {self.max_length - 1} (--max_seq_length)")
         prompts = [prompt[-(self.max_length - budget) :] for prompt in prompts]
         llm = Engine(
             self.model,
             self.text_tokenizer,
             batch_size=min(self.batch_size, len(prompts)),
             max_seq_length=len(prompts[0]) + budget,
-            sampler=Sampler(**{"top_k": None, **options}),
+            sampler=Sampler(**{"temperature": 0.0, "top_k": None, **options}),
             compile=self.compile,
         )
         for a in range(0, len(prompts), llm.batch_size):

@@ -9,6 +9,8 @@ As a library, two lines:
 import argparse
 import itertools
 import json
+import math
+import os
 import sys
 import time
 from collections import deque
@@ -24,11 +26,17 @@ import kernels
 from checkpoint import DTYPES, load_model
 from errors import UserError, run_cli
 from model import KVCache, Transformer
+from speculate import MAX_K, PROMPT_LOOKUP, Speculator, summary
 from tokenizer import StopStrings, StreamDecoder, Tokenizer, load_tokenizer
+from tp import TensorParallel, session
 
 PREFILL_CHUNK = 512  # tokens a row; bounds the score matrix of a long prompt
+SHORT_ROWS = (
+    8  # tokens that a captured prefill takes at once: launching its kernels one by one takes longer than they do
+)
 DECODE_BLOCK = 8  # steps between two looks at the tokens on a GPU: the host reads one block while the next runs
 MAX_DEFAULT_CONTEXT = 8192  # cache length of a chat when --max_seq_length does not say
+PROBES = ("The quick brown fox, 1984!", " naïve\n\tdéjà vu", "def f(x):\n    return x")  # tell tokenizers apart
 DEFAULT_CHECKPOINT = Path("checkpoints/SmolLM2-135M-Instruct/model.pth")
 
 
@@ -60,23 +68,39 @@ class Sampler:
         """Draw a token for each row. logits: fp32 (B, V); history: (B, T) int64, tokens known at positions 0..pos;
         pos: (B,) int64; rng: int64 (2,), seed and offset, which advances. Returns (B,) int64.
         """
-        if self.repetition_penalty != 1.0:
-            known = torch.arange(history.shape[1], device=history.device) <= pos[:, None]
-            index = torch.where(known, history, history[:, :1])
-            score = logits.gather(1, index)
-            score = torch.where(score < 0, score * self.repetition_penalty, score / self.repetition_penalty)
-            logits = logits.scatter(1, index, score)
+        return self.draw(self.penalized(logits, history, pos), rng)
+
+    def penalized(self, logits: Tensor, history: Tensor, pos: Tensor) -> Tensor:
+        """The logits after the repetition penalty; arguments and result as above."""
+        if self.repetition_penalty == 1.0:
+            return logits
+        known = torch.arange(history.shape[1], device=history.device) <= pos[:, None]
+        index = torch.where(known, history, history[:, :1])
+        score = logits.gather(1, index)
+        score = torch.where(score < 0, score * self.repetition_penalty, score / self.repetition_penalty)
+        return logits.scatter(1, index, score)
+
+    def draw(self, logits: Tensor, rng: Tensor) -> Tensor:
+        """Draw a token (B,) for each row of penalised logits (B, V)."""
         if self.top_p is not None and self.temperature > 0:
-            logits = logits.masked_fill(logits < self._nucleus(logits), -torch.inf)
+            logits = logits.masked_fill(logits < self._floor(logits), -torch.inf)
         return kernels.sample(logits, self.temperature, self.top_k or 0, self.min_p or 0.0, rng)
 
-    def _nucleus(self, logits: Tensor) -> Tensor:
-        """The smallest logit (B, 1) of the nucleus among the top_k at this temperature."""
-        k = min(self.top_k or logits.shape[1], logits.shape[1])
-        values = torch.topk(logits, k).values
-        probs = torch.softmax(values / self.temperature, -1)
-        inside = probs.cumsum(-1) - probs < self.top_p  # the token that crosses top_p belongs to it
-        return values.gather(1, inside.sum(-1, keepdim=True) - 1)
+    def probs(self, logits: Tensor) -> Tensor:
+        """The distribution fp32 (B, V) that `draw` draws from, at a temperature above 0."""
+        return torch.softmax(logits.masked_fill(logits < self._floor(logits), -torch.inf) / self.temperature, -1)
+
+    def _floor(self, logits: Tensor) -> Tensor:
+        """The smallest logit (B, 1) that the filters keep: min_p's, top_k's, and top_p's among the top_k."""
+        values = torch.topk(logits, min(self.top_k or (logits.shape[1] if self.top_p else 1), logits.shape[1])).values
+        floor = values[:, :1] + (self.temperature * math.log(self.min_p) if self.min_p else -torch.inf)
+        if self.top_k:
+            floor = torch.maximum(floor, values[:, -1:])
+        if self.top_p:
+            probs = torch.softmax(values / self.temperature, -1)
+            inside = probs.cumsum(-1) - probs < self.top_p  # the token that crosses top_p belongs to it
+            floor = torch.maximum(floor, values.gather(1, inside.sum(-1, keepdim=True) - 1))
+        return floor
 
 
 # --- engine -----------------------------------------------------------------------------------------------------------
@@ -97,17 +121,25 @@ class Engine:
         sampler: Sampler | None = None,
         compile: bool = False,
         compile_prefill: bool = False,
+        draft: Transformer | str | None = None,
+        speculate_k: int | str = 5,
     ):
+        """draft: a model that guesses speculate_k tokens a round, or "prompt_lookup"; see speculate.py."""
         weight = model.norm.weight
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler or Sampler()
         self.device, self.batch_size = weight.device, batch_size
         length = max_seq_length or min(model.config.block_size, MAX_DEFAULT_CONTEXT)
-        self.cache = KVCache(model.config, batch_size, length, dtype=weight.dtype, device=self.device)
+        self.cache = KVCache(
+            model.config, batch_size, length, dtype=weight.dtype, device=self.device, shards=model.tp.world
+        )
         self.pos = torch.zeros(batch_size, dtype=torch.int64, device=self.device)  # position of the token to feed
-        self.history = torch.zeros(batch_size, length + 1, dtype=torch.int64, device=self.device)  # tokens by position
+        # Tokens by position; a full cache still has one to come, and guesses may lie behind it.
+        self.history = torch.zeros(batch_size, length + 1 + MAX_K, dtype=torch.int64, device=self.device)
         self.rng = torch.zeros(2, dtype=torch.int64, device=self.device)  # seed and number of draws
         self.compile_seconds = 0.0
         self._step, self._prefill = self._eager_step, self._eager_prefill  # replaced by their compiled selves
+        self.short, self._short_prefill = 0, None  # tokens a row of a captured prefill, where there is one
+        self.speculator = Speculator(self, draft, speculate_k) if draft is not None else None
         if compile or compile_prefill:
             start = time.perf_counter()
             self._compile(compile, compile_prefill)
@@ -121,13 +153,20 @@ class Engine:
                 for n in (2, 5, 10, 20, 40):  # layers choose by the number of rows: visit each choice
                     tokens = self.history[:, : min(n, self.cache.length)].clone()
                     self._prefill(tokens, torch.zeros_like(self.pos), torch.zeros_like(self.pos))
-            if decode and self.device.type == "cuda" and kernels.fits(self.model.norm.weight[None]):
-                # Every hot operation is a kernel of ours: the graph alone is what torch.compile would add.
-                self._step = _cuda_graph(self._eager_step)
-            elif decode:
-                step = torch.compile(self._eager_step, fullgraph=True)
+            # Where every hot operation is a kernel of ours, the CUDA graph alone is what torch.compile would add.
+            inductor = not (self.device.type == "cuda" and kernels.fits(self.model.norm.weight[None]))
+            capture = _cuda_graph if self.device.type == "cuda" else None
+            if decode:
+                step = torch.compile(self._eager_step, fullgraph=True) if inductor else self._eager_step
                 step()
-                self._step = _cuda_graph(step) if self.device.type == "cuda" else step
+                self._step = capture(step) if capture else step
+                if capture:
+                    self.short = max(1, SHORT_ROWS // self.batch_size)
+                    tokens = torch.zeros(self.batch_size, self.short, dtype=torch.int64, device=self.device)
+                    zeros = torch.zeros_like(self.pos)
+                    self._short_prefill = capture(self._eager_prefill, tokens, zeros, zeros.clone())
+                if self.speculator:
+                    self.speculator.compile(step, inductor, capture)
         self.seed(0)
 
     def seed(self, seed: int) -> None:
@@ -164,32 +203,46 @@ class Engine:
         self.history[:, :longest] = padded.to(self.device)
         end = torch.tensor(lengths, device=self.device)
         logits = None
-        for a in range(start, longest, PREFILL_CHUNK):
-            b = min(a + PREFILL_CHUNK, longest)
-            last = (end - 1 - a).clamp(0, b - a - 1)
-            # torch.compile would make a graph of its own for one token, and for each bound of the context.
-            prefill, context = (self._prefill, 0) if b - a > 1 else (self._eager_prefill, b)
-            chunk = prefill(self.history[:, a:b].clone(), torch.full_like(self.pos, a), last, context)
-            logits = chunk if logits is None else torch.where((end > a)[:, None], chunk, logits)
+        a = start
+        while a < longest:
+            left = longest - a
+            size = self.short if left <= 2 * self.short else min(left, PREFILL_CHUNK)
+            if size == self.short:
+                prefill, context = self._short_prefill, ()
+            elif self._prefill == self._eager_prefill or size == 1:
+                prefill, context = self._eager_prefill, (a + size,)
+            else:  # torch.compile would make a graph of its own for each bound of the context, and for one token
+                prefill, context = self._prefill, ()
+            # A captured prefill may reach past the prompt, where it repeats the last token: padding like any other.
+            tokens = self.history[:, torch.arange(a, a + size, device=self.device).clamp(max=longest - 1)]
+            chunk = prefill(tokens, torch.full_like(self.pos, a), (end - 1 - a).clamp(0, size - 1), *context)
+            logits = chunk.clone() if logits is None else torch.where((end > a)[:, None], chunk, logits)
+            a += size
+        if self.speculator:
+            self.speculator.prefill(start, longest)
         self.pos.copy_(end - 1)
         first = self.sampler(logits, self.history, self.pos, self.rng)
         self.pos.copy_(end)
         self.history.scatter_(1, end[:, None], first[:, None])
 
     @torch.inference_mode()
-    def decode(self, steps: int) -> Iterator[list[list[int]]]:
-        """The token that prefill sampled, then `steps` more: yields each step's tokens, one a row.
+    def decode(self, steps: int, live: list[bool]) -> Iterator[list[int]]:
+        """The token that prefill sampled, then `steps` more: yields each step's tokens, one a row. Rows that the caller
+        marks as not live any more may yield anything.
 
         On a GPU the tokens of a block of steps are fetched while the next block runs, so the device never waits for
         the host, and stopping early throws away at most two blocks.
         """
+        if self.speculator:
+            yield from self.speculator.decode(steps, live)
+            return
         block = DECODE_BLOCK if self.device.type == "cuda" else 1
         begin = self.pos.clone()
         pending: deque[tuple[Tensor, Callable[[], None]]] = deque()
 
         def fetch(first: int, count: int) -> None:
             index = begin[:, None] + torch.arange(first, first + count, device=self.device)
-            pending.append(_to_host(self.history.gather(1, index)))
+            pending.append(self.to_host(self.history.gather(1, index)))
 
         fetch(0, 1)
         for first in range(1, steps + 1, block):
@@ -200,16 +253,16 @@ class Engine:
             yield from _drain(pending, keep=1 if block > 1 else 0)
         yield from _drain(pending, keep=0)
 
-
-def _to_host(tokens: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """Start copying tokens to the host; the callable waits until they are there."""
-    if tokens.device.type != "cuda":
-        return tokens.cpu(), lambda: None
-    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-    host.copy_(tokens, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return host, event.synchronize
+    @staticmethod
+    def to_host(tokens: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """Start copying tokens to the host; the callable waits until they are there."""
+        if tokens.device.type != "cuda":
+            return tokens.cpu(), lambda: None
+        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return host, event.synchronize
 
 
 def _drain(pending: deque, keep: int) -> Iterator[list[list[int]]]:
@@ -219,31 +272,45 @@ def _drain(pending: deque, keep: int) -> Iterator[list[list[int]]]:
         yield from host.t().tolist()
 
 
-def _cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """Capture a step that reads and writes only fixed tensors; the result replays it without the host's help."""
+def _cuda_graph(function: Callable[..., Tensor | None], *inputs: Tensor) -> Callable[..., Tensor | None]:
+    """Capture a function that reads `inputs` and otherwise only fixed tensors. The result copies its arguments there,
+    replays, and returns the captured output, which the next call overwrites.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):  # compiles kernels and makes library handles, which capturing must not do
-            step()
+            function(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+        output = function(*inputs)
+
+    def replay(*values: Tensor) -> Tensor | None:
+        for fixed, value in zip(inputs, values):
+            fixed.copy_(value)
+        graph.replay()
+        return output
+
+    return replay
 
 
 # --- library interface ------------------------------------------------------------------------------------------------
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, by default a GPU where there is one. Raises UserError when it is not there."""
+    """The device asked for, by default a GPU where there is one, and under torchrun the GPU that is this rank's.
+    Raises UserError when it is not there.
+    """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"device {name!r} is not known; accepted: cpu, cuda, cuda:N, mps") from None
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise UserError(f"device {name!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA devices")
+        count = torch.cuda.device_count()
+        raise UserError(f"device '{device}' was asked for, but this machine has {count} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device 'mps' was asked for, but this machine has none")
     return device
@@ -255,12 +322,26 @@ def load(
     device: str | None = None,
     precision: str = "bf16",
     quantize: str | None = None,
+    tp: TensorParallel | None = None,
+    draft: str | Path | None = None,
     **engine,
 ) -> Engine:
-    """Load a checkpoint and its tokenizer and make an Engine; `engine` takes its options (compile, sampler, ...)."""
-    path = Path(checkpoint_path)
-    model = load_model(path, device=pick_device(device), dtype=DTYPES[precision], quantize=quantize)
-    return Engine(model, load_tokenizer(path.parent), **engine)
+    """Load a checkpoint, its tokenizer and perhaps a draft's checkpoint (or "prompt_lookup"), and make an Engine;
+    `engine` takes its options (compile, sampler, ...).
+    """
+    path, options = Path(checkpoint_path), {"device": pick_device(device), "dtype": DTYPES[precision], "tp": tp}
+    model, tokenizer = load_model(path, quantize=quantize, **options), load_tokenizer(path.parent)
+    return Engine(model, tokenizer, draft=load_draft(draft, tokenizer, **options), **engine)
+
+
+def load_draft(draft: str | Path | None, tokenizer: Tokenizer, **options) -> Transformer | str | None:
+    """The draft model of a checkpoint, whose tokenizer must be the target's; what is no path to one comes back as it is."""
+    if draft in (None, PROMPT_LOOKUP):
+        return draft
+    model, own = load_model(Path(draft), **options), load_tokenizer(Path(draft).parent)
+    if any(own.encode(text) != tokenizer.encode(text) for text in PROBES):
+        raise UserError(f"the tokenizer of the draft {draft} differs from the target's; they must be the same")
+    return model
 
 
 def generate(
@@ -293,9 +374,9 @@ def generate(
     longest = max(map(len, prompts))
     llm.prefill(prompts, start)
     live = [True] * len(prompts)
-    for tokens in llm.decode(min(max_new_tokens - 1, llm.cache.length - longest)):
+    for tokens in llm.decode(min(max_new_tokens - 1, llm.cache.length - longest), live):
         step = [token if alive else None for token, alive in zip(tokens, live)]
-        live = [alive and not is_stop(row, token) for row, (token, alive) in enumerate(zip(tokens, live))]
+        live[:] = [alive and not is_stop(row, token) for row, (token, alive) in enumerate(zip(tokens, live))]
         yield step[0] if single else step
         if not any(live):
             return
@@ -335,6 +416,10 @@ def report(llm: Engine, measure: Measure, read_bandwidth: float) -> dict:
     weights = weight_bytes(llm.model)
     kv = measure.positions / steps * llm.cache.bytes_per_position
     rate = measure.steps / decode  # per user; each step yields a token for every row
+    read = weights + kv  # for a token
+    if llm.speculator:
+        passes, guesses = llm.speculator.work_per_token()
+        read = read * passes + (weight_bytes(llm.speculator.model) * guesses if llm.speculator.model else 0)
     memory = torch.cuda.max_memory_reserved() if llm.device.type == "cuda" else _peak_rss()
     return {
         **asdict(measure),
@@ -345,9 +430,9 @@ def report(llm: Engine, measure: Measure, read_bandwidth: float) -> dict:
         "decode_tokens_per_second_total": rate * llm.batch_size,
         "weight_bytes_per_step": weights,
         "kv_bytes_per_step": round(kv),
-        "bytes_per_second": (weights + kv) * rate,
+        "bytes_per_second": read * rate,
         "read_bandwidth": read_bandwidth,
-        "bandwidth_fraction": (weights + kv) * rate / read_bandwidth,
+        "bandwidth_fraction": read * rate / read_bandwidth,
         "compile_seconds": llm.compile_seconds,
         "memory_bytes": memory,
     }
@@ -445,13 +530,13 @@ def chat(llm: Engine, args: argparse.Namespace) -> None:
     print("Chat with the model: Ctrl-C stops an answer, /clear starts anew, Ctrl-D quits.", file=sys.stderr)
     while True:
         try:
-            text = input("> ")
-        except EOFError:
-            print()
-            return
+            text = llm.model.tp.share(_ask() if llm.model.tp.rank == 0 else None)
         except KeyboardInterrupt:
             print()
             continue
+        if text is None:
+            print()
+            return
         if not text.strip():
             continue
         if text.strip() == "/clear":
@@ -483,6 +568,14 @@ def chat(llm: Engine, args: argparse.Namespace) -> None:
         cached = prompt + reply.tokens[:-1] if reply and reply.tokens else cached[:start]
 
 
+def _ask() -> str | None:
+    """A line from the terminal, or None at its end."""
+    try:
+        return input("> ")
+    except EOFError:
+        return None
+
+
 def _emit(text: str) -> None:
     print(text, end="", flush=True)
 
@@ -511,6 +604,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quantize", metavar="KIND", help="quantise on load: int8, fp8, int4 or int4:GROUP")
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
     parser.add_argument("--compile_prefill", action="store_true", help="compile the prefill, too (for long prompts)")
+    parser.add_argument(
+        "--draft_checkpoint_path", type=Path, metavar="PATH", help="speculate by this model, which guesses tokens ahead"
+    )
+    parser.add_argument("--speculate", choices=[PROMPT_LOOKUP], help="speculate by copying from the text so far")
+    parser.add_argument(
+        "--speculate_k", type=_positive_or_auto, metavar="K", help="guesses a round, or auto (default: 5)"
+    )
     parser.add_argument("--profile", type=Path, help="write a Chrome trace of the last sample to PROFILE.json")
     parser.add_argument("--stream", action="store_true", help="print text as it comes")
     parser.add_argument("--json", action="store_true", help="print the measures as one JSON line, last")
@@ -520,6 +620,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _int_or_str(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
+
+
+def _positive_or_auto(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
 
 
 def _positive(text: str) -> int:
@@ -556,7 +660,11 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    with session() as tp:
+        _run(parse_args(argv), tp)
+
+
+def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     sampler = Sampler(
         temperature=args.temperature,
         top_k=args.top_k if args.top_k != 0 else None,
@@ -566,14 +674,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not all(args.stop):
         raise UserError("--stop is empty; a non-empty string is needed")
+    draft = args.draft_checkpoint_path or args.speculate
+    if args.draft_checkpoint_path and args.speculate:
+        raise UserError("--draft_checkpoint_path and --speculate are two ways to speculate; give one of them")
+    if args.speculate_k and not draft:
+        raise UserError("--speculate_k needs --draft_checkpoint_path PATH or --speculate prompt_lookup")
     device = pick_device(args.device)
-    print(f"Using device={device}", file=sys.stderr)
+    print(f"Using device={device}" + (f" and {tp.world} ranks" if tp.world > 1 else ""), file=sys.stderr)
     start = time.perf_counter()
-    model = load_model(args.checkpoint_path, device=device, dtype=DTYPES[args.precision], quantize=args.quantize)
+    options = {"device": device, "dtype": DTYPES[args.precision], "tp": tp}
+    model = load_model(args.checkpoint_path, quantize=args.quantize, **options)
     tokenizer = load_tokenizer(args.checkpoint_path.parent)
+    draft = load_draft(draft, tokenizer, **options)
     load_seconds = time.perf_counter() - start
     print(f"Time to load model: {load_seconds:.02f} seconds", file=sys.stderr)
-    prompts = [] if args.interactive else read_prompts(args, tokenizer, model.config.vocab_size)
+    reads = tp.rank == 0 and not args.interactive
+    prompts = tp.share(read_prompts(args, tokenizer, model.config.vocab_size) if reads else [])
     length = _cache_length(args, model, max(map(len, prompts), default=0))
     llm = Engine(
         model,
@@ -583,6 +699,8 @@ def main(argv: list[str] | None = None) -> None:
         sampler=sampler,
         compile=args.compile,
         compile_prefill=args.compile_prefill,
+        draft=draft,
+        speculate_k=args.speculate_k or 5,
     )
     if llm.compile_seconds:
         print(f"Compilation time: {llm.compile_seconds:.2f} seconds", file=sys.stderr)
@@ -653,6 +771,9 @@ def _print_measures(llm: Engine, measures: list[Measure], as_json: bool, load_se
         f"{result['bandwidth_fraction']:.3f} of the {result['read_bandwidth'] / 1e9:.1f} GB/s this device reads",
         file=out,
     )
+    if llm.speculator:
+        result["speculation"] = llm.speculator.report(measures[-1].steps / max(measures[-1].decode_seconds, 1e-9))
+        print(summary(result["speculation"]), file=out)
     print(f"Average tokens/sec: {sum(rates) / len(rates):.2f}", file=out)
     print(f"Memory used: {result['memory_bytes'] / 1e9:.02f} GB", file=out)
     if as_json:

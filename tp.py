@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -43,6 +44,7 @@ except ImportError:  # CPU-only builds of torch come without Triton: torch.distr
 
 MAX_WORDS = 2**17  # of 4 bytes, a rank; more than that (a prefill) is NCCL's, whose strength is bandwidth
 BLOCK = 256  # words a program of the exchange kernel
+HEARTBEAT_SECONDS = 20  # without a sign of life from a rank, the others end
 
 
 @dataclass(frozen=True)
@@ -156,18 +158,18 @@ def _cut(t: Tensor, dim: int, start: int, n: int) -> Tensor:
 def session() -> Iterator[TensorParallel]:
     """Join the processes that torchrun started, for as long as the context lasts; without torchrun, stay alone.
 
-    Only rank 0 prints. A rank that fails says so (the first one, if several do) and ends at once, whatever the others
-    wait for, and torchrun then ends those; so does Ctrl-C.
+    Only rank 0 prints. A rank that fails says so (the first one of a machine, if several do) and ends at once, whatever
+    the others wait for; these are ended by torchrun or, on another machine, when they miss its heartbeat.
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield TensorParallel()
         return
-    # A thread can end the process while the main one waits for another rank, where Python's own handler cannot run.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # _watch receives it: the main thread may be waiting in C
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast is not needed, and not everywhere safe
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     store, rank, world = next(rendezvous("env://"))
-    threading.Thread(target=_end_on_interrupt, args=(rank,), daemon=True).start()
+    done = threading.Event()
+    threading.Thread(target=_watch, args=(rank, world, store.clone(), done), daemon=True).start()
     local = int(os.environ.get("LOCAL_RANK", rank))
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)
@@ -179,29 +181,46 @@ def session() -> Iterator[TensorParallel]:
                 quiet.enter_context(redirect_stderr(nowhere))
             dist.init_process_group(store=store, rank=rank, world_size=world)
             yield TensorParallel(rank, world, store)
+        dist.barrier()
+        done.set()
         gc.collect()  # NCCL ends only after the CUDA graphs that hold its calls
         dist.destroy_process_group()
-    except SystemExit:
+    except SystemExit:  # argparse's: the same on all ranks
         raise
-    except BaseException as error:
-        _fail(error, rank, store)
+    except UserError as error:
+        _end(f"error: {error}", 2, rank, store)
+    except BaseException:
+        _end(traceback.format_exc(), 1, rank, store)
 
 
-def _end_on_interrupt(rank: int) -> None:
-    signal.sigwait({signal.SIGINT})
-    if rank == 0:
-        print("interrupted", file=sys.__stderr__, flush=True)
-    os._exit(130)
+def _watch(rank: int, world: int, store: dist.Store, done: threading.Event) -> None:
+    """End this process on Ctrl-C and when another rank is gone: a GPU that waits for that one would wait forever."""
+    seen = {other: (0, time.monotonic()) for other in range(world) if other != rank}
+    try:
+        while not done.is_set():
+            if signal.sigtimedwait({signal.SIGINT}, 1):
+                _end("interrupted", 130, rank, store)
+            store.add(f"heartbeats of {rank}", 1)
+            for other, (beats, since) in seen.items():
+                if (now := store.add(f"heartbeats of {other}", 0)) != beats:
+                    seen[other] = now, time.monotonic()
+                elif time.monotonic() - since > HEARTBEAT_SECONDS and not done.is_set():
+                    _end(f"error: rank {other} has stopped", 1, rank, store)
+    except RuntimeError:
+        if not done.is_set():
+            _end("error: the machine of rank 0 cannot be reached any more", 1, rank, store)
 
 
-def _fail(error: BaseException, rank: int, store: dist.Store) -> None:
-    """Say why, unless another rank has, and end without waiting for anyone, as a regular exit would."""
-    expected = isinstance(error, UserError)
-    if not expected or store.add("failed", 1) == 1:
-        text = f"error: {error}" if expected else "".join(traceback.format_exception(error))
-        print(f"[rank {rank}] {text}" if rank else text, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(2 if expected else 1)
+def _end(message: str, status: int, rank: int, store: dist.Store) -> None:
+    """Say why, unless another rank of this machine has, and end at once: a regular exit would wait for the others."""
+    try:
+        first = store.add(f"ended on {os.environ.get('GROUP_RANK', 0)}", 1) == 1
+    except RuntimeError:  # the store has gone, too
+        first = True
+    if first:
+        print(message if rank == 0 else f"[rank {rank}] {message}", file=sys.__stderr__, flush=True)
+    sys.__stdout__.flush()
+    os._exit(status)
 
 
 # --- exchange ---------------------------------------------------------------------------------------------------------
@@ -232,9 +251,9 @@ def exchange_fake(x, tokens, gather, rank, world):
 
 def _exchange_by_library(x: Tensor, tokens: Tensor | None, gather: bool, rank: int, world: int) -> Tensor:
     if gather:
-        parts = x.new_empty(world, *x.shape)
-        dist.all_gather_into_tensor(parts, x.contiguous())
-        return parts.movedim(0, -2).flatten(-2)
+        parts = [torch.empty_like(x) for _ in range(world)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, -1)
     if tokens is not None:
         local = tokens - rank * len(x)
         inside = (local >= 0) & (local < len(x))
@@ -296,6 +315,8 @@ if triton is not None:
         source = tl.arange(0, RANKS)[:, None]
         sent = at < words
         mask = sent & (source < WORLD)
+        theirs = tl.load(boxes + source, mask=source < WORLD, other=0).to(tl.pointer_type(tl.int64))
+        mine = tl.load(boxes + rank).to(tl.pointer_type(tl.int64))
         if PDL:
             tlx.gdc_launch_dependents()
             tlx.gdc_wait()
@@ -308,9 +329,8 @@ if triton is not None:
             word = tl.load(x + row * width + at % width, mask=sent & (row >= 0) & (row < rows), other=0)
         message = (word.to(tl.int64) << 32) | number
         place = (count % 2) * (WORLD * SLOTS) + at
-        theirs = tl.load(boxes + source, mask=source < WORLD, other=0).to(tl.pointer_type(tl.int64))
         tl.store(theirs + (place + rank * SLOTS), tl.broadcast_to(message, (RANKS, BLOCK)), mask=mask)
-        mine = tl.load(boxes + rank).to(tl.pointer_type(tl.int64)) + (place + source * SLOTS)
+        mine += place + source * SLOTS
         got = tl.load(mine, mask=mask, other=number, volatile=True)
         while tl.max(tl.max(((got & 0xFFFFFFFF) != number).to(tl.int32), 1), 0) != 0:
             got = tl.load(mine, mask=mask, other=number, volatile=True)

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))  # scripts run from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
 from errors import UserError, run_cli
+
+REPO = Path(__file__).resolve().parent.parent
 
 
 def about(result: dict) -> str:

@@ -1,4 +1,4 @@
-"""The README is true: its commands run or at least exist with their flags, its files are there, its tables are current."""
+"""The README is true: its commands run, or exist with their flags; its files are there; its tables are current."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 from conftest import REPO
@@ -23,7 +24,7 @@ def commands(kind):
 def environment(smollm2_dir):
     if smollm2_dir != REPO / "checkpoints/SmolLM2-135M-Instruct":
         pytest.skip("the README's commands use checkpoints/SmolLM2-135M-Instruct")
-    return os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    return os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 @pytest.mark.real
