@@ -558,7 +558,7 @@ def load_model(
         model.output.weight = model.tok_embeddings.weight
     for module in model.modules():
         if isinstance(module, Linear):
-            module.pack()
+            module.pack(dtype)
     return model.eval()
 
 
