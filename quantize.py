@@ -20,6 +20,7 @@ from gptq import Hessian, gptq
 from linear import GROUPS, Int4Linear, Linear, quantize_linear, quantizer
 from model import KVCache, ModelConfig, RMSNorm, Transformer, TransformerBlock
 from tokenizer import load_tokenizer
+from tp import TensorParallel
 
 CHUNK = 1 << 22  # weights quantised at a time: bounds the memory that the largest output layer takes
 SHORTEST = 32  # tokens of a calibration sequence
@@ -120,9 +121,10 @@ def gptq_checkpoint(
     home = torch.device("cpu") if offload else device
     embedding = state["tok_embeddings.weight"]
     activations = [embedding[tokens.long()].to(home, dtype) for tokens in sequences]
+    pending = {name: state[f"{name}.weight"].numel() for name in linear_names(config)}
     with (
         new_checkpoint(target, config, state, f"int4:{group}") as tensors,
-        _progress(sum(state[f"{name}.weight"].numel() for name in linear_names(config))) as progress,
+        _progress(sum(pending.values())) as progress,
     ):
 
         def quantize(name: str, weight: Tensor, hessian: Hessian) -> Tensor:
@@ -133,7 +135,7 @@ def gptq_checkpoint(
             packed = Int4Linear.tensors(q, scales, zeros)
             for key, value in packed.items():
                 tensors[f"{name}.{key}"].copy_(value)
-            progress.update(weight.numel())
+            progress.update(pending.pop(name))
             return Int4Linear.from_tensors(weight.shape[1], weight.shape[0], packed).dequantized(dtype)
 
         for i in range(config.n_layer):
@@ -144,6 +146,7 @@ def gptq_checkpoint(
         norm.weight.copy_(state["norm.weight"])
         hessian = input_hessian(activations, norm, device)
         quantize("output", state["output.weight"].to(device), hessian)
+        assert not pending, f"quantize_block knows nothing of {pending}"
 
 
 def quantize_block(
@@ -157,7 +160,7 @@ def quantize_block(
 ) -> None:
     """Quantise one block's linears in the order in which they run, and replace `activations` by the block's output."""
     with torch.device("meta"):
-        block = TransformerBlock(config, layer)
+        block = TransformerBlock(config, layer, TensorParallel())
     block.load_state_dict({name: t.to(device, dtype) for name, t in state.items()}, assign=True)
     one = replace(config, n_layer=1)
     caches = {

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import load_model, new_state_dict, read_json
 from errors import run_cli
-from linear import GROUPS
+from linear import GROUPS, Linear
 from model import KVCache
 from quantize import calibration_sequences, gptq_checkpoint, open_model, quantize_checkpoint
 from tokenizer import load_tokenizer
@@ -74,6 +74,10 @@ def to_generic_basis(source: Path, folder: Path, dtype: torch.dtype = torch.bflo
 def perplexity(path: Path, tokens: Tensor) -> float:
     """exp of the mean negative log-likelihood in windows; activations fp32, so that only the weights count."""
     model = load_model(path, dtype=torch.float32)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Linear):  # dequantise once, not in each window
+            tensors = {"weight": layer.dequantized(torch.float32)}
+            model.set_submodule(name, Linear.from_tensors(layer.in_features, layer.out_features, tensors))
     cache = KVCache(model.config, 1, WINDOW, dtype=torch.float32, device="cpu")
     start, total, count = torch.zeros(1, dtype=torch.int32), 0.0, 0
     for window in tokens.split(WINDOW):
