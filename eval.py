@@ -48,7 +48,8 @@ class LanguageModel(TemplateLM or object):
 
     Log-likelihoods are computed in batches sorted by length. Continuations of one context share its prefill: a batch's
     distinct contexts are read once each, and their rows of the cache copied to the continuations.
-    max_length: the most tokens in an input, by default the model's context, up to MAX_DEFAULT_CONTEXT.
+    batch_size: rows at most, fewer where they are long. max_length: the most tokens in an input, by default the model's
+    context, up to MAX_DEFAULT_CONTEXT. compile: the decode step, and a transformer block for all else.
     """
 
     def __init__(
@@ -157,19 +158,21 @@ class LanguageModel(TemplateLM or object):
         for a in range(0, tokens.shape[1], MAX_SLICE):
             part = tokens[:, a : a + MAX_SLICE]
             n = part.shape[1]
-            yield a, self._hidden(F.pad(part, (0, max(0, least - n))), pos + a, cache)[:, :n]
+            end = min(max(start) + a + n, cache.length)
+            yield a, self._hidden(F.pad(part, (0, max(0, least - n))), pos + a, cache, end)[:, :n]
 
-    def _hidden(self, tokens: Tensor, pos: Tensor, cache: KVCache) -> Tensor:
+    def _hidden(self, tokens: Tensor, pos: Tensor, cache: KVCache, end: int) -> Tensor:
         """Transformer.forward up to the output layer, of which a slice at a time fits into memory: -> (B, S, C)."""
-        if self.compile and (single := len(tokens) == 1) not in self._traced:
-            # Sizes that are equal when a graph is traced are one symbol in it: trace with sizes that seldom are.
-            self._traced.add(single)
-            other = KVCache(self.model.config, 1 if single else 11, 37, dtype=self._dtype, device=self._device)
-            self._hidden(tokens.new_zeros(other.batch_size, 23), pos.new_zeros(other.batch_size), other)
+        if self.compile:
+            end = 0  # not known, or it would be one more size
+            if (single := len(tokens) == 1) not in self._traced:
+                # Sizes that are equal when a graph is traced are one symbol in it: trace with sizes that seldom are.
+                self._traced.add(single)
+                other = KVCache(self.model.config, 1 if single else 11, 37, dtype=self._dtype, device=self._device)
+                self._hidden(tokens.new_zeros(other.batch_size, 23), pos.new_zeros(other.batch_size), other, 0)
         x = self.model.tok_embeddings(tokens)
-        context = 0 if self.compile else cache.length  # a bound known to the host would be one more size
         for layer, k, v in zip(self.model.layers, cache.k, cache.v):
-            x = self._block(layer, x, pos, k, v, cache.rope, context)
+            x = self._block(layer, x, pos, k, v, cache.rope, end)
         return x
 
     def _padded(self, rows: list[tuple[int, ...]]) -> Tensor:
@@ -206,11 +209,12 @@ class LanguageModel(TemplateLM or object):
         if not 0 < budget < self.max_length:
             raise UserError(f"max_gen_toks is {budget}; accepted: 1 to {self.max_length - 1} (--max_seq_length)")
         prompts = [prompt[-(self.max_length - budget) :] for prompt in prompts]
+        length = len(prompts[0]) + budget
         llm = Engine(
             self.model,
             self.text_tokenizer,
-            batch_size=min(self.batch_size, len(prompts)),
-            max_seq_length=len(prompts[0]) + budget,
+            batch_size=max(1, min(self.batch_size, len(prompts), MAX_BATCH_TOKENS // length)),
+            max_seq_length=length,
             sampler=Sampler(**{"temperature": 0.0, "top_k": None, **options}),
             compile=self.compile,
         )
