@@ -35,7 +35,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.register_parameter("scales", None)
         self.register_parameter("zeros", None)
-        self.widen = False  # whether many rows are multiplied in fp32, for a CPU without half-precision arithmetic
+        self.widen = False  # whether to multiply in fp32, for a CPU without half-precision arithmetic
 
     @classmethod
     def from_tensors(cls, in_features: int, out_features: int, tensors: dict[str, Tensor]) -> "Linear":
@@ -52,6 +52,9 @@ class Linear(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """W x for x (..., K), in plain PyTorch."""
+        if self.widen and _rows(x) == 1 and torch.compiler.is_compiling():
+            # Inductor makes one threaded, vectorised loop of this, which reads the half-precision weight once.
+            return (self.dequantized(torch.float32) * x.view(-1).float()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
         if self.widen and _rows(x) > 8:
             return F.linear(x.float(), self.dequantized(torch.float32)).to(x.dtype)
         return F.linear(x, self.dequantized(x.dtype))

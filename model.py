@@ -220,7 +220,7 @@ class Attention(nn.Module):
         self, x: Tensor, norm: RMSNorm, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor, context: int
     ) -> Tensor:
         y = kernels.attend(
-            self.wqkv(x, norm=norm),
+            self.project_in(x, norm),
             k,
             v,
             input_pos,
@@ -232,6 +232,15 @@ class Attention(nn.Module):
             window=self.window,
             context=context,
         )
+        return self.project_out(y, x)
+
+    # The layers are alike: torch.compile compiles these regions, and FeedForward, for the first and reuses them.
+    @torch.compiler.nested_compile_region
+    def project_in(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return self.wqkv(x, norm=norm)
+
+    @torch.compiler.nested_compile_region
+    def project_out(self, y: Tensor, x: Tensor) -> Tensor:
         return self.tp.project(self.wo, y, residual=x)
 
 
@@ -245,6 +254,7 @@ class FeedForward(nn.Module):
         self.w3 = Linear(config.dim, hidden, bias=config.mlp_bias)
         self.w2 = Linear(hidden, config.dim, bias=config.mlp_bias)
 
+    @torch.compiler.nested_compile_region
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         return self.tp.project(self.w2, gated(self.w1, self.w3, x, norm), residual=x)
 
