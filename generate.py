@@ -334,9 +334,9 @@ def load(
     return Engine(model, tokenizer, draft=load_draft(draft, tokenizer, **options), **engine)
 
 
-def load_draft(draft: str | Path | None, tokenizer: Tokenizer, **options) -> Transformer | str | None:
-    """The draft model of a checkpoint, whose tokenizer must be the target's; what is no path to one comes back as it is."""
-    if draft in (None, PROMPT_LOOKUP):
+def load_draft(draft, tokenizer: Tokenizer, **options) -> Transformer | str | None:
+    """The model of a draft's checkpoint, whose tokenizer must be the target's. Anything but a path stays as it is."""
+    if draft in (None, PROMPT_LOOKUP) or isinstance(draft, Transformer):
         return draft
     model, own = load_model(Path(draft), **options), load_tokenizer(Path(draft).parent)
     if any(own.encode(text) != tokenizer.encode(text) for text in PROBES):

@@ -1,0 +1,391 @@
+"""Speculative decoding: a cheap draft guesses the next k tokens, and one pass of the target judges them all.
+
+Rejection sampling after Leviathan et al. (arXiv 2211.17192): whatever the draft guesses, the tokens follow the target's
+distribution, and at temperature 0 they are plain greedy decoding's. The draft is a smaller model of the same vocabulary
+(a quantised copy of the target will do) or no model at all: prompt lookup copies what followed the last tokens before.
+
+A round (draft, verify, accept, resample, advance) runs on the device alone, from each row's position and tokens to its
+new position and tokens; one CUDA graph holds it whole. The host reads what came of it while the next one runs.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from errors import UserError
+from model import KVCache, Transformer
+
+PROMPT_LOOKUP = "prompt_lookup"
+MAX_K = 15  # a verify pass has k + 1 rows; the decode kernels take 16
+AUTO = (1, 2, 3, 5, 8, 12)  # what `auto` chooses from, besides plain decoding
+NAPS = (16, 64)  # plain steps before `auto` tries again where speculation did not pay: at first, and at most
+NGRAM = 3  # the longest match that prompt lookup looks for
+CHUNK = 512  # tokens a row that a draft reads at once
+
+
+class PromptLookup:
+    """A draft without a model: what followed the latest occurrence of a row's last three, two or one tokens."""
+
+    model = None
+
+    def __init__(self, llm):
+        self.llm = llm
+
+    def find(self) -> tuple[Tensor, Tensor]:
+        """Where in each row its last tokens occurred before, and how many of them match (0: none): int64 (B,) both."""
+        history, pos = self.llm.history, self.llm.pos[:, None]
+        width = history.shape[1]
+        at = torch.arange(width, device=history.device)
+        match, score = at < pos, torch.zeros_like(history)
+        for n in range(NGRAM):
+            same = history == history.gather(1, (pos - n).clamp(min=0))
+            match = match & F.pad(same, (n, 0))[:, :width]
+            score = torch.where(match, (n + 1) * width + at, score)
+        best = score.amax(1)
+        return best % width, best // width
+
+    def propose(self, k: int) -> None:
+        """Write k guesses behind each row's position. A copy that reaches the position starts over."""
+        history, pos = self.llm.history, self.llm.pos[:, None]
+        found = self.find()[0][:, None]
+        ahead = torch.arange(k, device=history.device)
+        history.scatter_(1, pos + 1 + ahead, history.gather(1, found + 1 + ahead % (pos - found)))
+
+    def is_blind(self) -> bool:
+        """Whether no row has anything to copy, so far as the host can know without waiting."""
+        return self.llm.device.type == "cpu" and not self.find()[1].any()
+
+    def read(self, start: Tensor, n: int) -> None:
+        """There is no cache to fill."""
+
+
+class DraftModel:
+    """A draft by a model of the target's vocabulary, with a cache of its own."""
+
+    def __init__(self, llm, model: Transformer):
+        vocab, own = llm.model.config.vocab_size, model.config.vocab_size
+        if own != vocab:
+            raise UserError(f"the draft's vocabulary has {own} tokens, the target's {vocab}; they must be the same")
+        size, target = (sum(t.nbytes for t in m.parameters()) / 1e6 for m in (model, llm.model))
+        if size > target:
+            raise UserError(f"the draft's weights are {size:.1f} MB; it must not exceed the target's {target:.1f} MB")
+        self.llm, self.model = llm, model
+        options = {"dtype": model.norm.weight.dtype, "device": llm.device, "shards": model.tp.world}
+        self.cache = KVCache(model.config, llm.batch_size, llm.cache.length, **options)
+        self.step = self._step  # replaced by its compiled self
+
+    def _step(self, pos: Tensor, rows: int) -> Tensor:
+        """Feed the `rows` tokens that end at `pos` (B,) and write a guess behind them. Returns its logits (B, V)."""
+        history, sampler = self.llm.history, self.llm.sampler
+        start = pos - (rows - 1)
+        tokens = history.gather(1, start[:, None] + torch.arange(rows, device=pos.device))
+        logits = sampler.penalized(self.model(tokens, start, self.cache)[:, -1], history, pos)
+        history.scatter_(1, pos[:, None] + 1, sampler.draw(logits, self.llm.rng)[:, None])
+        return logits
+
+    def propose(self, k: int) -> Tensor | None:
+        """Write k guesses behind each row's position. Returns the logits fp32 (B, k, V) that they were drawn from, if
+        drawn. The first step feeds two tokens: of a round whose guesses all held, the last was never fed.
+        """
+        logits = [self.step(self.llm.pos + i, 1 if i else 2) for i in range(k)]
+        return torch.stack(logits, 1) if self.llm.sampler.temperature > 0 else None
+
+    def is_blind(self) -> bool:
+        return False
+
+    def read(self, start: Tensor, n: int) -> None:
+        """Feed n tokens of each row from position `start` (B,) on."""
+        for a in range(0, n, CHUNK):
+            index = start[:, None] + torch.arange(a, min(a + CHUNK, n), device=start.device)
+            self.model(self.llm.history.gather(1, index), start + a, self.cache)
+
+
+class Speculator:
+    """Rounds of speculation for an Engine: how they run, how k is chosen, what they were worth.
+
+    draft: a model, or "prompt_lookup"; k: guesses a round, or "auto". Raises UserError for what cannot work.
+    """
+
+    def __init__(self, llm, draft: Transformer | str, k: int | str):
+        if k != "auto" and k not in range(1, MAX_K + 1):
+            raise UserError(f"speculate_k is {k!r}; accepted: 1 to {MAX_K}, or auto")
+        if isinstance(draft, str) and draft != PROMPT_LOOKUP:
+            raise UserError(f"cannot speculate by {draft!r}; accepted: {PROMPT_LOOKUP}, or a draft model")
+        self.llm, self.k = llm, k
+        self.draft = PromptLookup(llm) if draft == PROMPT_LOOKUP else DraftModel(llm, draft)
+        self.model = self.draft.model
+        self.limit = torch.zeros_like(llm.pos)  # the last position that each row may reach
+        self.result = torch.zeros(llm.batch_size, MAX_K + 3, dtype=torch.int64, device=llm.device)
+        self.step, self.capture = llm._step, lambda step: step  # these three are replaced by compiled ones
+        self.forward, self.accept = self._forward, self._accept
+        self.rounds: dict[int, Callable[[], None]] = {}
+        self.seconds: dict[int, float] = {}  # what a round of k guesses takes
+        self.counts: Counter[tuple[int, int]] = Counter()  # (k, accepted) of this generation's rounds
+        self.stale = 0  # latest plain rounds, whose tokens the draft has not read
+        self.nap, self.napping = NAPS[0], 0
+        self._forget()
+
+    # --- a round ------------------------------------------------------------------------------------------------------
+
+    def _round(self, k: int) -> None:
+        """Draft, verify, accept, resample, advance. Of its tokens a row takes what its limit allows."""
+        llm = self.llm
+        begin = llm.pos.clone()
+        index = begin[:, None] + torch.arange(k + 1, device=begin.device)
+        if k == 0:
+            self.step()
+            accepted = torch.zeros_like(begin)
+        else:
+            draft_logits = self.draft.propose(k)
+            tokens = llm.history.gather(1, index)
+            accepted, following = self.accept(self.forward(tokens, begin), tokens[:, 1:], draft_logits)
+            llm.history.scatter_(1, index + 1, following)
+        taken = torch.minimum(accepted + 1, self.limit - begin)
+        llm.pos.copy_(begin + taken)
+        self.result[:, 0], self.result[:, 1] = taken, accepted
+        self.result[:, 2 : k + 3] = llm.history.gather(1, index + 1)
+
+    def _forward(self, tokens: Tensor, pos: Tensor) -> Tensor:
+        return self.llm.model(tokens, pos, self.llm.cache, all_logits=True)
+
+    def _accept(self, logits: Tensor, guesses: Tensor, draft_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Judge guesses int64 (B, k) by the target's logits fp32 (B, k + 1, V). draft_logits: fp32 (B, k, V) that they
+        were drawn from; None if they were not drawn. Returns how many hold (B,), and the tokens (B, k + 1) that follow:
+        the guesses that hold, the target's own one, and rubbish.
+        """
+        llm, sampler = self.llm, self.llm.sampler
+        B, k = guesses.shape
+        after = torch.arange(k + 1, device=guesses.device)
+        history = llm.history[:, None].expand(-1, k + 1, -1).flatten(0, 1)
+        logits = sampler.penalized(logits.flatten(0, 1), history, (llm.pos[:, None] + after).flatten())
+        if sampler.temperature == 0:
+            following = kernels.sample(logits, 0.0, rng=llm.rng).view(B, k + 1)
+            return (following[:, :k] == guesses).cumprod(1).sum(1), following
+        # A guess x, drawn from q, holds with probability min(1, p(x) / q(x)). The first that does not is replaced by a
+        # draw from max(0, p - q); if all hold, one more token is drawn from p.
+        p = sampler.probs(logits).view(B, k + 1, -1)
+        if draft_logits is None:
+            q = F.one_hot(guesses, p.shape[2]).float()
+        else:
+            q = sampler.probs(draft_logits.flatten(0, 1)).view(B, k, -1)
+        px, qx = (t.gather(2, guesses[..., None])[..., 0] for t in (p[:, :k], q))
+        chance = (px / qx.clamp(min=1e-30)).clamp(max=1)
+        coins = torch.stack((chance, 1 - chance), -1).log().flatten(0, 1)
+        holds = kernels.sample(coins, 1.0, rng=llm.rng).view(B, k) == 0
+        accepted = holds.cumprod(1).sum(1)
+        row = torch.arange(B, device=accepted.device)
+        p, q = p[row, accepted], q[row, accepted.clamp(max=k - 1)] * (accepted < k)[:, None]
+        rest = (p - q).clamp(min=0)
+        rest = torch.where(rest.amax(1, keepdim=True) > 0, rest, p)  # p = q but for rounding
+        own = kernels.sample(
+            rest.log(), 1.0, min_p=1e-30, rng=llm.rng
+        )  # min_p spares the noise of what cannot be drawn
+        return accepted, torch.where(after < accepted[:, None], F.pad(guesses, (0, 1)), own[:, None])
+
+    # --- compiling and timing -----------------------------------------------------------------------------------------
+
+    def compile(self, step: Callable[[], None], inductor: bool, capture: Callable | None) -> None:
+        """Prepare all rounds, by torch.compile, as CUDA graphs, or both. step: the engine's, before it is captured."""
+        self.step, self.capture = step, capture or self.capture
+        if inductor:
+            self.forward = torch.compile(self.forward, fullgraph=True, dynamic=self.k == "auto")
+            if self.model:
+                self.draft.step = torch.compile(self.draft.step, fullgraph=True)
+        for k in self._choices():
+            self.prepare(k)
+
+    def _choices(self) -> tuple[int, ...]:
+        return (0, *AUTO) if self.k == "auto" else (self.k,)
+
+    def prepare(self, k: int) -> Callable[[], None]:
+        """The round of k guesses, captured and timed on its first use."""
+        if k not in self.rounds:
+            with self.frozen():
+                self.rounds[k] = self.capture(partial(self._round, k))
+                self.seconds[k] = self.time(self.rounds[k])
+        return self.rounds[k]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Rounds leave no trace in here: no row may advance, and what lies beyond its position counts for nothing."""
+        limit, rng = self.limit.clone(), self.llm.rng.clone()
+        self.llm.pos.clamp_(min=1)  # a draft looks back by one
+        self.limit.copy_(self.llm.pos)
+        yield
+        self.limit.copy_(limit)
+        self.llm.rng.copy_(rng)
+
+    def time(self, step: Callable[[], object]) -> float:
+        """Seconds that a step takes, of some runs the fastest; with several ranks, on the first."""
+        repeats, times = 10 if self.llm.device.type == "cuda" else 1, []
+        for _ in range(3):
+            self.llm.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            self.llm.synchronize()
+            times.append((time.perf_counter() - start) / repeats)
+        return self.llm.model.tp.share(min(times))
+
+    # --- decoding -----------------------------------------------------------------------------------------------------
+
+    def prefill(self, start: int, end: int) -> None:
+        """Let the draft read the prompts' positions start..end, and what it has missed before them."""
+        start = max(0, start - self.stale - 1)
+        self.draft.read(torch.full_like(self.llm.pos, start), end - start)
+        self.stale = 0
+
+    @torch.inference_mode()
+    def decode(self, steps: int, live: list[bool]) -> Iterator[list[int]]:
+        """As Engine.decode. Rows accept different lengths: a step's tokens come when all live rows have theirs."""
+        llm = self.llm
+        self.counts.clear()
+        self.limit.copy_(llm.pos + steps)
+        queues = [deque(row) for row in llm.history.gather(1, llm.pos[:, None]).tolist()]
+        missing = [steps] * len(queues)
+        pending: deque[tuple[int, Tensor, Callable[[], None]]] = deque()
+        ahead = 2 if llm.device.type == "cuda" else 1  # one round runs while the host reads the one before
+        for _ in range(steps + 1):
+            while not all(queue or not alive for queue, alive in zip(queues, live)):
+                most = max(
+                    n for n, alive in zip(missing, live) if alive
+                )  # what the pending rounds bring at least is less
+                while len(pending) < min(ahead, most):
+                    pending.append(self._launch())
+                k, result, wait = pending.popleft()
+                wait()
+                for row, (taken, accepted, *tokens) in enumerate(result.tolist()):
+                    if taken:
+                        self._learn(k, accepted)
+                    queues[row].extend(tokens[:taken])
+                    missing[row] -= taken
+            yield [queue.popleft() if queue else 0 for queue in queues]
+
+    def _launch(self) -> tuple[int, Tensor, Callable[[], None]]:
+        k = self._choose()
+        if k and self.draft.is_blind():
+            k = 0
+        if k and self.stale:
+            self.draft.read((self.llm.pos - self.stale - 1).clamp(min=0), self.stale)
+        self.stale = 0 if k else self.stale + 1
+        self.prepare(k)()
+        return k, *self.llm.to_host(self.result)
+
+    def _choose(self) -> int:
+        """The k that promises most tokens a second by the acceptance and the costs measured; 0 is plain decoding."""
+        if self.k != "auto":
+            return self.k
+        if self.napping:
+            self.napping -= 1
+            return 0
+        best = max(self._choices(), key=lambda k: (self.prepare(k), self._expected(k) / self.seconds[k])[1])
+        if best:
+            self.nap = max(NAPS[0], self.nap - 1)
+        else:
+            self.napping, self.nap = self.nap, min(2 * self.nap, NAPS[1])
+            self._forget()  # so that waking up is trying again
+        return best
+
+    def _expected(self, k: int) -> float:
+        """Tokens that a round of k brings. A position not tried lately is thought to be as good as the one before."""
+        chance, reach, tokens = 0.8, 1.0, 1.0
+        for tried, held in zip(self.tried[:k], self.held):
+            chance = (held + chance) / (tried + 1)
+            reach *= chance
+            tokens += reach
+        return tokens
+
+    def _forget(self) -> None:
+        self.tried, self.held = [0.0] * MAX_K, [0.0] * MAX_K
+
+    def _learn(self, k: int, accepted: int) -> None:
+        self.counts[k, accepted] += 1
+        for i in range(min(accepted + 1, k)):
+            self.tried[i] = 0.9 * self.tried[i] + 1
+            self.held[i] = 0.9 * self.held[i] + (i < accepted)
+
+    # --- account ------------------------------------------------------------------------------------------------------
+
+    def work_per_token(self) -> tuple[float, float]:
+        """Passes of the target, and of the draft, for each token of the last generation."""
+        tokens = max(1, sum((accepted + 1) * n for (_, accepted), n in self.counts.items()))
+        return self.counts.total() / tokens, sum(k * n for (k, _), n in self.counts.items()) / tokens
+
+    @torch.inference_mode()
+    def report(self, tokens_per_second: float) -> dict:
+        """What speculation did in the last generation, which made so many tokens a second a row, and what it was worth.
+
+        Times plain decoding over the last tokens, at most 64, and the parts of a round where the text ends now.
+        """
+        llm, counts = self.llm, self.counts
+        guessed = Counter()  # rounds by their k
+        for (k, _), n in counts.items():
+            guessed[k] += n
+        tries = [sum(n for k, n in guessed.items() if k > i) for i in range(max(guessed, default=0))]
+        holds = [sum(n for (_, accepted), n in counts.items() if accepted > i) for i in range(len(tries))]
+        plain_rate = self._plain_rate()
+        common = max(guessed - Counter({0: guessed[0]}), key=guessed.get, default=self._choices()[-1])
+        with self.frozen():
+            fed = llm.history.gather(1, llm.pos[:, None] + torch.arange(common + 1, device=llm.device))
+            draft = self.capture(partial(self.draft.propose, common))
+            verify = self.capture(partial(self.forward, fed, llm.pos))
+            times = {
+                "round_ms": self.prepare(common),
+                "draft_ms": draft,
+                "verify_ms": verify,
+                "plain_ms": self.prepare(0),
+            }
+            times = {name: 1e3 * self.time(step) for name, step in times.items()}
+        return {
+            "k": self.k,
+            "rounds_by_k": dict(sorted(guessed.items())),
+            "tokens_per_round": 1 / self.work_per_token()[0] if counts else 0.0,
+            "mean_accepted": sum(holds) / max(tries[0], 1) if tries else 0.0,
+            "acceptance_by_position": [held / tried for held, tried in zip(holds, tries)],
+            "timed_k": common,
+            **times,
+            "overhead_ms": times["round_ms"] - times["draft_ms"] - times["verify_ms"],
+            "plain_tokens_per_second": plain_rate,
+            "speedup": tokens_per_second / plain_rate,
+        }
+
+    def _plain_rate(self) -> float:
+        """Tokens a second a row of plain decoding, over the last tokens anew."""
+        pos, steps = self.llm.pos.clone(), min(64, int(self.llm.pos.min()) - 1)
+        self.llm.pos.sub_(steps)
+        self.llm.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.llm._step()
+        self.llm.synchronize()
+        seconds = time.perf_counter() - start
+        self.llm.pos.copy_(pos)
+        return steps / max(seconds, 1e-9)
+
+
+def summary(r: dict) -> str:
+    """A report in words, with advice where speculation did not pay."""
+    positions = " ".join(f"{a:.2f}" for a in r["acceptance_by_position"])
+    text = (
+        f"Speculation: {r['tokens_per_round']:.2f} tokens a round, {r['mean_accepted']:.2f} guesses accepted, "
+        f"by position {positions or 'none'}\n"
+        f"A round of {r['timed_k']}: {r['round_ms']:.2f} ms, draft {r['draft_ms']:.2f}, verify {r['verify_ms']:.2f}, "
+        f"overhead {r['overhead_ms']:.2f}; a plain step: {r['plain_ms']:.2f} ms\n"
+        f"Speed-up over plain decoding ({r['plain_tokens_per_second']:.2f} tokens/sec, same run): {r['speedup']:.2f} x"
+    )
+    if r["speedup"] >= 1:
+        return text
+    if r["verify_ms"] > 2 * r["plain_ms"]:
+        advice = "verifying costs too much: try a smaller --speculate_k"
+    elif r["draft_ms"] > r["plain_ms"]:
+        advice = "drafting costs too much: try a smaller draft or --speculate_k, or --speculate prompt_lookup"
+    else:
+        advice = "too few guesses hold: try another draft or a smaller --speculate_k"
+    return f"{text}\nSpeculation made this slower; {advice}, or --speculate_k auto, or leave it off."
