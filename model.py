@@ -4,7 +4,9 @@ Letters in shape comments: B batch, S new tokens, T cache length, H query heads,
 C model dim.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -202,6 +204,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
+def _alike(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let torch.compile compile a method for the first layer and reuse it for the others, when decoding a token a row
+    (these regions do not take the dynamic lengths of a prefill)."""
+    region = torch.compiler.nested_compile_region(method)
+
+    @functools.wraps(method)
+    def call(self: nn.Module, x: Tensor, *rest: object) -> Tensor:
+        return (region if x.shape[1] == 1 else method)(self, x, *rest)
+
+    return call
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions over a static cache."""
 
@@ -234,12 +248,11 @@ class Attention(nn.Module):
         )
         return self.project_out(y, x)
 
-    # The layers are alike: torch.compile compiles these regions, and FeedForward, for the first and reuses them.
-    @torch.compiler.nested_compile_region
+    @_alike
     def project_in(self, x: Tensor, norm: RMSNorm) -> Tensor:
         return self.wqkv(x, norm=norm)
 
-    @torch.compiler.nested_compile_region
+    @_alike
     def project_out(self, y: Tensor, x: Tensor) -> Tensor:
         return self.tp.project(self.wo, y, residual=x)
 
@@ -254,7 +267,7 @@ class FeedForward(nn.Module):
         self.w3 = Linear(config.dim, hidden, bias=config.mlp_bias)
         self.w2 = Linear(hidden, config.dim, bias=config.mlp_bias)
 
-    @torch.compiler.nested_compile_region
+    @_alike
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         return self.tp.project(self.w2, gated(self.w1, self.w3, x, norm), residual=x)
 
