@@ -1,6 +1,7 @@
 """eval.py agrees with lm-eval's own `hf` backend on the same weights, on hellaswag, winogrande and wikitext in their
 real formats (tests/data/eval) and on generated answers; its command line tells users what they got wrong."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ import eval as evaluation
 from checkpoint import convert, load_model, read_config, torch_load
 from errors import UserError, run_cli
 from eval import LanguageModel, evaluate, load_tasks, perplexity, read_text, rolling_windows
+from generate import generate
 from tokenizer import load_tokenizer
 
 DATA = Path(__file__).parent / "data" / "eval"
@@ -163,6 +165,16 @@ def test_agrees_with_hf_backend_in_a_chat(tiny, tasks):
     b = evaluate(hf_backend(tiny.model, tiny.tokenizer, batch_size=3), tasks, chat=True)
     assert_same(a, b)
     assert "<|user|>user: Question: " in str(a["samples"]["answers"][0]["arguments"])
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_bos"])
+def test_empty_context_is_the_prefix_token(request, name):
+    """As with hf: BOS where there is one, or else end of text, and no second BOS."""
+    tiny = request.getfixturevalue(name)
+    requests = [SimpleNamespace(args=("", text)) for text in ("A man", " pours flour.", "<|begin|>A man")]
+    expected = hf_backend(tiny.model, tiny.tokenizer, batch_size=2).loglikelihood(requests, disable_tqdm=True)
+    result = ours(tiny.directory).loglikelihood(requests, disable_tqdm=True)
+    assert flat(result) == pytest.approx(flat(expected), abs=1e-3)
 
 
 def test_continued_message_is_left_open(tiny):
@@ -317,6 +329,22 @@ def test_generation_options(tiny):
     assert generated(lm, *prompts, max_gen_toks=12, temperature=5.0) != greedy
     stop = greedy[0][3]
     assert generated(lm, prompts[0], max_gen_toks=12, until=[stop]) == [greedy[0].split(stop)[0]]
+
+
+def test_generation_ends_when_every_row_has_met_a_stop(tiny, monkeypatch):
+    lm, steps = ours(tiny.directory), []
+    monkeypatch.setattr(
+        evaluation, "generate", lambda *args, **kw: (steps.append(s) or s for s in generate(*args, **kw))
+    )
+    tokens = tiny.model.generate(**tiny.tokenizer("A man", return_tensors="pt"), max_new_tokens=20, do_sample=False)
+    first, end = int(tokens[0, -20]), int(tokens[0, -10])
+    lm.text_tokenizer = dataclasses.replace(lm.text_tokenizer, eos_ids=frozenset({end}))
+    generated(lm, "A man", max_gen_toks=20)
+    assert [row for row, *_ in steps][-1] == end
+    assert len(steps) <= 11
+    steps.clear()
+    generated(lm, "A man", max_gen_toks=20, until=[lm.text_tokenizer.decode([first])])
+    assert [row for row, *_ in steps] == [first]
 
 
 def test_generation_options_that_are_not_supported(tiny):
