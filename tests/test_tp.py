@@ -1,0 +1,325 @@
+"""Tensor parallelism: shards add up, ranks compute what one process does, nobody hangs."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # has to be set before Triton is imported
+
+import tp as parallel  # noqa: E402
+from checkpoint import load_model  # noqa: E402
+from errors import UserError  # noqa: E402
+from generate import Engine, Sampler, generate, load  # noqa: E402
+from linear import linear_from_tensors, quantize_linear  # noqa: E402
+from model import KVCache, ModelConfig, Transformer  # noqa: E402
+from tp import TensorParallel, session  # noqa: E402
+
+REPO = Path(__file__).resolve().parent.parent
+KINDS = ["plain", "int8", "fp8", "int4:32", "int4:128"]
+# World size: query heads, key/value heads, head dimension; those of 16 and 48 make int4 groups straddle ranks.
+SHAPES = {2: (4, 1, 48), 3: (6, 3, 32), 4: (8, 2, 16)}
+
+
+def tiny_config(world, **more):
+    H, Hkv, D = SHAPES[world]
+    shape = {"n_head": H, "n_local_heads": Hkv, "head_dim": D, "intermediate_size": 160, "vocab_size": 259}
+    return ModelConfig(dim=64, n_layer=2, block_size=64, **shape, **more)
+
+
+def write_model(path, config, kind):
+    """A random checkpoint of `config`, quantised to `kind`."""
+    torch.manual_seed(0)
+    model = Transformer(config)
+    state = {}
+    for name, module in model.named_modules():
+        own = {key: torch.randn_like(p) / 2**p.ndim for key, p in module.named_parameters(recurse=False)}
+        if config.tied and name == "output":
+            continue
+        if kind != "plain" and hasattr(module, "in_features"):
+            own = quantize_linear(kind, own, name)
+        state |= {f"{name}.{key}": t for key, t in own.items()}
+    torch.save(state, path)
+
+
+# --- without other processes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_of_a_weight_make_up_the_whole(world, kind):
+    config = tiny_config(world, qkv_bias=True, o_bias=True)
+    H, Hkv, D = config.n_head, config.n_local_heads, config.head_dim
+    ranks = [TensorParallel(rank, world) for rank in range(world)]
+    inputs = {"wo": H * D, "w2": config.intermediate_size}
+    outputs = {"wqkv": (H + 2 * Hkv) * D, "w1": config.intermediate_size, "output": config.vocab_size}
+    for name in [*inputs, *outputs]:
+        N, K = outputs.get(name, 24), inputs.get(name, 64)
+        tensors = {"weight": torch.randn(N, K), "bias": torch.randn(N)}
+        if kind != "plain":
+            tensors = quantize_linear(kind, tensors, name)
+        whole = linear_from_tensors(K, N, tensors)
+        x = torch.randn(3, K)
+        results = []
+        for rank in ranks:
+            part = rank.shard(f"layers.0.{name}", tensors, config)
+            queries, keys = rank.heads(H, Hkv)
+            hidden = rank.part(config.intermediate_size, 32)
+            columns = {"wo": range(queries.start * D, queries.stop * D), "w2": hidden}.get(name, range(K))
+            rows = {"wqkv": (len(queries) + 2 * len(keys)) * D, "w1": len(hidden)}.get(name, len(rank.part(259, 16)))
+            rows = N if name in inputs else rows
+            layer = linear_from_tensors(len(columns), rows, part, f"{name} of {rank}")
+            own = torch.zeros(3, len(columns))
+            own[:, : len(columns[: max(0, K - columns.start)])] = x[:, columns.start : columns.stop]
+            results.append(layer(own))
+        if name in inputs:
+            found = sum(results)
+        elif name == "wqkv":  # heads that are in several ranks must agree; take the last one's
+            found = torch.full((3, N), torch.nan)
+            for rank, y in zip(ranks, results):
+                queries, keys = rank.heads(H, Hkv)
+                spans = [range(a + s.start, a + s.stop) for a, s in ((0, queries), (H, keys), (H + Hkv, keys))]
+                index = torch.tensor([head * D + d for span in spans for head in span for d in range(D)])
+                found[:, index] = y
+        else:
+            found = torch.cat(results, 1)[:, :N]
+        torch.testing.assert_close(found, whole(x), rtol=1e-4, atol=1e-4)
+
+
+def test_world_sizes_that_work_are_named():
+    with pytest.raises(UserError, match=r"world size 3 .* 4 query and 2 key/value heads; .* that work: 1, 2, 4$"):
+        TensorParallel(0, 3).heads(4, 2)
+    assert TensorParallel(5, 6).heads(12, 2) == (range(10, 12), range(1, 2))  # three ranks share a head
+
+
+@pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("mode", ["sum fp32", "sum fp16", "gather", "embed"])
+def test_exchange_kernel(world, mode):
+    """Rank 1's kernel, with what the other ranks send put into its mailbox beforehand."""
+    triton = pytest.importorskip("triton")
+    if isinstance(parallel._exchange_kernel, triton.runtime.JITFunction):
+        pytest.skip("Triton was imported without TRITON_INTERPRET=1")
+    rank, rows = 1, 10
+    slots = parallel.MAX_WORDS
+    mailboxes = [torch.zeros(2, world, slots, dtype=torch.int64) for _ in range(world)]
+    boxes = torch.tensor([box.data_ptr() for box in mailboxes])
+    counts = torch.zeros(slots // parallel.BLOCK, dtype=torch.int64)
+    for number in (1, 2, 3):  # the two places take turns
+        x = torch.randn(world, 2, 3, 130) if mode != "embed" else torch.randn(world, rows, 66)
+        x = x.to(torch.float16 if mode == "sum fp16" else torch.float32)
+        tokens = torch.randint(0, world * rows, (5, 3)) if mode == "embed" else None
+        sent = list(x)
+        if mode == "embed":
+            inside = [(tokens // rows == r)[..., None] for r in range(world)]
+            sent = [torch.where(own, t[tokens % rows], 0) for t, own in zip(x, inside)]
+        for other in range(world):
+            words = sent[other].contiguous().view(torch.int32).flatten().long()
+            if other != rank:
+                mailboxes[rank][number % 2, other, : len(words)] = words << 32 | number
+        out = parallel.exchange_triton(x[rank].contiguous(), tokens, mode == "gather", rank, world, boxes, counts)
+        expected = torch.cat(sent, -1) if mode == "gather" else sum(t.float() for t in sent).to(x.dtype)
+        torch.testing.assert_close(out, expected)
+        mine = sent[rank].contiguous().view(torch.int32).flatten().long() << 32 | number
+        assert all(torch.equal(box[number % 2, rank, : len(mine)], mine) for box in mailboxes)
+
+
+# --- in several processes ---------------------------------------------------------------------------------------------
+
+
+def start(*command):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def torchrun(*args, ranks):
+    return start("-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *args)
+
+
+def finish(process, timeout=120):
+    """Status, stdout and stderr; a process that hangs fails the test and leaves nothing behind."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        out, err = process.communicate()
+        pytest.fail(f"hangs after {timeout} s:\n{out}\n{err}")
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("world", SHAPES)
+def test_ranks_compute_what_one_process_computes(world, tmp_path):
+    status, out, err = finish(start(__file__, tmp_path, world))
+    assert status == 0, err
+    assert out == "all equal\n"
+
+
+def _launch(directory: Path, world: int) -> None:
+    """torchrun's part, by forking: the ranks need not import PyTorch each for itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks = []
+    for rank in range(world):
+        if (pid := os.fork()) == 0:
+            os.environ["RANK"] = str(rank)
+            _rank(directory)
+            sys.stdout.flush()
+            os._exit(0)
+        ranks.append(pid)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks))
+
+
+def _rank(directory: Path) -> None:
+    """What every rank runs: models of many kinds, sharded and whole, in the same process."""
+    torch.set_num_threads(1)
+    with session() as tp:
+        plain = tiny_config(tp.world)
+        cases = [(plain, kind, torch.float32) for kind in KINDS]
+        cases += [(plain, kind, torch.bfloat16) for kind in ("plain", "int8", "int4:32")]
+        cases += [
+            (tiny_config(tp.world, **more), "plain", torch.float32)
+            for more in ({"qkv_bias": True}, {"tied": True}, {"qk_norm": True, "o_bias": True, "mlp_bias": True})
+        ]
+        for i, (config, kind, dtype) in enumerate(cases):
+            path = directory / f"{i}.pth"
+            if tp.rank == 0:
+                write_model(path, config, kind)
+            tp.share(0)  # the file is there
+            _compare(path, config, dtype, None, tp)
+        _compare(directory / "0.pth", plain, torch.float32, "int4:64", tp)  # quantised on the way
+        _same_tokens(directory / "0.pth", plain, tp)
+        print("all equal")
+
+
+def _compare(path, config, dtype, quantize, tp):
+    options = {"config": config, "dtype": dtype, "quantize": quantize}
+    whole, part = load_model(path, **options), load_model(path, tp=tp, **options)
+    tokens = torch.randint(0, 259, (3, 9), generator=torch.Generator().manual_seed(1))
+    at = torch.tensor([0, 0, 0])
+    logits = []
+    for model, shards in ((whole, 1), (part, tp.world)):
+        cache = KVCache(config, 3, 16, dtype=dtype, device="cpu", shards=shards)
+        with torch.inference_mode():
+            first = model(tokens, at, cache, all_logits=True)
+            logits.append(torch.cat((first, model(tokens[:, :1], at + 9, cache)), 1))
+    bound = 1e-4 if dtype is torch.float32 else 0.06
+    if quantize:  # once is enough
+        with torch.inference_mode():
+            traced = torch.compile(part, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(traced(tokens[:, :1], at + 9, cache), logits[1][:, 9:])
+    error = (logits[0] - logits[1]).norm() / logits[0].norm()
+    assert logits[0].shape == logits[1].shape == (3, 10, 259), logits[1].shape
+    assert error < bound, f"{path.name} {config} {dtype} {quantize}: {error}"
+
+
+def _same_tokens(path, config, tp):
+    """Greedy and sampled text equal one process's, and so all ranks'."""
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    for sampler in (Sampler(temperature=0), Sampler(temperature=0.8, top_k=20), Sampler(temperature=1, top_p=0.9)):
+        texts = []
+        for ranks in (None, tp):
+            model = load_model(path, config=config, dtype=torch.float32, tp=ranks)
+            llm = Engine(model, batch_size=3, max_seq_length=40, sampler=sampler)
+            llm.seed(3)
+            texts.append(list(generate(llm, prompts, 20, is_stop=lambda row, token: False)))
+        assert texts[0] == texts[1], f"rank {tp.rank}, {sampler}: {texts}"
+
+
+def write_tiny_checkpoint(directory):
+    """A directory that generate.py takes: 4 query and 2 key/value heads."""
+    from tiny import write_checkpoint  # needs transformers, which torchrun's ranks need not
+
+    write_checkpoint(directory)
+    return directory / "model.pth"
+
+
+def generate_py(path, *args):
+    return [REPO / "generate.py", "--checkpoint_path", path, "--device", "cpu", "--precision", "fp32", *args]
+
+
+def test_two_machines_then_one_with_a_damaged_file(tmp_path):
+    path = write_tiny_checkpoint(tmp_path / "one")
+    args = ["--prompt", "abc", "--max_new_tokens", "12", "--temperature", "0"]
+    llm = load(path, device="cpu", precision="fp32", sampler=Sampler(temperature=0))
+    prompt = llm.tokenizer.encode("abc")
+    expected = llm.tokenizer.decode(prompt + list(generate(llm, prompt, 12))) + "\n"
+
+    def nodes(port, paths):
+        """Two agents, as on two machines: the same command but for the checkpoint's place."""
+        where = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
+        running = [torchrun(*where, *generate_py(p, *args), ranks=1) for p in paths]
+        return [finish(process) for process in running]
+
+    results = nodes(29617, [path, path])
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert sorted(out for _, out, _ in results) == ["", expected]  # one of them holds rank 0
+
+    damaged = tmp_path / "two" / "model.pth"
+    write_tiny_checkpoint(damaged.parent)
+    damaged.write_bytes(path.read_bytes()[:5000])
+    begin = time.monotonic()
+    results = nodes(29618, [path, damaged])
+    assert time.monotonic() - begin < 60
+    assert all(status != 0 for status, _, _ in results)
+    assert f"error: {damaged} is truncated or not a file of weights" in results[1][2]
+    assert "error:" in results[0][2]
+
+
+def test_wrong_world_size(tmp_path):
+    path = write_tiny_checkpoint(tmp_path)
+    status, out, err = finish(torchrun("--standalone", *generate_py(path), ranks=3))
+    assert status != 0
+    assert out == ""
+    assert err.count("world size 3 does not divide 4 query and 2 key/value heads; world sizes that work: 1, 2, 4") == 1
+
+
+def ranks_of(process):
+    """Process ids of torchrun's children."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's children in /proc")
+@pytest.mark.parametrize("how", ["killed rank", "Ctrl-C"])
+def test_all_ranks_end_together(how, tmp_path):
+    path = write_tiny_checkpoint(tmp_path)
+    endless = ["--max_new_tokens", "250", "--num_samples", "100000", "--stream"]
+    process = torchrun("--standalone", *generate_py(path, *endless), ranks=2)
+    assert process.stdout.readline()  # they are generating
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    begin = time.monotonic()
+    if how == "killed rank":
+        os.kill(ranks[1], signal.SIGKILL)
+    else:
+        process.send_signal(signal.SIGINT)
+    status, _, err = finish(process, 30)
+    assert time.monotonic() - begin < 30
+    assert status != 0
+    assert ("SIGKILL" if how == "killed rank" else "interrupted") in err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+@pytest.mark.real
+def test_smollm2_on_three_ranks(smollm2_dir):
+    """9 query and 3 key/value heads."""
+    case = json.loads((REPO / "tests/data/smollm2_135m_instruct.json").read_text())["prompts"][0]
+    args = ["--prompt", case["prompt"], "--max_new_tokens", "30", "--temperature", "0"]
+    status, out, err = finish(torchrun("--standalone", *generate_py(smollm2_dir / "model.pth", *args), ranks=3))
+    assert status == 0, err
+    assert out.strip() == (case["prompt"] + case["text"]).removesuffix("<|im_end|>")
+
+
+if __name__ == "__main__":
+    _launch(Path(sys.argv[1]), int(sys.argv[2]))
