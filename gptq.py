@@ -33,48 +33,35 @@ def gptq(
     *,
     percdamp: float = 0.01,
     blocksize: int = 128,
-    act_order: bool = False,
-    mse: bool = False,
+    mse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise weight (N, K) to 4 bits in groups along K, in fp32 on its device; hessian (K, K) is Hessian.mean.
 
     percdamp: dampening, as a share of the Hessian's mean diagonal; blocksize: columns between two updates of the rest;
-    act_order: columns of the largest inputs first, on grids fixed in advance; mse: search each grid's range.
+    mse: search each group's range for the least loss, instead of spanning its weights.
     Returns q uint8 (N, K'), scales and zeros fp32 (N, K'/group) that bf16 holds exactly; K' is K padded to the group.
     """
-    w = weight.t().float().contiguous()  # (K, N): a column of the weight is contiguous
+    # (K, N): a column of the weight is contiguous
+    w = weight.t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     K, N = w.shape
-    hessian = hessian.to(w.device, torch.float32)
     if not hessian.isfinite().all():
         raise UserError("the calibration activations are not finite")
-    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(K, device=w.device)
-    u = inverse_factor(hessian[order][:, order], percdamp)  # (K, K)
+    u = inverse_factor(hessian.to(w.device, torch.float32), percdamp)  # (K, K)
     importance = u.diagonal() ** -2  # the loss of an error in column k is importance[k] * error^2 / 2
     groups = -(-K // group)
     q = torch.full((groups * group, N), 8, dtype=torch.uint8, device=w.device)
     scales, zeros = torch.ones(2, groups, N, device=w.device)
-    if act_order:  # a group's columns are visited far apart: fix its grid before any of them changes
-        natural = importance[order.argsort()]
-        for g in range(groups):
-            span = slice(g * group, (g + 1) * group)
-            scales[g], zeros[g] = _grid(w[span], natural[span], mse)
-        w = w[order]
-    order = order.tolist()
     for start in range(0, K, blocksize):
         stop = min(start + blocksize, K)
         errors = torch.zeros(stop - start, N, device=w.device)
         for k in range(start, stop):
-            g = order[k] // group
-            if not act_order and k % group == 0:
-                end = min(k + group, K)
-                if end > stop:  # the group reaches past the block, where this block's errors have not arrived yet
-                    late = w[stop:end] - u[start:k, stop:end].t() @ errors[: k - start]
-                    columns = torch.cat((w[k:stop], late))
-                else:
-                    columns = w[k:end]
-                scales[g], zeros[g] = _grid(columns, importance[k:end], mse)
+            if k % group == 0:
+                g, end = k // group, min(k + group, K)
+                # Where the group reaches past the block, this block's errors have not arrived yet.
+                late = w[stop:end] - u[start:k, stop:end].t() @ errors[: k - start]
+                scales[g], zeros[g] = _grid(torch.cat((w[k : min(stop, end)], late)), importance[k:end], mse)
             rounded = Int4Linear.round(w[k], scales[g], zeros[g])
-            q[order[k]] = rounded.to(torch.uint8)
+            q[k] = rounded.to(torch.uint8)
             error = (w[k] - ((rounded - 8) * scales[g] + zeros[g])) / u[k, k]
             w[k + 1 : stop].addr_(u[k, k + 1 : stop], error, alpha=-1)
             errors[k - start] = error

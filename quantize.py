@@ -280,8 +280,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--percdamp", type=float, default=0.01, help="dampening, a share of the Hessian's diagonal")
     group.add_argument("--blocksize", type=int, default=128, help="columns between updates of the rest of the weight")
-    group.add_argument("--act_order", action="store_true", help="quantise the columns of the largest inputs first")
-    group.add_argument("--mse", action="store_true", help="search the range of each group")
+    group.add_argument("--mse", action=argparse.BooleanOptionalAction, default=True, help="search each group's range")
     group.add_argument("--offload", action="store_true", help="keep the calibration activations in host memory")
     return parser.parse_args(argv)
 
@@ -307,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     target = source.with_name(f"{source.stem}{args.label}{suffix}.pth")
     if args.mode == "int4-gptq":
         sequences = read_calibration(args)
-        options = {name: getattr(args, name) for name in ("percdamp", "blocksize", "act_order", "mse", "offload")}
+        options = {name: getattr(args, name) for name in ("percdamp", "blocksize", "mse", "offload")}
         gptq_checkpoint(source, target, args.groupsize, sequences, device, **options)
     else:
         quantize_checkpoint(source, target, f"int4:{args.groupsize}" if args.mode == "int4" else args.mode, device)

@@ -2,6 +2,8 @@
 
     python scripts/quant_table.py            writes benchmarks/quant_smollm2.json and prints it as a table
 
+Rows that the file holds already are kept, so an interrupted run goes on where it was.
+
 SmolLM2's weights here were dequantised from blocks of 32 4-bit integers, so that int4 in groups of 32 finds that very
 grid again and is nearly lossless by construction. The generic basis is the same function without the grid: each norm's
 gain is folded into the weights after it, and the residual stream is rotated by a random orthogonal matrix (QuaRot,
@@ -87,14 +89,14 @@ def perplexity(path: Path, tokens: Tensor) -> float:
     return torch.tensor(total / count, dtype=torch.float64).exp().item()
 
 
-def write(source: Path, kind: str, calibration: list[Tensor], options: dict) -> tuple[Path, float]:
+def write(source: Path, kind: str, calibration: list[Tensor]) -> tuple[Path, float]:
     """Quantise `source`, unless the kind is its own; returns the file and the seconds it took."""
     if kind == "bf16":
         return source, 0.0
     target, start = source.with_name(f"model_{kind}.pth"), time.perf_counter()
     mode, _, group = kind.partition(".g")
     if mode == "int4-gptq":
-        gptq_checkpoint(source, target, int(group), calibration, torch.device("cpu"), **options)
+        gptq_checkpoint(source, target, int(group), calibration, torch.device("cpu"))
     else:
         quantize_checkpoint(source, target, f"int4:{group}" if group else mode, torch.device("cpu"))
     return target, time.perf_counter() - start
@@ -142,8 +144,6 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=3, help="generations that the speed is the median of; 0 for none"
     )
-    parser.add_argument("--act_order", action="store_true")
-    parser.add_argument("--mse", action="store_true")
     args = parser.parse_args()
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     own = args.work_dir / "own"
@@ -158,11 +158,10 @@ def main() -> None:
     encode = load_tokenizer(sources["own"].parent).encode
     calibration_text, held_out = texts()
     tokens = torch.tensor(encode(held_out)[: args.tokens])
-    options = {"act_order": args.act_order, "mse": args.mse}
     for basis in args.bases:
-        for kind in args.kinds:
+        for kind in (kind for kind in args.kinds if kind not in results.get(basis, {})):
             calibration = calibration_sequences([calibration_text], encode, WINDOW, args.calibration_limit)
-            path, seconds = write(sources[basis], kind, calibration, options)
+            path, seconds = write(sources[basis], kind, calibration)
             entry = {"perplexity": perplexity(path, tokens), "tokens": len(tokens), "bytes": path.stat().st_size}
             entry |= {"quantise_seconds": round(seconds, 1)}
             if args.samples and basis == "own":
