@@ -215,7 +215,7 @@ def _compare(path, config, dtype, quantize, tp):
             first = model(tokens, at, cache, all_logits=True)
             logits.append(torch.cat((first, model(tokens[:, :1], at + 9, cache)), 1))
     bound = 1e-4 if dtype is torch.float32 else 0.06
-    if quantize:  # once is enough
+    if quantize and tp.world == 2:  # once is enough
         with torch.inference_mode():
             traced = torch.compile(part, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(traced(tokens[:, :1], at + 9, cache), logits[1][:, 9:])
