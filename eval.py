@@ -143,7 +143,8 @@ class LanguageModel(TemplateLM or object):
         inputs, start = [(context[-1], *target[:-1]) for context, target in rows], [len(c) - 1 for c, _ in rows]
         for a, x in self._feed(inputs, start, cache):
             for part, target in zip(x.split(step, 1), targets[:, a : a + x.shape[1]].split(step, 1)):
-                logits = self.model.output(part, norm=self.model.norm, fp32=True)  # (B, step, V)
+                logits = self.model.output(part, norm=self.model.norm, fp32=True)
+                logits = self.model.tp.gather(logits, self.model.config.vocab_size)  # (B, step, V)
                 logprobs.append(logits.gather(-1, target[..., None])[..., 0] - logits.logsumexp(-1))
                 greedy.append(logits.argmax(-1) == target)
         logprobs, greedy = torch.cat(logprobs, 1).cpu().double(), torch.cat(greedy, 1).cpu()  # (B, S)
@@ -170,7 +171,7 @@ class LanguageModel(TemplateLM or object):
                 self._traced.add(single)
                 other = KVCache(self.model.config, 1 if single else 11, 37, dtype=self._dtype, device=self._device)
                 self._hidden(tokens.new_zeros(other.batch_size, 23), pos.new_zeros(other.batch_size), other, 0)
-        x = self.model.tok_embeddings(tokens)
+        x = self.model.tp.embed(tokens, self.model.tok_embeddings.weight)
         for layer, k, v in zip(self.model.layers, cache.k, cache.v):
             x = self._block(layer, x, pos, k, v, cache.rope, end)
         return x
