@@ -8,10 +8,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from convert_hf_checkpoint import convert
 from safetensors.torch import load_file, save_file
 from test_model import REPO, build
 
-from checkpoint import convert, load_model, model_shapes, new_state_dict, read_config, torch_load
+from checkpoint import load_model, model_shapes, new_state_dict, read_config, torch_load
 from errors import UserError
 from model import BUILTIN, KVCache, ModelConfig
 
@@ -340,8 +341,8 @@ PEAK = """
 import sys, threading, time
 from pathlib import Path
 import torch
-sys.path.insert(0, sys.argv[2])
-from checkpoint import convert
+sys.path[:0] = [sys.argv[2], sys.argv[2] + "/scripts"]
+from convert_hf_checkpoint import convert
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024

@@ -11,11 +11,12 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from convert_hf_checkpoint import convert
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch._dynamo.utils import counters
 
 import eval as evaluation
-from checkpoint import convert, load_model, read_config, torch_load
+from checkpoint import load_model, read_config, torch_load
 from errors import UserError, run_cli
 from eval import LanguageModel, evaluate, load_tasks, perplexity, read_text, rolling_windows
 from generate import generate

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from convert_hf_checkpoint import convert
 
-from checkpoint import convert, load_model
+from checkpoint import load_model
 from errors import UserError
 from model import BUILTIN, KVCache, ModelConfig, rope_table
 

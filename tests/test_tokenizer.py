@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
+from gguf_tokenizer import gguf_tokenizer_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import tokenizer as T
 from errors import UserError
-from tokenizer import StopStrings, StreamDecoder, gguf_tokenizer_files, load_tokenizer
+from tokenizer import StopStrings, StreamDecoder, load_tokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind it in the least.",

@@ -6,8 +6,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
-
-from checkpoint import convert
+from convert_hf_checkpoint import convert
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

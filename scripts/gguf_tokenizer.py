@@ -1,0 +1,153 @@
+"""Rebuild the tokenizer inside a GGUF as the files of a Hugging Face directory."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from errors import UserError
+from tokenizer import LLAMA3_SPLIT
+
+
+@dataclass(frozen=True)
+class _PreTokenizer:
+    """How text is split before byte-level BPE."""
+
+    pattern: str | None = None  # None is GPT-2's
+    single_digits: bool = False
+    nfc: bool = False
+    ignore_merges: bool = False  # a word that is in the vocabulary is one token, merges or not
+    adds_bos: bool = False  # unless the file says
+
+
+_WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"  # split where case rises
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+_TEKKEN_SPLIT = "|".join([_WORD % ("*", "+"), _WORD % ("+", "*"), r"\p{N}"]) + _REST
+_O200K_SPLIT = _CONTRACTION.join([_WORD % ("*", "+"), _WORD % ("+", "*"), r"\p{N}{1,3}"]) + _REST
+
+# llama.cpp's names (tokenizer.ggml.pre) for the pre-tokenizers of Llama-like models.
+GGUF_PRE_TOKENIZERS = {
+    **dict.fromkeys(("default", "gpt-2", "phi-2", "olmo", "mpt"), _PreTokenizer()),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _PreTokenizer(single_digits=True)),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3"), _PreTokenizer(LLAMA3_SPLIT, ignore_merges=True, adds_bos=True)
+    ),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), _PreTokenizer(LLAMA3_SPLIT)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _PreTokenizer(LLAMA3_SPLIT.replace("{1,3}", ""), nfc=True)),
+    "tekken": _PreTokenizer(_TEKKEN_SPLIT, ignore_merges=True, adds_bos=True),
+    "gpt-4o": _PreTokenizer(_O200K_SPLIT),
+}
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+
+
+def gguf_tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """tokenizer.json, tokenizer_config.json and generation_config.json (name -> content) for the tokenizer in a GGUF.
+
+    metadata: the GGUF's key/values as plain Python values. Supported are byte-level BPE (tokenizer.ggml.model "gpt2")
+    and SentencePiece BPE ("llama"). Raises UserError for others, for an unknown pre-tokenizer and for missing keys.
+    """
+    given = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    kind, pre = given.get("model"), given.get("pre") or "default"
+    needed = {"gpt2": ("tokens", "token_type", "merges"), "llama": ("tokens", "token_type", "scores")}
+    if kind not in needed:
+        raise UserError(f"the GGUF's tokenizer.ggml.model is {kind!r}; supported are 'gpt2' and 'llama'")
+    if missing := [f"tokenizer.ggml.{key}" for key in needed[kind] if given.get(key) is None]:
+        raise UserError(f"the GGUF has no {', '.join(missing)}; its tokenizer cannot be rebuilt")
+    if kind == "gpt2" and pre not in GGUF_PRE_TOKENIZERS:
+        known = ", ".join(GGUF_PRE_TOKENIZERS)
+        raise UserError(f"the GGUF's tokenizer.ggml.pre is {pre!r}; supported are {known}")
+    tokens, types = list(map(str, given["tokens"])), list(map(int, given["token_type"]))
+    if len(types) != len(tokens) or (kind == "llama" and len(given["scores"]) != len(tokens)):
+        raise UserError("the GGUF's tokenizer.ggml.tokens, token_type and scores differ in length")
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {role: given[f"{key}_token_id"] for role, key in roles.items() if given.get(f"{key}_token_id") is not None}
+    if wrong := {role: i for role, i in ids.items() if not 0 <= i < len(tokens)}:
+        raise UserError(f"the GGUF's token ids {wrong} are outside its {len(tokens)} tokens")
+
+    if kind == "gpt2":
+        pipeline = _byte_level_bpe(tokens, given["merges"], GGUF_PRE_TOKENIZERS[pre])
+    else:
+        pipeline = _sentencepiece_bpe(tokens, types, given["scores"], given.get("add_space_prefix", True))
+    add_bos = given.get("add_bos_token", kind == "llama" or GGUF_PRE_TOKENIZERS[pre].adds_bos) and "bos_token" in ids
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": i, "content": token, **flags, "special": t != _USER_DEFINED}
+        for i, (token, t) in enumerate(zip(tokens, types))
+        if t in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(add_bos)}
+    config |= {role: tokens[i] for role, i in ids.items()}
+    if "tokenizer.chat_template" in metadata:
+        config["chat_template"] = metadata["tokenizer.chat_template"]
+    post = {"post_processor": _bos_post_processor(tokens[ids["bos_token"]], ids["bos_token"]) if add_bos else None}
+    ends = [given.get(f"{key}_token_id") for key in ("eos", "eot", "eom")]
+    generation = {"eos_token_id": sorted({int(i) for i in ends if i is not None})}
+    if "bos_token" in ids:
+        generation["bos_token_id"] = int(ids["bos_token"])
+    files = {
+        "tokenizer.json": {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            **pipeline,
+            **post,
+        },
+        "tokenizer_config.json": config,
+        "generation_config.json": generation,
+    }
+    return {name: json.dumps(content, ensure_ascii=False, indent=1) + "\n" for name, content in files.items()}
+
+
+def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: _PreTokenizer) -> dict:
+    """GPT-2's tokenizer in tokenizer.json's terms."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not pre.pattern}
+    steps = [byte_level]
+    if pre.single_digits:
+        steps.insert(0, {"type": "Digits", "individual_digits": True})
+    if pre.pattern:
+        steps.insert(0, {"type": "Split", "pattern": {"Regex": pre.pattern}, "behavior": "Isolated", "invert": False})
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return {
+        "normalizer": {"type": "NFC"} if pre.nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": list(merges), "ignore_merges": pre.ignore_merges},
+    }
+
+
+def _sentencepiece_bpe(tokens: list[str], types: list[int], scores: Sequence[float], space_prefix: bool) -> dict:
+    """SentencePiece's BPE in tokenizer.json's terms.
+
+    SentencePiece joins the two neighbours whose joined piece scores best. So each split of a piece into two pieces is a
+    merge, and the score of the whole ranks it.
+    """
+    normal = {token for token, t in zip(tokens, types) if t == _NORMAL}
+    by_score = sorted((i for i, t in enumerate(types) if t == _NORMAL), key=lambda i: -scores[i])
+    splits = ((tokens[i][:k], tokens[i][k:]) for i in by_score for k in range(1, len(tokens[i])))
+    to_mark = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    to_space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    to_text = [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if space_prefix:
+        to_mark.insert(0, {"type": "Prepend", "prepend": "▁"})
+        to_text.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    bpe = {
+        "vocab": {token: i for i, token in enumerate(tokens)},
+        "merges": [(left, right) for left, right in splits if left in normal and right in normal],
+        "unk_token": next((token for token, t in zip(tokens, types) if t == _UNKNOWN), None),
+    }
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": to_mark},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": to_text},
+        "model": {"type": "BPE", **bpe, "fuse_unk": True, "byte_fallback": True},
+    }
+
+
+def _bos_post_processor(token: str, token_id: int) -> dict:
+    """Put BOS before a text, and before each of a pair."""
+    bos = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    tokens = {"special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}}}
+    return {"type": "TemplateProcessing", "single": [bos, first], "pair": [bos, first, bos, second], **tokens}
