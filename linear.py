@@ -225,9 +225,11 @@ def quantizer(mode: str) -> Callable[[Tensor], dict[str, Tensor]]:
 def quantize_linear(mode: str, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """A linear layer's tensors (weight (N, K) and perhaps bias) with the weight quantised; the bias stays as it is.
 
-    Raises UserError for an unknown mode, and for a weight that is quantised already or not finite.
+    Raises UserError for an unknown mode, and for a weight that is absent, quantised already or not finite.
     """
-    weight = tensors["weight"]
+    weight = tensors.get("weight")
+    if weight is None:
+        raise UserError(f"{name} has no weight")
     if "scales" in tensors or weight.dtype.itemsize < 2:
         raise UserError(f"{name} is quantised already ({weight.dtype}); give the full-precision checkpoint")
     if not weight.isfinite().all():

@@ -160,6 +160,8 @@ def test_weights_that_cannot_be_quantised_are_named():
     weight = torch.ones(2, 32)
     with pytest.raises(UserError, match=r"layers\.0\.wo is quantised already"):
         quantize_linear("int8", Int8Linear.quantize(weight), "layers.0.wo")
+    with pytest.raises(UserError, match=r"layers\.0\.wo has no weight"):
+        quantize_linear("int8", {}, "layers.0.wo")
     weight[1, 1] = float("nan")
     with pytest.raises(UserError, match=r"layers\.0\.wo holds NaN"):
         quantize_linear("int8", {"weight": weight}, "layers.0.wo")
