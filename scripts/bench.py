@@ -29,6 +29,7 @@ from errors import UserError, run_cli
 from generate import Engine, Sampler, generate, pick_device, weight_bytes
 from linear import GROUPS, Linear, linear_from_tensors
 from model import BUILTIN, KVCache, ModelConfig, Transformer
+from tp import TensorParallel
 
 MODELS = ("7B", "Llama-3.1-8B", "Llama-3.2-1B")
 MODES = ("bf16", "int8", "fp8", "int4")
@@ -53,10 +54,13 @@ def random_tensors(mode: str, N: int, K: int, device: torch.device, dtype: torch
     return {"weight": weight * deviation}
 
 
-def random_model(config: ModelConfig, mode: str, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """A model of the shape with random weights in `mode`: "bf16" (any full precision), int8, fp8, int4, int4:GROUP."""
+def random_model(
+    config: ModelConfig, mode: str, device: torch.device, dtype: torch.dtype, tp: TensorParallel | None = None
+) -> Transformer:
+    """A model of the shape, or this rank's part of it, with random weights in `mode`: "bf16" (any full precision),
+    int8, fp8, int4, int4:GROUP."""
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config, tp)
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear):
             if name == "output" and config.tied and mode == "bf16":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CUDA = torch.cuda.is_available()
+CUDA = torch.cuda.device_count() > 0  # does not start CUDA, after which no process could be forked
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # has to be set before Triton is imported
 
@@ -173,7 +173,7 @@ def _launch(directory: Path, world: int) -> None:
     ranks = []
     for rank in range(world):
         if (pid := os.fork()) == 0:
-            os.environ["RANK"] = str(rank)
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
             _rank(directory)
             sys.stdout.flush()
             os._exit(0)
@@ -203,14 +203,20 @@ def _rank(directory: Path) -> None:
         print("all equal")
 
 
+def place(tp):
+    """A GPU a rank, where there are enough."""
+    return f"cuda:{tp.rank}" if torch.cuda.device_count() >= tp.world else "cpu"
+
+
 def _compare(path, config, dtype, quantize, tp):
-    options = {"config": config, "dtype": dtype, "quantize": quantize}
+    device = place(tp)
+    options = {"config": config, "dtype": dtype, "quantize": quantize, "device": device}
     whole, part = load_model(path, **options), load_model(path, tp=tp, **options)
-    tokens = torch.randint(0, 259, (3, 9), generator=torch.Generator().manual_seed(1))
-    at = torch.tensor([0, 0, 0])
+    tokens = torch.randint(0, 259, (3, 9), generator=torch.Generator().manual_seed(1)).to(device)
+    at = torch.tensor([0, 0, 0], device=device)
     logits = []
     for model, shards in ((whole, 1), (part, tp.world)):
-        cache = KVCache(config, 3, 16, dtype=dtype, device="cpu", shards=shards)
+        cache = KVCache(config, 3, 16, dtype=dtype, device=device, shards=shards)
         with torch.inference_mode():
             first = model(tokens, at, cache, all_logits=True)
             logits.append(torch.cat((first, model(tokens[:, :1], at + 9, cache)), 1))
@@ -230,11 +236,22 @@ def _same_tokens(path, config, tp):
     for sampler in (Sampler(temperature=0), Sampler(temperature=0.8, top_k=20), Sampler(temperature=1, top_p=0.9)):
         texts = []
         for ranks in (None, tp):
-            model = load_model(path, config=config, dtype=torch.float32, tp=ranks)
+            model = load_model(path, config=config, dtype=torch.float32, device=place(tp), tp=ranks)
             llm = Engine(model, batch_size=3, max_seq_length=40, sampler=sampler)
             llm.seed(3)
             texts.append(list(generate(llm, prompts, 20, is_stop=lambda row, token: False)))
         assert texts[0] == texts[1], f"rank {tp.rank}, {sampler}: {texts}"
+    if place(tp) != "cpu":  # the kernels' path, in a CUDA graph and not
+        model = load_model(path, config=config, device=place(tp), tp=tp)
+        texts = []
+        for compiled in (False, True):
+            llm = Engine(model, batch_size=3, max_seq_length=40, compile=compiled)
+            llm.seed(3)
+            texts.append(list(generate(llm, prompts, 30, is_stop=lambda row, token: False)))
+        assert texts[0] == texts[1], f"rank {tp.rank}: {texts}"
+    every = [None] * tp.world
+    torch.distributed.all_gather_object(every, texts)
+    assert all(texts == other for other in every)
 
 
 def write_tiny_checkpoint(directory):

@@ -1,0 +1,190 @@
+"""Measure tensor parallelism on the GPUs of one machine: whole generations, and the all-reduce inside a decode step.
+
+    python scripts/bench_tp.py tp.json                        # 1, 2 and 4 GPUs: Llama-2-7B and, on four, the 70B shape
+    python scripts/bench_tp.py tp.json --gpus 1 2 --models 7B --modes bf16
+
+Starts torchrun for each number of GPUs. Shapes are filled with random weights. Figures are those of bench.py: medians
+of whole generations, 200 tokens after a prompt of 5; the fraction is each GPU's own bytes over its own read bandwidth.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
+import bench
+
+import kernels
+from errors import UserError, run_cli
+from generate import pick_device
+from model import ModelConfig
+from tp import TensorParallel, exchange, session
+
+LARGE = "70B"  # only on the largest number of GPUs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, metavar="FILE", help="where the figures go")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--models", nargs="+", default=["7B", LARGE])
+    parser.add_argument("--modes", nargs="+", default=["bf16", "int8", "int4"])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for each number of GPUs")
+    parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)  # fewer, to compile the kernels ahead
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)  # what torchrun starts
+    args = parser.parse_args()
+    if args.rank:
+        with session() as tp:
+            _rank(args, tp)
+        return
+    if torch.cuda.device_count() < max(args.gpus):
+        raise UserError(f"--gpus {max(args.gpus)}: this machine has {torch.cuda.device_count()}")
+    start = time.perf_counter()
+    # Every number of GPUs has kernels of its own, whose compilation none of the others need wait for.
+    for process in [_torchrun(args, n, "--layers", "1", "--runs", "1", "--max_new_tokens", "9") for n in args.gpus]:
+        _finish(process, args.timeout)
+    results = {"compiled_ahead_seconds": time.perf_counter() - start, "gpus": {}}
+    for n in args.gpus:
+        start = time.perf_counter()
+        error = _finish(_torchrun(args, n), args.timeout)
+        part = _part(args, n)
+        found = json.loads(part.read_text()) if part.exists() else {}
+        results["gpus"][n] = found | {"error": error, "seconds": time.perf_counter() - start}
+        part.unlink(missing_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(_table(results["gpus"]))
+
+
+def _part(args: argparse.Namespace, n: int) -> Path:
+    return args.json.with_suffix(f".{n}.json")
+
+
+def _torchrun(args: argparse.Namespace, n: int, *more: str) -> subprocess.Popen:
+    models = [m for m in args.models if m != LARGE or n == max(args.gpus) > 1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", __file__]
+    command += [args.json, "--rank", "--gpus", n, "--models", *models, "--modes", *args.modes]
+    command += ["--runs", args.runs, "--max_new_tokens", args.max_new_tokens, *more]
+    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+
+
+def _finish(process: subprocess.Popen, timeout: float) -> str:
+    """What went wrong, if anything did."""
+    try:
+        _, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks
+        _, errors = process.communicate()
+        return f"more than {timeout} seconds: {errors[-2000:]}"
+    if process.returncode:
+        print(errors[-4000:], file=sys.stderr)
+    return errors[-4000:] if process.returncode else ""
+
+
+def _rank(args: argparse.Namespace, tp: TensorParallel) -> None:
+    device = pick_device("cuda")
+    torch.cuda.set_device(device)
+    bandwidth = kernels.read_bandwidth(device)
+    results = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "read_bandwidth": bandwidth}
+    results["rows"] = []
+
+    def save() -> None:
+        if tp.rank == 0 and not args.layers:
+            _part(args, tp.world).write_text(json.dumps(results))
+
+    if tp.world > 1 and not args.layers:
+        results["all_reduce_us"] = all_reduce_times(tp, device)
+        save()
+    settings = argparse.Namespace(**vars(args), prompt_length=5, temperature=0.8, top_k=200, rows=[])
+    for name in args.models:
+        config = ModelConfig.from_name(name)
+        config = replace(config, n_layer=args.layers or config.n_layer)
+        for mode in args.modes:
+            torch.manual_seed(0)  # the same prompt on every rank
+            begin = time.perf_counter()
+            model = bench.random_model(config, mode, device, torch.bfloat16, tp)
+            row = asdict(bench.measure(name, mode, model, settings, bandwidth))
+            results["rows"].append(row | {"seconds": time.perf_counter() - begin})
+            save()
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def all_reduce_times(tp: TensorParallel, device: torch.device) -> dict[str, dict[str, float]]:
+    """Microseconds an all-reduce takes in a CUDA graph of nothing else, by size and way. NCCL's NVLS is off."""
+    times: dict[str, dict[str, float]] = {}
+    sizes = (4096, 8192, 16384, 65536, 262144)
+    place = symm_mem.empty(sizes[-1] // 2, dtype=torch.bfloat16, device=device)
+    symm_mem.rendezvous(place, dist.group.WORLD)
+
+    def one_shot(buffer: torch.Tensor) -> torch.Tensor:
+        return torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", dist.group.WORLD.group_name)
+
+    for size in sizes:
+        x, buffer = torch.zeros(size // 2, dtype=torch.bfloat16, device=device), place[: size // 2]
+        ways = {
+            "exchange kernel": partial(exchange, x, None, False, tp.rank, tp.world),
+            "torch one-shot": partial(one_shot, buffer),
+            "torch one-shot, copied in": lambda x=x, buffer=buffer: one_shot(buffer.copy_(x)),
+            "NCCL": partial(dist.all_reduce, x),
+        }
+        times[f"{size} bytes"] = {name: _graph_time(way) * 1e6 for name, way in ways.items()}
+    return times
+
+
+@torch.inference_mode()
+def _graph_time(step: Callable[[], object], calls: int = 100, replays: int = 10) -> float:
+    """Seconds a call takes, of the replays the median."""
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            step()
+    graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    for mark in marks:
+        mark.record()
+        graph.replay()
+    torch.cuda.synchronize()
+    spans = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+    return spans[len(spans) // 2] / 1e3 / calls
+
+
+def _table(gpus: dict[int, dict]) -> str:
+    lines = ["| model | weights | GPUs | tok/s (min-max) | x one GPU | of read bandwidth | step ms | prefill ms |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    alone = {(r["model"], r["mode"]): r["tokens_per_second"] for r in gpus.get(1, {}).get("rows", [])}
+    for n, part in gpus.items():
+        for r in part.get("rows", []):
+            one = alone.get((r["model"], r["mode"]))
+            gain = f"{r['tokens_per_second'] / one:.2f}" if one else ""
+            lines.append(
+                f"| {r['model']} | {r['mode']} | {n} | {r['tokens_per_second']:.1f} "
+                f"({r['spread'][0]:.1f}-{r['spread'][1]:.1f}) | {gain} "
+                f"| {r['fraction']:.3f} | {r['step_ms']:.3f} | {r['prefill_ms']:.1f} |"
+            )
+    for n, part in gpus.items():
+        for size, ways in part.get("all_reduce_us", {}).items():
+            lines.append(f"all-reduce of {size}, {n} GPUs: " + ", ".join(f"{w} {t:.2f} us" for w, t in ways.items()))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_cli(main)
