@@ -28,6 +28,7 @@ from errors import UserError, run_cli
 from generate import DEFAULT_CHECKPOINT, MAX_DEFAULT_CONTEXT, Engine, Sampler, generate, pick_device
 from model import KVCache, Transformer, TransformerBlock
 from tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from tp import TensorParallel, session
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -129,7 +130,7 @@ class LanguageModel(TemplateLM or object):
     def _score_batch(self, rows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[float, bool]]:
         contexts = {context: row for row, context in enumerate(dict.fromkeys(context for context, _ in rows))}
         length = max(8, *(len(context) + len(target) - 1 for context, target in rows))  # the last is never fed
-        cache = KVCache(self.model.config, len(contexts), length, dtype=self._dtype, device=self._device)
+        cache = self._cache(len(contexts), length)
         # A context's last token predicts the first that is scored, so it belongs to the continuation.
         for _ in self._feed([context[:-1] for context in contexts], [0] * len(contexts), cache):
             pass
@@ -169,12 +170,16 @@ class LanguageModel(TemplateLM or object):
             if (single := len(tokens) == 1) not in self._traced:
                 # Sizes that are equal when a graph is traced are one symbol in it: trace with sizes that seldom are.
                 self._traced.add(single)
-                other = KVCache(self.model.config, 1 if single else 11, 37, dtype=self._dtype, device=self._device)
+                other = self._cache(1 if single else 11, 37)
                 self._hidden(tokens.new_zeros(other.batch_size, 23), pos.new_zeros(other.batch_size), other, 0)
         x = self.model.tp.embed(tokens, self.model.tok_embeddings.weight)
         for layer, k, v in zip(self.model.layers, cache.k, cache.v):
             x = self._block(layer, x, pos, k, v, cache.rope, end)
         return x
+
+    def _cache(self, rows: int, length: int) -> KVCache:
+        config, shards = self.model.config, self.model.tp.world
+        return KVCache(config, rows, length, dtype=self._dtype, device=self._device, shards=shards)
 
     def _padded(self, rows: list[tuple[int, ...]]) -> Tensor:
         """Token ids (B, longest), shorter rows padded at their end."""
@@ -392,12 +397,17 @@ def _positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    with session() as tp:
+        _run(parse_args(argv), tp)
+
+
+def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     device = pick_device(args.device)
     # Texts and tasks first: what is wrong with them shows before a large model is read.
     text, source = ("", None) if args.perplexity is None else read_text(args.perplexity or None)
     tasks = load_tasks(args.tasks, args.include_path) if args.tasks else None
-    model = load_model(args.checkpoint_path, device=device, dtype=DTYPES[args.precision], quantize=args.quantize)
+    dtype = DTYPES[args.precision]
+    model = load_model(args.checkpoint_path, device=device, dtype=dtype, quantize=args.quantize, tp=tp)
     tokenizer, context = load_tokenizer(args.checkpoint_path.parent), model.config.block_size
     if args.max_seq_length and args.max_seq_length > context:
         raise UserError(f"--max_seq_length {args.max_seq_length} exceeds the model's context of {context} tokens")

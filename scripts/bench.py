@@ -29,7 +29,7 @@ from errors import UserError, run_cli
 from generate import Engine, Sampler, generate, pick_device, weight_bytes
 from linear import GROUPS, Linear, linear_from_tensors
 from model import BUILTIN, KVCache, ModelConfig, Transformer
-from tp import TensorParallel
+from tp import TensorParallel, session
 
 MODELS = ("7B", "Llama-3.1-8B", "Llama-3.2-1B")
 MODES = ("bf16", "int8", "fp8", "int4")
@@ -106,7 +106,8 @@ def measure(name: str, mode: str, model: Transformer, args: argparse.Namespace, 
     length = args.prompt_length + args.max_new_tokens
     sampler = Sampler(temperature=args.temperature, top_k=args.top_k or None)
     llm = Engine(model, max_seq_length=length, sampler=sampler, compile=True)
-    prompt = torch.randint(0, min(1024, model.config.vocab_size), (args.prompt_length,)).tolist()
+    generator = torch.Generator().manual_seed(0)  # the same on every rank
+    prompt = torch.randint(0, min(1024, model.config.vocab_size), (args.prompt_length,), generator=generator).tolist()
     next(generate(llm, prompt, 2, is_stop=lambda row, token: False))
     first = time.perf_counter() - start
     rates, prefills = [], []
@@ -141,7 +142,7 @@ def measure(name: str, mode: str, model: Transformer, args: argparse.Namespace, 
 def step_time(model: Transformer, rows: int, length: int) -> float:
     """Seconds of one forward pass of `rows` tokens of one sequence, all logits wanted, as a verification makes it."""
     weight = model.norm.weight
-    cache = KVCache(model.config, 1, length, dtype=weight.dtype, device=weight.device)
+    cache = KVCache(model.config, 1, length, dtype=weight.dtype, device=weight.device, shards=model.tp.world)
     tokens = torch.ones(1, rows, dtype=torch.int64, device=weight.device)
     pos = torch.full((1,), length // 2, dtype=torch.int64, device=weight.device)
 
@@ -214,7 +215,11 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, and what they were measured on")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speed against the limit (needs matplotlib)")
-    args = parser.parse_args()
+    with session() as tp:
+        _run(parser.parse_args(), tp)
+
+
+def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     known = {*MODES, *(f"int4:{group}" for group in GROUPS)}
     if unknown := [mode for mode in args.modes if mode not in known]:
         raise UserError(f"mode {unknown[0]!r} is not known; accepted: {', '.join(sorted(known))}")
@@ -227,11 +232,11 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}: reads {bandwidth / 1e9:.1f} GB/s")
     rows: list[Row] = []
     if args.checkpoint_path:
-        model = load_model(args.checkpoint_path, device=device, dtype=dtype)
+        model = load_model(args.checkpoint_path, device=device, dtype=dtype, tp=tp)
         rows.append(measure(args.checkpoint_path.parent.name, args.checkpoint_path.stem, model, args, bandwidth))
     for shape, config in () if args.checkpoint_path else configs.items():
         for mode in args.modes:
-            model = random_model(config, mode, device, dtype)
+            model = random_model(config, mode, device, dtype, tp)
             rows.append(measure(shape, mode, model, args, bandwidth))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
             del model
@@ -239,7 +244,7 @@ def main() -> None:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
     print(table(rows))
-    if args.json:
+    if args.json and tp.rank == 0:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip()
@@ -251,7 +256,7 @@ def main() -> None:
             "read_bandwidth": bandwidth,
         }
         args.json.write_text(json.dumps(about | {"rows": [vars(row) for row in rows]}, indent=1) + "\n")
-    if args.plot:
+    if args.plot and tp.rank == 0:
         plot(rows, bandwidth, args.plot)
 
 

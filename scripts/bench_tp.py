@@ -114,7 +114,6 @@ def _rank(args: argparse.Namespace, tp: TensorParallel) -> None:
         config = ModelConfig.from_name(name)
         config = replace(config, n_layer=args.layers or config.n_layer)
         for mode in args.modes:
-            torch.manual_seed(0)  # the same prompt on every rank
             begin = time.perf_counter()
             model = bench.random_model(config, mode, device, torch.bfloat16, tp)
             row = asdict(bench.measure(name, mode, model, settings, bandwidth))
