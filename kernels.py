@@ -312,67 +312,104 @@ if triton is not None:
         return (w & 15).to(DTYPE), (w >> 4 & 15).to(DTYPE), (w >> 8 & 15).to(DTYPE), (w >> 12 & 15).to(DTYPE)
 
     @triton.jit
-    def _prefetch(start, segment, offset, SEGMENTS: tl.constexpr, BYTES: tl.constexpr):
-        """Ask for BYTES of SEGMENTS consecutive runs of `segment` bytes, from `offset` on in each, to be read into L2."""
-        line = tl.arange(0, BYTES // 128)
-        at = offset + (line // SEGMENTS) * 128
+    def _prefetch(start, segment, SEGMENTS: tl.constexpr, BYTES: tl.constexpr, W: tl.constexpr):
+        """Ask for BYTES, in equal parts from the beginnings of SEGMENTS consecutive runs of `segment`, to be read into L2.
+
+        The hardware takes one request of a warp after the other, so they are dealt out to the W warps.
+        """
+        LANES: tl.constexpr = (SEGMENTS + W - 1) // W
+        thread = tl.arange(0, 32 * W)
+        run = thread // 32 * LANES + thread % 32
+        wanted = (thread % 32 < LANES) & (run < SEGMENTS)
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+            "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
             "=r,l,r",
-            [start + (line % SEGMENTS) * segment + at, (at < segment).to(tl.int32)],
+            [start + run * segment, tl.where(wanted, tl.minimum(segment, BYTES // SEGMENTS), 0)],
             tl.int32,
             is_pure=False,
             pack=1,
         )
 
     @triton.jit
+    def _load(at, mask, EVEN: tl.constexpr):
+        """A masked load. Only the tail of an uneven K has to read as zeros: what rows of x past M hold stays in theirs."""
+        return tl.load(at, mask=mask) if EVEN else tl.load(at, mask=mask, other=0)
+
+    @triton.jit
+    def _weights(
+        w, s, words, pairs, chunk, inside, k, KIND: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr,
+        EVEN: tl.constexpr,
+    ):  # fmt: skip
+        """A tile's words and, for int4, scales and zeros, k values of K further on."""
+        PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
+        tile = _load(w + words + k // PER_WORD, inside, EVEN)
+        pair = 0
+        if KIND == "int4":
+            pair = _load(s + pairs + (chunk + k // 128) // SPAN * (8 * GROUPS), inside, EVEN)
+        return tile, pair
+
+    @triton.jit
     def _multiply(
-        acc, w, s, b, sums, KIND: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-        COLS: tl.constexpr, ASM: tl.constexpr,
+        acc, w, s, b, sums, KIND: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
         """acc + a tile of weights, words (j i W R C u), times b. The K axis of both operands is permuted alike."""
         a = _unpack(w, KIND, b.dtype, ASM)
         if KIND == "int4":
             # (j i W R C, uh e ul ah al): word u is a group of 32, the rest is K within it. To a batch for each group.
             a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2).permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)
-            a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 4).permute(4, 5, 2, 3, 1, 6, 7, 0, 8)
+            a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
             a = a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS)
             # sum of ((q - 8) scale + zero) x = scale * (stored x) + (zero - offset * scale) * sum of x, group by group
             OFFSET: tl.constexpr = 8.0 if ASM is None else 136.0
-            scale = _per_row((s << 16).to(tl.float32, bitcast=True), GROUPS, R, C, W, COLS)
-            zero = _per_row((s & -65536).to(tl.float32, bitcast=True), GROUPS, R, C, W, COLS)
-            parts = scale * tl.dot(a, b) + (zero - OFFSET * scale) * sums
-            acc += tl.sum(parts.reshape(C * GROUPS, W, R * 8, COLS), 0)
+            scale = (s << 16).to(tl.float32, bitcast=True)
+            shift = (s & -65536).to(tl.float32, bitcast=True) - OFFSET * scale
+            scale = _per_row(scale, GROUPS, R, C, W, COLS)
+            shift = _per_row(shift, GROUPS, R, C, W, COLS)
+            products = _columns(tl.dot(a, b), COLS)
+            acc += tl.sum((scale * products).reshape(C * GROUPS, W, R * 8, COLS), 0)
+            acc += tl.sum((shift * sums).reshape(C * GROUPS, W, R * 8, COLS), 0)
         else:
-            P: tl.constexpr = 2 if KIND == "fp" else 4
-            # (j i W R C, uh e oh ol) -> (W, R i, C uh oh j ol e)
-            a = a.reshape(4, 8, W, R, C, 2, 2, P // 2, 2).permute(2, 3, 1, 4, 5, 7, 0, 8, 6)
-            acc = tl.dot(a.reshape(W, R * 8, C * 16 * P), b, acc)
+            if KIND == "fp":  # (j i W R C, uh e ul)
+                a = a.reshape(4, 8, W, R, C, 2, 2, 2).permute(2, 3, 1, 4, 7, 0, 5, 6)
+            else:  # (j i W R C, uh e ul p)
+                a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2).permute(2, 3, 1, 4, 5, 8, 0, 7, 6)
+            acc = tl.dot(a.reshape(W, R * 8, C * (32 if KIND == "fp" else 64)), b, acc)
         return acc
+
+    @triton.jit
+    def _columns(d, COLS: tl.constexpr):
+        """The columns in use: with at most 4 rows of x, every second one, which saves half of the work on accumulators."""
+        if COLS == 4:
+            d, _ = tl.split(d.reshape(d.shape[0], d.shape[1], 4, 2))
+        return d
 
     @triton.jit
     def _per_row(s, GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
         """Spread a value per row and group, (j i W R C g) and the same for all j, over an accumulator's columns."""
+        PAIR: tl.constexpr = 1 if COLS == 4 else 2
         s = s.permute(4, 5, 2, 3, 1, 0).reshape(C * GROUPS * W, R * 8, 1, 4, 1)
-        return tl.broadcast_to(s, (C * GROUPS * W, R * 8, COLS // 8, 4, 2)).reshape(C * GROUPS * W, R * 8, COLS)
+        s = tl.broadcast_to(s, (C * GROUPS * W, R * 8, COLS // (4 * PAIR), 4, PAIR))
+        return s.reshape(C * GROUPS * W, R * 8, COLS)
 
     @triton.jit
     def _linear_kernel(
         y, x, w, w3, s, s3, bias, norm, residual, M, N, K, eps,
         KIND: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr, ACT: tl.constexpr, COLS: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
         ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W n(x) [+ bias] or, if ACT, act(W n(x)) * (W3 n(x)); 8 R rows of W, M <= COLS of x.
 
         Tiles have axes j (4 lanes along K), i (8 lanes along rows), W (warps along K), R and C (repetitions along rows
-        and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order.
+        and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order. If DEEP, a
+        tile is loaded while the one before it is used, the first one before the wait for x.
         """
         P: tl.constexpr = 2 if KIND == "fp" else 8 if KIND == "int4" else 4  # values in a word
         CHUNK: tl.constexpr = 16 * P  # values along K that 4 lanes hold
         STEP: tl.constexpr = W * C * CHUNK
         X: tl.constexpr = C * CHUNK // 32  # lanes load 8 values of x at a time
-        B: tl.constexpr = COLS // 8
+        B: tl.constexpr = (COLS + 7) // 8
         pid = tl.program_id(0)
         j = tl.arange(0, 4)[:, None, None, None, None, None]
         i = tl.arange(0, 8)[None, :, None, None, None, None]
@@ -381,123 +418,113 @@ if triton is not None:
         chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
         u = tl.arange(0, 4)[None, None, None, None, None, :]
         if KIND == "int4":
+            SEGMENTS: tl.constexpr = R  # this program's rows are so many runs of `segment` bytes
             blocks = tl.cdiv(K, 128 * SPAN) * SPAN
+            segment = blocks * 512
             row8 = tl.minimum(pid * R + r, N // 8 - 1)
             words = (row8.to(tl.int64) * blocks + chunk) * 128 + i * 16 + j * 4 + u
-            g = tl.arange(0, GROUPS)[None, None, None, None, None, :]
-            rows8 = tl.broadcast_to(
-                (row8 * (blocks // SPAN)).to(tl.int64) * 8 + i % 2 * 4 + i // 2, (4, 8, W, R, C, GROUPS)
-            )
+            pairs = row8.to(tl.int64) * (blocks // SPAN * 8) + i % 2 * 4 + i // 2
+            pairs = tl.broadcast_to(pairs * GROUPS, (4, 8, W, R, C, GROUPS))
+            pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
             kw = chunk * 128
-            advance = STEP  # words from one tile to the next
         else:
+            SEGMENTS: tl.constexpr = R * 8
+            segment = K // P * 4
             row = tl.minimum((pid * R + r) * 8 + i, N - 1)
             words = row.to(tl.int64) * (K // P) + chunk * 16 + j * 4 + u
+            pairs = 0
             kw = chunk * CHUNK + j * (CHUNK // 4)
-            advance = STEP // P
-        m = tl.arange(0, B)[None, None, None, :, None, None] * 8 + i
         part = tl.arange(0, X)[None, None, None, None, :, None]
         if P == 4:  # a lane's 16 values of 8 bits meet two loads of x, which is also read in words
             kx = warp * (C * CHUNK // 2) + (part // 2) * 32 + j * 8 + (part % 2) * 4 + u
         else:
             kx = warp * (C * CHUNK // 2) + part * 16 + j * 4 + u
-        x_words = x.to(tl.pointer_type(tl.int32)) + m * (K // 2) + kx
+        if COLS == 4:
+            m = i // 2
+            row_of_x = (i % 2 == 0) & (m < M)
+        else:
+            m = tl.arange(0, B)[None, None, None, :, None, None] * 8 + i
+            row_of_x = m < M
+        xs = x.to(tl.pointer_type(tl.int32)) + m * (K // 2) + kx
 
         if PDL:
             tlx.gdc_launch_dependents()
-        # The first tile of weights is under way before the wait for x; each later one before its predecessor is used.
-        k_left = K if EVEN else K - kw
-        w_next = tl.load(w + words, mask=k_left > 0, other=0, eviction_policy="evict_first")
-        if ACT is not None:
-            w3_next = tl.load(w3 + words, mask=k_left > 0, other=0, eviction_policy="evict_first")
-        if KIND == "int4":
-            pairs = rows8 * GROUPS + chunk // SPAN * (8 * GROUPS) + g
-            s_next = tl.load(s + pairs, mask=k_left > 0, other=0)
-            if ACT is not None:
-                s3_next = tl.load(s3 + pairs, mask=k_left > 0, other=0)
-        else:
-            s_next = 0
-            s3_next = 0
         if AHEAD > 0:
-            SEGMENTS: tl.constexpr = R if KIND == "int4" else R * 8
-            segment = blocks * 512 if KIND == "int4" else K // P * 4
             first = tl.minimum(pid * SEGMENTS, (N // 8 if KIND == "int4" else N) - SEGMENTS).to(tl.int64) * segment
-            _prefetch(w.to(tl.int64) + first, segment, advance * 4, SEGMENTS, AHEAD)
+            _prefetch(w.to(tl.int64) + first, segment, SEGMENTS, AHEAD, W)
+            if ACT is not None:
+                _prefetch(w3.to(tl.int64) + first, segment, SEGMENTS, AHEAD, W)
             if KIND == "int4":
                 SHARE: tl.constexpr = 16 * SPAN // GROUPS  # bytes of weights to one of scales and zeros
-                _prefetch(
-                    s.to(tl.int64) + first // SHARE, segment // SHARE, advance * 4 // SHARE, SEGMENTS, AHEAD // SHARE
-                )
+                _prefetch(s.to(tl.int64) + first // SHARE, segment // SHARE, SEGMENTS, AHEAD // SHARE, W)
+                if ACT is not None:
+                    _prefetch(s3.to(tl.int64) + first // SHARE, segment // SHARE, SEGMENTS, AHEAD // SHARE, W)
+        if DEEP:
+            inside = K > 0 if EVEN else kw < K
+            w_next, s_next = _weights(w, s, words, pairs, chunk, inside, 0, KIND, GROUPS, SPAN, EVEN)
             if ACT is not None:
-                _prefetch(w3.to(tl.int64) + first, segment, advance * 4, SEGMENTS, AHEAD)
-                if KIND == "int4":
-                    _prefetch(
-                        s3.to(tl.int64) + first // SHARE,
-                        segment // SHARE,
-                        advance * 4 // SHARE,
-                        SEGMENTS,
-                        AHEAD // SHARE,
-                    )
+                w3_next, s3_next = _weights(w3, s3, words, pairs, chunk, inside, 0, KIND, GROUPS, SPAN, EVEN)
         if PDL:
             tlx.gdc_wait()
 
         n = pid * (R * 8) + tl.arange(0, R * 8)
         col = tl.arange(0, COLS)
-        inside = (n < N)[:, None] & (col < M)[None, :]
+        stored = (n < N)[:, None] & (col < M)[None, :]
         at = col[None, :].to(tl.int64) * N + n[:, None]
         if residual is not None:
-            before = tl.load(residual + at, mask=inside, other=0.0)
-        acc = tl.zeros((W, R * 8, COLS), tl.float32)
+            before = tl.load(residual + at, mask=stored, other=0.0)
+        if DEEP:
+            x_next = _load(xs, row_of_x if EVEN else row_of_x & (kx < K // 2), EVEN)
+        acc = tl.zeros((W, R * 8, COLS if KIND == "int4" else B * 8), tl.float32)
         acc3 = acc
-        squares = tl.zeros((W, COLS, COLS), tl.float32)
-        row_of_x = m < M
-        x_next = tl.load(x_words, mask=row_of_x if EVEN else row_of_x & (kx < K // 2), other=0)
+        squares = tl.zeros((W, B * 8, B * 8), tl.float32)
         for k0 in range(0, K, STEP):
-            w_now, s_now, x_now = w_next, s_next, x_next
-            if ACT is not None:
-                w3_now, s3_now = w3_next, s3_next
-            more = k_left > k0 + STEP
-            words += advance
-            x_words += STEP // 2
-            x_next = tl.load(
-                x_words, mask=row_of_x & ((k0 + STEP < K) if EVEN else (kx < (K - k0 - STEP) // 2)), other=0
-            )
-            w_next = tl.load(w + words, mask=more, other=0, eviction_policy="evict_first")
-            if ACT is not None:
-                w3_next = tl.load(w3 + words, mask=more, other=0, eviction_policy="evict_first")
-            if KIND == "int4":
-                pairs = rows8 * GROUPS + (chunk + (k0 + STEP) // 128) // SPAN * (8 * GROUPS) + g
-                s_next = tl.load(s + pairs, mask=more, other=0)
+            k = k0 + STEP if DEEP else k0
+            if DEEP:
+                t, words_now, s_now = x_next, w_next, s_next
                 if ACT is not None:
-                    s3_next = tl.load(s3 + pairs, mask=more, other=0)
-            t = _unpack(x_now, "fp", x.dtype.element_ty, ASM)  # (j i W B X, 2 of u, e, 2 of u)
+                    words3_now, s3_now = w3_next, s3_next
+            inside = k < K if EVEN else kw < K - k
+            x_next = _load(xs + k // 2, row_of_x & (k < K if EVEN else kx < (K - k) // 2), EVEN)
+            w_next, s_next = _weights(w, s, words, pairs, chunk, inside, k, KIND, GROUPS, SPAN, EVEN)
+            if ACT is not None:
+                w3_next, s3_next = _weights(w3, s3, words, pairs, chunk, inside, k, KIND, GROUPS, SPAN, EVEN)
+            if not DEEP:
+                t, words_now, s_now = x_next, w_next, s_next
+                if ACT is not None:
+                    words3_now, s3_now = w3_next, s3_next
+
+            t = _unpack(t, "fp", x.dtype.element_ty, ASM).reshape(
+                4, 8, W, B, X, 2, 2, 2
+            )  # (j i W B X, 2 of u, e, 2 of u)
             if norm is not None:
                 # the sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing
-                t = t.reshape(4, 8, W, B, X, 4, 2)
-                rows = t.permute(2, 3, 1, 4, 5, 0, 6).reshape(W, COLS, X * 32)
-                cols = t.permute(2, 4, 5, 0, 6, 3, 1).reshape(W, X * 32, COLS)
+                rows = t.permute(2, 3, 1, 4, 7, 0, 5, 6).reshape(W, B * 8, X * 32)
+                cols = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
                 squares = tl.dot(rows, cols, squares)
                 gain = tl.broadcast_to(norm.to(tl.pointer_type(tl.int32)) + k0 // 2 + kx, (4, 8, W, B, X, 4))
-                gain = tl.load(gain) if EVEN else tl.load(gain, mask=kx < (K - k0) // 2, other=0)
-                t *= _unpack(gain, "fp", x.dtype.element_ty, ASM).reshape(4, 8, W, B, X, 4, 2)
-            if KIND == "int4":
-                b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 4, 2).permute(4, 5, 2, 6, 7, 0, 8, 3, 1)
-                ones = tl.full((C * GROUPS * W, R * 8, 128 // GROUPS), 1.0, t.dtype)
-                sums = tl.dot(ones, b.reshape(C * GROUPS * W, 128 // GROUPS, COLS))
-                # (j i W B, C g c, uh e ul) -> (C g W, c uh j ul e, B i)
-                b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 6, 7, 0, 9, 8, 3, 1)
-                b = b.reshape(C * GROUPS * W, 128 // GROUPS, COLS)
+                gain = _load(gain, K > 0 if EVEN else kx < (K - k0) // 2, EVEN)
+                t *= _unpack(gain, "fp", x.dtype.element_ty, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
+            # The two halves of a fragment's K are a word's neighbours, which a load of 16 bytes leaves side by side.
+            if KIND == "int4":  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
+                b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 6, 9, 0, 7, 8, 3, 1)
+                b = b.reshape(C * GROUPS * W, 128 // GROUPS, B * 8)
+                sums = _columns(tl.dot(tl.full((C * GROUPS * W, R * 8, 128 // GROUPS), 1.0, b.dtype), b), COLS)
             else:
+                b = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
                 sums = 0
-                b = t.reshape(4, 8, W, B, X, 2, 2, 2).permute(2, 4, 5, 0, 7, 6, 3, 1).reshape(W, X * 32, COLS)
-            acc = _multiply(acc, w_now, s_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
+            acc = _multiply(acc, words_now, s_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
             if ACT is not None:
-                acc3 = _multiply(acc3, w3_now, s3_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
+                acc3 = _multiply(acc3, words3_now, s3_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
 
+        if KIND != "int4":
+            acc = _columns(acc, COLS)
+            acc3 = _columns(acc3, COLS)
         out = tl.sum(acc, 0)  # (rows of W, rows of x)
         if norm is not None:
-            squares = tl.where(col[:, None] == col[None, :], tl.sum(squares, 0), 0.0)
-            rms = tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
+            both = tl.arange(0, B * 8)
+            squares = tl.sum(tl.sum(tl.where(both[:, None] == both[None, :], squares, 0.0), 1, keep_dims=True), 0)
+            rms = tl.rsqrt(_columns(squares.reshape(1, 1, B * 8), COLS).reshape(1, COLS) / K + eps)
             out *= rms
         if P == 4:
             out *= tl.load(s + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -513,27 +540,25 @@ if triton is not None:
             out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         if residual is not None:
             out += before.to(tl.float32)
-        tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + at, out.to(y.dtype.element_ty), mask=stored)
 
     @triton.jit
-    def _rotated(
-        heads, positions, inside, rope, norm, eps, max_position, D: tl.constexpr, ROTARY: tl.constexpr,
-        W: tl.constexpr, Y: tl.constexpr, X: tl.constexpr,
+    def _heads(
+        at, valid, positions, rope, norm, eps, max_position, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr
     ):  # fmt: skip
-        """Heads in tiles (j i W Y X 8), D along j, X and 8: normalised if asked, and rotated to `positions` (1 i W Y 1 1)."""
-        d = tl.arange(0, 4)[:, None, None, None, None, None] * 8 + tl.arange(0, X)[None, None, None, None, :, None] * 32
-        d += tl.arange(0, 8)[None, None, None, None, None, :]
+        """Heads (R, DP) at pointers `at` (R,), normalised if asked and rotated to `positions` (R,); zeros past D."""
+        d = tl.arange(0, DP)[None, :]
+        heads = tl.load(at[:, None] + d, mask=valid[:, None] & (d < D), other=0.0)
         x = heads.to(tl.float32)
         if norm is not None:
-            mean = tl.sum(tl.sum(tl.sum(x * x, 5, keep_dims=True), 4, keep_dims=True), 0, keep_dims=True) / D
-            gain = tl.load(tl.broadcast_to(norm + d, x.shape), mask=d < D, other=0.0)
-            x = (x * tl.rsqrt(mean + eps) * gain.to(tl.float32)).to(heads.dtype).to(tl.float32)
+            gain = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+            x = (x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None] * gain).to(heads.dtype).to(tl.float32)
         if rope is not None:
-            table = rope + tl.minimum(positions, max_position) * ROTARY + d
-            turn = tl.load(table, mask=inside & (d < ROTARY), other=0.0)
-            even, odd = tl.split(x.reshape(4, 8, W, Y, X, 4, 2))
-            cos, sin = tl.split(turn.reshape(4, 8, W, Y, X, 4, 2))
-            turned = tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(4, 8, W, Y, X, 8)
+            table = rope + tl.minimum(positions, max_position)[:, None] * ROTARY + d
+            turn = tl.load(table, mask=valid[:, None] & (d < ROTARY), other=0.0)
+            even, odd = tl.split(x.reshape(x.shape[0], DP // 2, 2))
+            cos, sin = tl.split(turn.reshape(x.shape[0], DP // 2, 2))
+            turned = tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(x.shape[0], DP)
             x = tl.where(d < ROTARY, turned, x)
         return x.to(heads.dtype)
 
@@ -541,20 +566,20 @@ if triton is not None:
     def _attend_kernel(
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, arrived,
         S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h, stride_t,
-        G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr,
+        G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
         W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """ROWS query rows (new token s, head g) of one key head, on one part of the keys; KEYS a warp and step.
 
-        The visible keys are cut into parts of at least SHARE, at most SPLITS; programs without one leave at once. A key
-        is in the cache or, if new, in qkv: programs that meet new keys normalise, rotate and store them. Whichever
-        program of these rows is the last to finish combines the parts (flash decoding without a second launch).
-        As in the linear kernel, tiles are loaded as `mma` fragments, by permuting what the dot products sum over.
+        The keys in the cache are cut into parts of at least SHARE, at most SPLITS; programs without one leave at once.
+        The last part's program first writes the new keys and values. Whichever program of these rows is the last to
+        finish combines the parts (flash decoding without a second launch). As in the linear kernel, tiles of keys
+        and values are loaded as fragments, by permuting what the dot products sum over or, for values, the features.
         """
-        Y: tl.constexpr = KEYS // 8
         X: tl.constexpr = DP // 32
-        Z: tl.constexpr = DP // 64
-        R: tl.constexpr = ROWS // 8
+        Y: tl.constexpr = KEYS // 8
+        Z: tl.constexpr = DP // (8 * W)  # a lane's neighbouring features of a value
+        STEP: tl.constexpr = W * KEYS
         head = tl.program_id(0)  # (b, hkv)
         split = tl.program_id(1)
         block = tl.program_id(2)
@@ -565,110 +590,107 @@ if triton is not None:
             tlx.gdc_wait()
         pos = tl.load(input_pos + b).to(tl.int32)
         first = tl.where(window > 0, tl.maximum(pos - window + 1, 0), 0)
-        live = pos + S - first
-        share = tl.cdiv(tl.maximum(tl.cdiv(live, SPLITS), SHARE), W * KEYS) * (W * KEYS)
-        parts = tl.cdiv(live, share)
+        old = tl.minimum(pos, T) - first
+        share = tl.maximum(tl.cdiv(old, SPLITS), SHARE)
+        parts = tl.maximum(tl.cdiv(old, share), 1)
         if split >= parts:
             return
+
+        keys = k_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        values = v_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        width = (Hkv * (G + 2)) * D
+        base = qkv + b.to(tl.int64) * S * width
+        begin = first + split * share
+        end = tl.minimum(begin + share, pos)
+        if split == parts - 1:
+            n = tl.arange(0, NEW)
+            k_rows = base + n * width + (Hkv * G + h) * D
+            k = _heads(k_rows, n < S, pos + n, rope, k_norm, eps, max_position, D, DP, ROTARY)
+            v = _heads(k_rows + Hkv * D, n < S, pos + n, None, None, eps, max_position, D, DP, ROTARY)
+            to = (pos + n).to(tl.int64)[:, None] * stride_t + tl.arange(0, DP)[None, :]
+            written = ((n < S) & (pos + n < T))[:, None] & (tl.arange(0, DP) < D)[None, :]
+            tl.store(keys + to, k.to(k_cache.dtype.element_ty), mask=written)
+            tl.store(values + to, v.to(v_cache.dtype.element_ty), mask=written)
+            end = pos + S
+            tl.debug_barrier()  # before they are read back
+        end = tl.minimum(end, T)
+
+        row = block * ROWS + tl.arange(0, ROWS)
+        q_rows = base + row // G * width + (h * G + row % G) * D
+        q = _heads(q_rows, row < S * G, pos + row // G, rope, q_norm, eps, max_position, D, DP, ROTARY)
+        # K as its fragments have it: (X, ul, j, uh, e) for feature 32 X + 8 j + 4 uh + 2 ul + e
+        q = q.reshape(ROWS, X, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5).reshape(1, ROWS, DP)
+        q = tl.broadcast_to(q, (W, ROWS, DP))
 
         j = tl.arange(0, 4)[:, None, None, None, None, None]
         i = tl.arange(0, 8)[None, :, None, None, None, None]
         warp = tl.arange(0, W)[None, None, :, None, None, None]
-        e = tl.arange(0, 8)[None, None, None, None, None, :]
-        d = tl.arange(0, X)[None, None, None, None, :, None] * 32 + j * 8 + e
-        width = (Hkv * (G + 2)) * D
-        base = qkv + b.to(tl.int64) * S * width
-        row = block * ROWS + tl.arange(0, R)[None, None, None, :, None, None] * 8 + i + warp * 0
-        q = tl.load(base + row // G * width + (h * G + row % G) * D + d, mask=(row < S * G) & (d < D), other=0.0)
-        q = _rotated(q, pos + row // G, row < S * G, rope, q_norm, eps, max_position, D, ROTARY, W, R, X)
-        q = q.reshape(4, 8, W, R, X, 2, 4).permute(2, 3, 1, 4, 5, 0, 6).reshape(W, ROWS, DP)
-
         key_of_k = warp * KEYS + tl.arange(0, Y)[None, None, None, :, None, None] * 8 + i
-        pair = tl.arange(0, KEYS // 4)[None, None, None, :, None, None]
-        key_of_v = warp * KEYS + pair // 2 * 8 + j * 2 + pair % 2
-        d_of_v = tl.arange(0, Z)[None, None, None, None, :, None] * 64 + i * 8 + e
+        d_of_k = tl.arange(0, X)[None, None, None, None, :, None] * 32 + j * 8
+        d_of_k += tl.arange(0, 8)[None, None, None, None, None, :]
+        pair = tl.arange(0, STEP // 4)[None, None, None, :, None, None]
+        key_of_v = pair // 2 * 8 + j * 2 + pair % 2
+        d_of_v = (warp * 8 + i) * Z + tl.arange(0, Z)[None, None, None, None, None, :]
         key_of_p = tl.arange(0, W)[:, None, None] * KEYS + tl.arange(0, KEYS)[None, None, :]
-        last_of_p = pos + (block * ROWS + tl.arange(0, ROWS)[None, :, None]) // G
-        keys = k_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-        values = v_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-        new_keys = base + (Hkv * G + h) * D
-        new_values = new_keys + Hkv * D
-        top = tl.full((W, ROWS), float("-inf"), tl.float32)
-        total = tl.zeros((W, ROWS), tl.float32)
-        acc = tl.zeros((W, ROWS, DP), tl.float32)
-        begin = first + split * share
-        end = tl.minimum(begin + share, pos + S)
-        for t0 in range(begin, end, W * KEYS):
-            t = t0 + key_of_k
-            new_k = t >= pos
-            inside = (t < end) & (new_k | (t < T)) & (d < D)
-            k = tl.load(
-                tl.where(new_k, new_keys + (t - pos) * width, keys + t.to(tl.int64) * stride_t) + d,
-                mask=inside,
-                other=0.0,
-            )
-            tv = t0 + key_of_v
-            new_v = tv >= pos
-            inside_v = (tv < end) & (new_v | (tv < T)) & (d_of_v < D)
-            from_v = tl.where(new_v, new_values + (tv - pos) * width, values + tv.to(tl.int64) * stride_t) + d_of_v
-            v = tl.load(from_v, mask=inside_v, other=0.0)
-            if t0 + W * KEYS > pos:
-                k = tl.where(new_k, _rotated(k, t, inside, rope, k_norm, eps, max_position, D, ROTARY, W, Y, X), k)
-                tl.store(keys + t.to(tl.int64) * stride_t + d, k, mask=inside & new_k & (t < T))
-                tl.store(values + tv.to(tl.int64) * stride_t + d_of_v, v, mask=inside_v & new_v & (tv < T))
-            k = k.reshape(4, 8, W, Y, X, 2, 4).permute(2, 4, 5, 0, 6, 3, 1).reshape(W, DP, KEYS)
-            scores = tl.dot(q, k) * scale  # in units of log2 e
-            t = t0 + key_of_p
-            visible = (t < end) & (t <= last_of_p) & ((window <= 0) | (t > last_of_p - window)) & ((t < T) | (t >= pos))
-            scores = tl.where(visible, scores, float("-inf"))
-            # online softmax (Milakov and Gimelshein, arXiv:1805.02867), for each warp on its own
-            new_top = tl.maximum(top, tl.max(scores, 2))
-            safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
-            p = tl.exp2(scores - safe[:, :, None])
-            fade = tl.exp2(top - safe)
-            total = total * fade + tl.sum(p, 2)
-            top = new_top
-            v = v.reshape(4, 8, W, Y, 2, Z, 8).permute(2, 3, 0, 4, 5, 6, 1).reshape(W, KEYS, DP)
-            acc = tl.dot(p.to(v.dtype), v, acc * fade[:, :, None])
+        last = pos + (block * ROWS + tl.arange(0, ROWS)[None, :, None]) // G  # the last key that a row sees
 
-        best = tl.max(top, 0)
-        fade = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best)[None, :])
-        total = tl.sum(total * fade, 0)
-        acc = tl.sum(acc * fade[:, :, None], 0)  # (ROWS, DP), D in the order (Z, 8 of e, 8 of i)
-        row = tl.arange(0, ROWS)
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, DP), tl.float32)
+        for t0 in range(begin, end, STEP):
+            t = t0 + key_of_k
+            k = tl.load(keys + t.to(tl.int64) * stride_t + d_of_k, mask=(t < end) & (d_of_k < D), other=0.0)
+            t = t0 + key_of_v
+            v = tl.load(values + t.to(tl.int64) * stride_t + d_of_v, mask=(t < end) & (d_of_v < D), other=0.0)
+            k = k.reshape(4, 8, W, Y, X, 2, 2, 2).permute(2, 4, 6, 0, 5, 7, 3, 1).reshape(W, DP, KEYS)
+            scores = tl.dot(q, k.to(q.dtype)) * scale  # (W, ROWS, KEYS), in units of log2 e
+            t = t0 + key_of_p
+            scores = tl.where((t < end) & (t <= last) & ((window <= 0) | (t > last - window)), scores, float("-inf"))
+            # online softmax (Milakov and Gimelshein, arXiv:1805.02867)
+            new_top = tl.maximum(top, tl.max(tl.max(scores, 2), 0))
+            safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+            p = tl.exp2(scores - safe[None, :, None])
+            fade = tl.exp2(top - safe)
+            total = total * fade + tl.sum(tl.sum(p, 2), 0)
+            top = new_top
+            p = p.to(q.dtype).permute(1, 0, 2).reshape(ROWS, STEP)
+            # (j i W, Y of keys, 2 of keys, Z) -> (keys: Y j 2, features: Z W i)
+            v = v.reshape(4, 8, W, STEP // 8, 2, Z).permute(3, 0, 4, 5, 2, 1).reshape(STEP, DP)
+            acc = tl.dot(p, v.to(q.dtype), acc * fade[:, None])
+
         n = tl.arange(0, DP)
+        d = n % (8 * W) * Z + n // (8 * W)  # acc's order of features
         if parts > 1:
-            rows = head * tl.num_programs(2) + block
-            slots = partial + rows.to(tl.int64) * (SPLITS * ROWS * (DP + 2))
+            group = head * tl.num_programs(2) + block
+            r = tl.arange(0, ROWS)
+            slots = partial + group.to(tl.int64) * (SPLITS * ROWS * (DP + 2))
             slot = slots + split * (ROWS * (DP + 2))
-            tl.store(slot + row[:, None] * DP + n[None, :], acc)
-            tl.store(slot + ROWS * DP + row, best)
-            tl.store(slot + ROWS * (DP + 1) + row, total)
+            tl.store(slot + r[:, None] * DP + n[None, :], acc)
+            tl.store(slot + ROWS * DP + r, top)
+            tl.store(slot + ROWS * (DP + 1) + r, total)
             tl.debug_barrier()  # all of this program's stores before its arrival
-            if tl.atomic_add(arrived + rows, 1, sem="acq_rel") != parts - 1:
+            if tl.atomic_add(arrived + group, 1, sem="acq_rel") != parts - 1:
                 return
             tl.debug_barrier()
-            tl.store(arrived + rows, 0)
-            best = tl.full((ROWS,), float("-inf"), tl.float32)
+            tl.store(arrived + group, 0)
+            top = tl.full((ROWS,), float("-inf"), tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, DP), tl.float32)
             for part in range(parts):
                 slot = slots + part * (ROWS * (DP + 2))
-                part_acc = tl.load(slot + row[:, None] * DP + n[None, :], cache_modifier=".cg")
-                part_best = tl.load(slot + ROWS * DP + row, cache_modifier=".cg")
-                part_total = tl.load(slot + ROWS * (DP + 1) + row, cache_modifier=".cg")
-                new_best = tl.maximum(best, part_best)
-                floor = tl.where(new_best == float("-inf"), 0.0, new_best)
-                old = tl.exp2(best - floor)
-                new = tl.exp2(part_best - floor)
-                acc = acc * old[:, None] + part_acc * new[:, None]
-                total = total * old + part_total * new
-                best = new_best
-        row += block * ROWS
-        d_of_n = n // 64 * 64 + n % 8 * 8 + n // 8 % 8
-        at = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + d_of_n[None, :]
+                part_acc = tl.load(slot + r[:, None] * DP + n[None, :], cache_modifier=".cg")
+                part_top = tl.load(slot + ROWS * DP + r, cache_modifier=".cg")
+                part_total = tl.load(slot + ROWS * (DP + 1) + r, cache_modifier=".cg")
+                new_top = tl.maximum(top, part_top)
+                safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+                fade = tl.exp2(top - safe)
+                gain = tl.exp2(part_top - safe)
+                acc = acc * fade[:, None] + part_acc * gain[:, None]
+                total = total * fade + part_total * gain
+                top = new_top
+        to = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + d[None, :]
         acc = acc / total[:, None]
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=(row < S * G)[:, None] & (d_of_n < D)[None, :])
+        tl.store(out + to, acc.to(out.dtype.element_ty), mask=(row < S * G)[:, None] & (d < D)[None, :])
 
     @triton.jit
     def _ordered(x):
@@ -827,14 +849,14 @@ def _out_features(weight: Tensor) -> int:
     return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
 
 
-def _configuration(kind: str, N: int, K: int, gated: bool) -> tuple[int, int, int, int, int]:
-    """R, C, W of the linear kernel (8 R rows a program, C chunks of K a lane, W warps), bytes to prefetch, registers."""
+def _configuration(kind: str, N: int, K: int, gated: bool) -> tuple[int, int, int, bool, int, int]:
+    """R, C, W of the linear kernel (8 R rows a program, C chunks of K a lane, W warps), DEEP, bytes to prefetch, registers."""
     chunk = {"fp": 32, "int4": 128}.get(kind, 64)
     W = 8
     while W > 1 and W * chunk > K:
         W //= 2
     C = max(1, min({"fp": 4, "int4": 1}.get(kind, 2) // (2 if gated and kind != "int4" else 1), K // (W * chunk)))
-    return 2, 1 << (C.bit_length() - 1), W, 32768, 128
+    return 2, 1 << (C.bit_length() - 1), W, kind != "int4", 32768, 128
 
 
 def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, w3=None, s3=None, act=None):
@@ -842,7 +864,7 @@ def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dty
     M, K = x.shape
     N = _out_features(w)
     kind = _kind(w)
-    R, C, W, ahead, registers = _configuration(kind, N, K, act is not None)
+    R, C, W, deep, ahead, registers = _configuration(kind, N, K, act is not None)
     hopper = _is_hopper(x.device)
     groups = s.shape[-1] if kind == "int4" else 1
     span = w.shape[1] // s.shape[1] if kind == "int4" else 1
@@ -850,8 +872,9 @@ def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dty
     y = torch.empty(M, N, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(triton.cdiv(N, 8 * R),)](
         y, x, w.view(torch.int32), None if w3 is None else w3.view(torch.int32), s, s3, bias, norm, residual, M, N, K, eps,
-        KIND=kind, GROUPS=groups, SPAN=span, ACT=act, COLS=8 if M <= 8 else 16, R=R, C=C, W=W, AHEAD=ahead if hopper else 0,
-        EVEN=K % (W * C * chunk) == 0, ASM=_assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
+        KIND=kind, GROUPS=groups, SPAN=span, ACT=act, COLS=4 if M <= 4 else 8 if M <= 8 else 16, R=R, C=C, W=W, DEEP=deep,
+        AHEAD=ahead if hopper else 0, EVEN=K % (W * C * chunk) == 0,
+        ASM=_assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": registers} if hopper else {}),
     )  # fmt: skip
     return y
@@ -872,7 +895,7 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
     _attend_kernel[(B * Hkv, splits, blocks)](
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, _zeros(qkv.device, 4096),
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
-        *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows,
+        *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows, NEW=triton.next_power_of_2(S),
         W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
         num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
@@ -895,7 +918,7 @@ def sample_triton(logits, temperature, top_k, min_p, rng):
     best = torch.empty(B, blocks, dtype=torch.int64, device=device)
     listed = torch.empty(B, V if filtered else 0, dtype=torch.int64, device=device)
     out = torch.empty(B, dtype=torch.int64, device=device)
-    options = {"PDL": hopper, "num_warps": 4, **({"launch_pdl": True} if hopper else {})}
+    options = {"PDL": hopper, "num_warps": 32, **({"launch_pdl": True} if hopper else {})}
     if filtered:
         _histogram_kernel[(B, blocks)](logits, counts, tops, V, BLOCK=block, BLOCKS=blocks, STATE=state, **options)
     _sample_kernel[(B, blocks)](
