@@ -608,9 +608,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--draft_checkpoint_path", type=Path, metavar="PATH", help="speculate by this model, which guesses tokens ahead"
     )
     parser.add_argument("--speculate", choices=[PROMPT_LOOKUP], help="speculate by copying from the text so far")
-    parser.add_argument(
-        "--speculate_k", type=_positive_or_auto, metavar="K", help="guesses a round, or auto (default: 5)"
-    )
+    parser.add_argument("--speculate_k", type=_positive_or_auto, help="guesses a round, or auto; 5, or 10 by lookup")
     parser.add_argument("--profile", type=Path, help="write a Chrome trace of the last sample to PROFILE.json")
     parser.add_argument("--stream", action="store_true", help="print text as it comes")
     parser.add_argument("--json", action="store_true", help="print the measures as one JSON line, last")
@@ -700,7 +698,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         compile=args.compile,
         compile_prefill=args.compile_prefill,
         draft=draft,
-        speculate_k=args.speculate_k or 5,
+        speculate_k=args.speculate_k or (10 if args.speculate else 5),
     )
     if llm.compile_seconds:
         print(f"Compilation time: {llm.compile_seconds:.2f} seconds", file=sys.stderr)

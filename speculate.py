@@ -26,12 +26,12 @@ PROMPT_LOOKUP = "prompt_lookup"
 MAX_K = 15  # a verify pass has k + 1 rows; the decode kernels take 16
 AUTO = (1, 2, 3, 5, 8, 12)  # what `auto` chooses from, besides plain decoding
 NAPS = (16, 64)  # plain steps before `auto` tries again where speculation did not pay: at first, and at most
-NGRAM = 3  # the longest match that prompt lookup looks for
+NGRAM = 6  # the longest match that prompt lookup looks for
 CHUNK = 512  # tokens a row that a draft reads at once
 
 
 class PromptLookup:
-    """A draft without a model: what followed the latest occurrence of a row's last three, two or one tokens."""
+    """A draft without a model: what followed the latest occurrence of a row's last tokens, as many as recur."""
 
     model = None
 
@@ -42,13 +42,13 @@ class PromptLookup:
         """Where in each row its last tokens occurred before, and how many of them match (0: none): int64 (B,) both."""
         history, pos = self.llm.history, self.llm.pos[:, None]
         width = history.shape[1]
+        windows = F.pad(history, (NGRAM - 1, 0), value=-1).unfold(
+            1, NGRAM, 1
+        )  # (B, width, NGRAM), by their last position
+        last = windows.gather(1, pos[..., None].expand(-1, -1, NGRAM))
+        length = (windows == last).flip(2).cumprod(2).sum(2)
         at = torch.arange(width, device=history.device)
-        match, score = at < pos, torch.zeros_like(history)
-        for n in range(NGRAM):
-            same = history == history.gather(1, (pos - n).clamp(min=0))
-            match = match & F.pad(same, (n, 0))[:, :width]
-            score = torch.where(match, (n + 1) * width + at, score)
-        best = score.amax(1)
+        best = torch.where(at < pos, length * width + at, 0).amax(1)
         return best % width, best // width
 
     def propose(self, k: int) -> None:
@@ -59,8 +59,8 @@ class PromptLookup:
         history.scatter_(1, pos + 1 + ahead, history.gather(1, found + 1 + ahead % (pos - found)))
 
     def is_blind(self) -> bool:
-        """Whether no row has anything to copy, so far as the host can know without waiting."""
-        return self.llm.device.type == "cpu" and not self.find()[1].any()
+        """Whether no row's last two tokens recur: too little to go by on a CPU, where verifying costs more."""
+        return self.llm.device.type == "cpu" and not (self.find()[1] > 1).any()
 
     def read(self, start: Tensor, n: int) -> None:
         """There is no cache to fill."""
@@ -195,7 +195,8 @@ class Speculator:
         """Prepare all rounds, by torch.compile, as CUDA graphs, or both. step: the engine's, before it is captured."""
         self.step, self.capture = step, capture or self.capture
         if inductor:
-            self.forward = torch.compile(self.forward, fullgraph=True, dynamic=self.k == "auto")
+            if self.k != "auto":  # which would compile the target once more for each k
+                self.forward = torch.compile(self.forward, fullgraph=True)
             if self.model:
                 self.draft.step = torch.compile(self.draft.step, fullgraph=True)
         for k in self._choices():
