@@ -231,7 +231,7 @@ def _compare(path, config, dtype, quantize, tp):
 
 
 def _same_tokens(path, config, tp):
-    """Greedy and sampled text equal one process's, and so all ranks'."""
+    """Greedy, sampled and speculative text equal one process's, and so all ranks'."""
     prompts = [[5, 6, 7], [8], [9, 10]]
     for sampler in (Sampler(temperature=0), Sampler(temperature=0.8, top_k=20), Sampler(temperature=1, top_p=0.9)):
         texts = []
@@ -240,6 +240,10 @@ def _same_tokens(path, config, tp):
             llm = Engine(model, batch_size=3, max_seq_length=40, sampler=sampler)
             llm.seed(3)
             texts.append(list(generate(llm, prompts, 20, is_stop=lambda row, token: False)))
+        if sampler.temperature == 0:  # guesses must not change greedy text
+            for draft in (model, "prompt_lookup"):
+                llm = Engine(model, batch_size=3, max_seq_length=40, sampler=sampler, draft=draft, speculate_k=3)
+                assert texts[0] == list(generate(llm, prompts, 20, is_stop=lambda row, token: False)), draft
         assert texts[0] == texts[1], f"rank {tp.rank}, {sampler}: {texts}"
     if place(tp) != "cpu":  # the kernels' path, in a CUDA graph and not
         model = load_model(path, config=config, device=place(tp), tp=tp)
