@@ -2,7 +2,7 @@
 
     python scripts/quant_table.py            writes benchmarks/quant_smollm2.json and prints it as a table
 
-Rows that the file holds already are kept, so an interrupted run goes on where it was.
+What the file holds already is kept, so an interrupted run goes on where it was, and speed can be measured apart.
 
 SmolLM2's weights here were dequantised from blocks of 32 4-bit integers, so that int4 in groups of 32 finds that very
 grid again and is nearly lossless by construction. The generic basis is the same function without the grid: each norm's
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import load_model, new_state_dict, read_json
 from errors import run_cli
+from generate import pick_device
 from linear import GROUPS, Linear
 from model import KVCache
 from quantize import calibration_sequences, gptq_checkpoint, open_model, quantize_checkpoint
@@ -73,33 +74,31 @@ def to_generic_basis(source: Path, folder: Path, dtype: torch.dtype = torch.bflo
 
 
 @torch.inference_mode()
-def perplexity(path: Path, tokens: Tensor) -> float:
+def perplexity(path: Path, tokens: Tensor, device: torch.device) -> float:
     """exp of the mean negative log-likelihood in windows; activations fp32, so that only the weights count."""
-    model = load_model(path, dtype=torch.float32)
+    model = load_model(path, dtype=torch.float32, device=device)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, Linear):  # dequantise once, not in each window
             tensors = {"weight": layer.dequantized(torch.float32)}
             model.set_submodule(name, Linear.from_tensors(layer.in_features, layer.out_features, tensors))
-    cache = KVCache(model.config, 1, WINDOW, dtype=torch.float32, device="cpu")
-    start, total, count = torch.zeros(1, dtype=torch.int32), 0.0, 0
-    for window in tokens.split(WINDOW):
+    cache = KVCache(model.config, 1, WINDOW, dtype=torch.float32, device=device)
+    start, total, count = torch.zeros(1, dtype=torch.int32, device=device), 0.0, 0
+    for window in tokens.to(device).split(WINDOW):
         logits = model(window[None], start, cache, all_logits=True, context=len(window))[0]
         total += torch.nn.functional.cross_entropy(logits[:-1], window[1:].long(), reduction="sum").item()
         count += len(window) - 1
     return torch.tensor(total / count, dtype=torch.float64).exp().item()
 
 
-def write(source: Path, kind: str, calibration: list[Tensor]) -> tuple[Path, float]:
-    """Quantise `source`, unless the kind is its own; returns the file and the seconds it took."""
-    if kind == "bf16":
-        return source, 0.0
-    target, start = source.with_name(f"model_{kind}.pth"), time.perf_counter()
+def write(source: Path, target: Path, kind: str, calibration: list[Tensor], device: torch.device) -> float:
+    """Quantise `source`, unless the kind is its own; returns the seconds it took."""
+    start = time.perf_counter()
     mode, _, group = kind.partition(".g")
     if mode == "int4-gptq":
-        gptq_checkpoint(source, target, int(group), calibration, torch.device("cpu"))
-    else:
-        quantize_checkpoint(source, target, f"int4:{group}" if group else mode, torch.device("cpu"))
-    return target, time.perf_counter() - start
+        gptq_checkpoint(source, target, int(group), calibration, device)
+    elif mode != "bf16":
+        quantize_checkpoint(source, target, f"int4:{group}" if group else mode, device)
+    return time.perf_counter() - start
 
 
 def decode_speed(path: Path, samples: int) -> float:
@@ -118,7 +117,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     own, generic = (results.get(basis, {}) for basis in ("own", "generic"))
-    for kind in (kind for kind in KINDS if kind in own and kind in generic):
+    for kind in (kind for kind in KINDS if own.get(kind) and generic.get(kind)):
         a, b = own[kind], generic[kind]
         loss = b["perplexity"] / generic["bf16"]["perplexity"] - 1
         rounding = generic.get(kind.replace("-gptq", ""), b)["perplexity"] / generic["bf16"]["perplexity"] - 1
@@ -133,17 +132,14 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint_path", type=Path, default=ROOT / "checkpoints/SmolLM2-135M-Instruct/model.pth")
-    parser.add_argument(
-        "--work_dir", type=Path, default=ROOT / "checkpoints/quant_table", help="for the files it makes"
-    )
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "checkpoints/quant_table")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/quant_smollm2.json")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--bases", nargs="+", choices=("own", "generic"), default=["own", "generic"])
+    parser.add_argument("--device", default="cpu", help="of quantising and perplexity; speed is the CPU's")
     parser.add_argument("--tokens", type=int, default=20480, help="held-out tokens")
     parser.add_argument("--calibration_limit", type=int, default=64, help="sequences of 512 tokens")
-    parser.add_argument(
-        "--samples", type=int, default=3, help="generations that the speed is the median of; 0 for none"
-    )
+    parser.add_argument("--samples", type=int, default=3, help="generations to time; 0: none")
     args = parser.parse_args()
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     own = args.work_dir / "own"
@@ -158,15 +154,18 @@ def main() -> None:
     encode = load_tokenizer(sources["own"].parent).encode
     calibration_text, held_out = texts()
     tokens = torch.tensor(encode(held_out)[: args.tokens])
+    device = pick_device(args.device)
     for basis in args.bases:
-        for kind in (kind for kind in args.kinds if kind not in results.get(basis, {})):
-            calibration = calibration_sequences([calibration_text], encode, WINDOW, args.calibration_limit)
-            path, seconds = write(sources[basis], kind, calibration)
-            entry = {"perplexity": perplexity(path, tokens), "tokens": len(tokens), "bytes": path.stat().st_size}
-            entry |= {"quantise_seconds": round(seconds, 1)}
-            if args.samples and basis == "own":
+        for kind in args.kinds:
+            source, entry = sources[basis], results.setdefault(basis, {}).setdefault(kind, {})
+            path = source if kind == "bf16" else source.with_name(f"model_{kind}.pth")
+            if "perplexity" not in entry:
+                calibration = calibration_sequences([calibration_text], encode, WINDOW, args.calibration_limit)
+                entry["quantise_seconds"] = round(write(source, path, kind, calibration, device), 1)
+                entry |= {"bytes": path.stat().st_size, "tokens": len(tokens)}
+                entry["perplexity"] = perplexity(path, tokens, device)
+            if args.samples and basis == "own" and "tokens_per_second" not in entry:
                 entry["tokens_per_second"] = decode_speed(path, args.samples)
-            results.setdefault(basis, {})[kind] = entry
             args.output.write_text(json.dumps(results, indent=2))
             print(basis, kind, json.dumps(entry), flush=True)
     print(table(results))
