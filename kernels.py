@@ -331,50 +331,40 @@ if triton is not None:
         )
 
     @triton.jit
-    def _load(at, mask, EVEN: tl.constexpr):
-        """A masked load. Only the tail of an uneven K has to read as zeros: what rows of x past M hold stays in theirs."""
-        return tl.load(at, mask=mask) if EVEN else tl.load(at, mask=mask, other=0)
+    def _load(at, inside, EVEN: tl.constexpr):
+        """A load that reads as zeros outside, which only an uneven K has."""
+        return tl.load(at) if EVEN else tl.load(at, mask=inside, other=0)
 
     @triton.jit
-    def _weights(
-        w, s, words, pairs, chunk, inside, k, KIND: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr,
-        EVEN: tl.constexpr,
+    def _operand(
+        w, KIND: tl.constexpr, DTYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr
     ):  # fmt: skip
-        """A tile's words and, for int4, scales and zeros, k values of K further on."""
-        PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
-        tile = _load(w + words + k // PER_WORD, inside, EVEN)
-        pair = 0
-        if KIND == "int4":
-            pair = _load(s + pairs + (chunk + k // 128) // SPAN * (8 * GROUPS), inside, EVEN)
-        return tile, pair
+        """Words (j i W R C u) as weights (W, rows, K), K permuted as a fragment has it."""
+        a = _unpack(w, KIND, DTYPE, ASM)
+        if KIND == "fp":  # (j i W R C, uh e ul)
+            a = a.reshape(4, 8, W, R, C, 2, 2, 2).permute(2, 3, 1, 4, 7, 0, 5, 6)
+        else:  # (j i W R C, uh e ul p)
+            a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2).permute(2, 3, 1, 4, 5, 8, 0, 7, 6)
+        return a.reshape(W, R * 8, C * (32 if KIND == "fp" else 64))
 
     @triton.jit
-    def _multiply(
-        acc, w, s, b, sums, KIND: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-        W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
+    def _multiply_groups(
+        acc, w, s, b, sums, GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+        COLS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
-        """acc + a tile of weights, words (j i W R C u), times b. The K axis of both operands is permuted alike."""
-        a = _unpack(w, KIND, b.dtype, ASM)
-        if KIND == "int4":
-            # (j i W R C, uh e ul ah al): word u is a group of 32, the rest is K within it. To a batch for each group.
-            a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2).permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)
-            a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
-            a = a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS)
-            # sum of ((q - 8) scale + zero) x = scale * (stored x) + (zero - offset * scale) * sum of x, group by group
-            OFFSET: tl.constexpr = 8.0 if ASM is None else 136.0
-            scale = (s << 16).to(tl.float32, bitcast=True)
-            shift = (s & -65536).to(tl.float32, bitcast=True) - OFFSET * scale
-            scale = _per_row(scale, GROUPS, R, C, W, COLS)
-            shift = _per_row(shift, GROUPS, R, C, W, COLS)
-            products = _columns(tl.dot(a, b), COLS)
-            acc += tl.sum((scale * products).reshape(C * GROUPS, W, R * 8, COLS), 0)
-            acc += tl.sum((shift * sums).reshape(C * GROUPS, W, R * 8, COLS), 0)
-        else:
-            if KIND == "fp":  # (j i W R C, uh e ul)
-                a = a.reshape(4, 8, W, R, C, 2, 2, 2).permute(2, 3, 1, 4, 7, 0, 5, 6)
-            else:  # (j i W R C, uh e ul p)
-                a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2).permute(2, 3, 1, 4, 5, 8, 0, 7, 6)
-            acc = tl.dot(a.reshape(W, R * 8, C * (32 if KIND == "fp" else 64)), b, acc)
+        """acc + int4 weights times b, whose batches are groups: the sum of ((q - 8) scale + zero) x over a group is
+        scale * (stored x) + (zero - offset * scale) * sum of x."""
+        # (j i W R C, uh e ul ah al): word u = 2 uh + ul is a group of 32, the rest is K within it
+        a = _unpack(w, "int4", b.dtype, ASM).reshape(4, 8, W, R, C, 2, 2, 2, 2, 2).permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)
+        a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
+        OFFSET: tl.constexpr = 8.0 if ASM is None else 136.0
+        scale = (s << 16).to(tl.float32, bitcast=True)
+        shift = (s & -65536).to(tl.float32, bitcast=True) - OFFSET * scale
+        scale = _per_row(scale, GROUPS, R, C, W, COLS)
+        shift = _per_row(shift, GROUPS, R, C, W, COLS)
+        products = _columns(tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b), COLS)
+        acc += tl.sum((scale * products).reshape(C * GROUPS, W, R * 8, COLS), 0)
+        acc += tl.sum((shift * sums).reshape(C * GROUPS, W, R * 8, COLS), 0)
         return acc
 
     @triton.jit
@@ -395,21 +385,22 @@ if triton is not None:
     @triton.jit
     def _linear_kernel(
         y, x, w, w3, s, s3, bias, norm, residual, M, N, K, eps,
-        KIND: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr, ACT: tl.constexpr, COLS: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-        ASM: tl.constexpr, PDL: tl.constexpr,
+        KIND: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
+        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+        EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """y (M, N) = [residual +] W n(x) [+ bias] or, if ACT, act(W n(x)) * (W3 n(x)); 8 R rows of W, M <= COLS of x.
+        """y (M, N) = [residual +] W n(x) [+ bias] or, if ACT, act(W n(x)) * (W3 n(x)); 8 R rows of W, M <= ROWS of x.
 
         Tiles have axes j (4 lanes along K), i (8 lanes along rows), W (warps along K), R and C (repetitions along rows
-        and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order. If DEEP, a
-        tile is loaded while the one before it is used, the first one before the wait for x.
+        and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order. Tiles come
+        through a pipeline of STAGES in shared memory, which each lane reads back as it wrote it.
         """
         P: tl.constexpr = 2 if KIND == "fp" else 8 if KIND == "int4" else 4  # values in a word
         CHUNK: tl.constexpr = 16 * P  # values along K that 4 lanes hold
         STEP: tl.constexpr = W * C * CHUNK
-        X: tl.constexpr = C * CHUNK // 32  # lanes load 8 values of x at a time
-        B: tl.constexpr = (COLS + 7) // 8
+        X: tl.constexpr = C * CHUNK // 32  # lanes hold 8 values of x at a time
+        B: tl.constexpr = (ROWS + 7) // 8
+        COLS: tl.constexpr = ROWS if ROWS >= 4 else 4  # columns of the accumulators
         pid = tl.program_id(0)
         j = tl.arange(0, 4)[:, None, None, None, None, None]
         i = tl.arange(0, 8)[None, :, None, None, None, None]
@@ -418,6 +409,7 @@ if triton is not None:
         chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
         u = tl.arange(0, 4)[None, None, None, None, None, :]
         if KIND == "int4":
+            PER_WORD: tl.constexpr = 1  # values of K to a step of one word: the words of 8 rows lie together
             SEGMENTS: tl.constexpr = R  # this program's rows are so many runs of `segment` bytes
             blocks = tl.cdiv(K, 128 * SPAN) * SPAN
             segment = blocks * 512
@@ -428,24 +420,22 @@ if triton is not None:
             pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
             kw = chunk * 128
         else:
+            PER_WORD: tl.constexpr = P
             SEGMENTS: tl.constexpr = R * 8
             segment = K // P * 4
             row = tl.minimum((pid * R + r) * 8 + i, N - 1)
             words = row.to(tl.int64) * (K // P) + chunk * 16 + j * 4 + u
-            pairs = 0
             kw = chunk * CHUNK + j * (CHUNK // 4)
         part = tl.arange(0, X)[None, None, None, None, :, None]
         if P == 4:  # a lane's 16 values of 8 bits meet two loads of x, which is also read in words
             kx = warp * (C * CHUNK // 2) + (part // 2) * 32 + j * 8 + (part % 2) * 4 + u
         else:
             kx = warp * (C * CHUNK // 2) + part * 16 + j * 4 + u
-        if COLS == 4:
-            m = i // 2
-            row_of_x = (i % 2 == 0) & (m < M)
-        else:
-            m = tl.arange(0, B)[None, None, None, :, None, None] * 8 + i
-            row_of_x = m < M
-        xs = x.to(tl.pointer_type(tl.int32)) + m * (K // 2) + kx
+        lanes: tl.constexpr = ROWS if ROWS < 8 else 8
+        m = tl.arange(0, lanes)[None, :, None, None, None, None] + tl.arange(0, B)[None, None, None, :, None, None] * 8
+        xs = x.to(tl.pointer_type(tl.int32)) + tl.minimum(m, M - 1) * (K // 2) + kx
+        if norm is not None:
+            gains = norm.to(tl.pointer_type(tl.int32)) + kx
 
         if PDL:
             tlx.gdc_launch_dependents()
@@ -459,11 +449,6 @@ if triton is not None:
                 _prefetch(s.to(tl.int64) + first // SHARE, segment // SHARE, SEGMENTS, AHEAD // SHARE, W)
                 if ACT is not None:
                     _prefetch(s3.to(tl.int64) + first // SHARE, segment // SHARE, SEGMENTS, AHEAD // SHARE, W)
-        if DEEP:
-            inside = K > 0 if EVEN else kw < K
-            w_next, s_next = _weights(w, s, words, pairs, chunk, inside, 0, KIND, GROUPS, SPAN, EVEN)
-            if ACT is not None:
-                w3_next, s3_next = _weights(w3, s3, words, pairs, chunk, inside, 0, KIND, GROUPS, SPAN, EVEN)
         if PDL:
             tlx.gdc_wait()
 
@@ -473,49 +458,42 @@ if triton is not None:
         at = col[None, :].to(tl.int64) * N + n[:, None]
         if residual is not None:
             before = tl.load(residual + at, mask=stored, other=0.0)
-        if DEEP:
-            x_next = _load(xs, row_of_x if EVEN else row_of_x & (kx < K // 2), EVEN)
         acc = tl.zeros((W, R * 8, COLS if KIND == "int4" else B * 8), tl.float32)
         acc3 = acc
         squares = tl.zeros((W, B * 8, B * 8), tl.float32)
-        for k0 in range(0, K, STEP):
-            k = k0 + STEP if DEEP else k0
-            if DEEP:
-                t, words_now, s_now = x_next, w_next, s_next
-                if ACT is not None:
-                    words3_now, s3_now = w3_next, s3_next
-            inside = k < K if EVEN else kw < K - k
-            x_next = _load(xs + k // 2, row_of_x & (k < K if EVEN else kx < (K - k) // 2), EVEN)
-            w_next, s_next = _weights(w, s, words, pairs, chunk, inside, k, KIND, GROUPS, SPAN, EVEN)
+        for k in tl.range(0, K, STEP, num_stages=STAGES):
+            t = _load(xs + k // 2, kx < (K - k) // 2, EVEN)
+            tile = _load(w + words + k // PER_WORD, kw < K - k, EVEN)
             if ACT is not None:
-                w3_next, s3_next = _weights(w3, s3, words, pairs, chunk, inside, k, KIND, GROUPS, SPAN, EVEN)
-            if not DEEP:
-                t, words_now, s_now = x_next, w_next, s_next
+                tile3 = _load(w3 + words + k // PER_WORD, kw < K - k, EVEN)
+            if KIND == "int4":
+                pair_at = pairs + (chunk + k // 128) // SPAN * (8 * GROUPS)
+                pair = _load(s + pair_at, kw < K - k, EVEN)
                 if ACT is not None:
-                    words3_now, s3_now = w3_next, s3_next
+                    pair3 = _load(s3 + pair_at, kw < K - k, EVEN)
 
-            t = _unpack(t, "fp", x.dtype.element_ty, ASM).reshape(
-                4, 8, W, B, X, 2, 2, 2
-            )  # (j i W B X, 2 of u, e, 2 of u)
-            if norm is not None:
+            t = _unpack(t, "fp", x.dtype.element_ty, ASM).reshape(4, lanes, 1, W, B, X, 2, 2, 2)
+            t = tl.broadcast_to(t, (4, lanes, 8 // lanes, W, B, X, 2, 2, 2)).reshape(4, 8, W, B, X, 2, 2, 2)
+            if norm is not None:  # t: (j i W B X, uh e ul), word 2 uh + ul of the lane's
                 # the sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing
                 rows = t.permute(2, 3, 1, 4, 7, 0, 5, 6).reshape(W, B * 8, X * 32)
                 cols = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
                 squares = tl.dot(rows, cols, squares)
-                gain = tl.broadcast_to(norm.to(tl.pointer_type(tl.int32)) + k0 // 2 + kx, (4, 8, W, B, X, 4))
-                gain = _load(gain, K > 0 if EVEN else kx < (K - k0) // 2, EVEN)
-                t *= _unpack(gain, "fp", x.dtype.element_ty, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
+                gain = _unpack(_load(gains + k // 2, kx < (K - k) // 2, EVEN), "fp", x.dtype.element_ty, ASM)
+                t *= gain.reshape(4, 1, W, 1, X, 2, 2, 2)
             # The two halves of a fragment's K are a word's neighbours, which a load of 16 bytes leaves side by side.
             if KIND == "int4":  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
                 b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 6, 9, 0, 7, 8, 3, 1)
                 b = b.reshape(C * GROUPS * W, 128 // GROUPS, B * 8)
                 sums = _columns(tl.dot(tl.full((C * GROUPS * W, R * 8, 128 // GROUPS), 1.0, b.dtype), b), COLS)
+                acc = _multiply_groups(acc, tile, pair, b, sums, GROUPS, R, C, W, COLS, ASM)
+                if ACT is not None:
+                    acc3 = _multiply_groups(acc3, tile3, pair3, b, sums, GROUPS, R, C, W, COLS, ASM)
             else:
                 b = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
-                sums = 0
-            acc = _multiply(acc, words_now, s_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
-            if ACT is not None:
-                acc3 = _multiply(acc3, words3_now, s3_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
+                acc = tl.dot(_operand(tile, KIND, b.dtype, R, C, W, ASM), b, acc)
+                if ACT is not None:
+                    acc3 = tl.dot(_operand(tile3, KIND, b.dtype, R, C, W, ASM), b, acc3)
 
         if KIND != "int4":
             acc = _columns(acc, COLS)
@@ -567,7 +545,7 @@ if triton is not None:
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, arrived,
         S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h, stride_t,
         G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
-        W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
+        W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """ROWS query rows (new token s, head g) of one key head, on one part of the keys; KEYS a warp and step.
 
@@ -637,7 +615,7 @@ if triton is not None:
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, DP), tl.float32)
-        for t0 in range(begin, end, STEP):
+        for t0 in tl.range(begin, end, STEP, num_stages=STAGES):
             t = t0 + key_of_k
             k = tl.load(keys + t.to(tl.int64) * stride_t + d_of_k, mask=(t < end) & (d_of_k < D), other=0.0)
             t = t0 + key_of_v
@@ -694,20 +672,15 @@ if triton is not None:
 
     @triton.jit
     def _ordered(x):
-        """Bits of fp32 as int32 in the order of the floats; -0 as +0."""
+        """fp32 as uint32 in the same order; -0 as +0."""
         bits = (x + 0.0).to(tl.int32, bitcast=True)
-        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
     @triton.jit
-    def _bin(key):
-        """The high 11 of 32 ordered bits, as 0..2047."""
-        return (key >> 21) + 1024
-
-    @triton.jit
-    def _histogram_kernel(
-        logits, counts, tops, V, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STATE: tl.constexpr, PDL: tl.constexpr
-    ):  # fmt: skip
-        """Count a block of a row by the high bits of its keys, and find its largest logit."""
+    def _maxima_kernel(
+        logits, maxima, V, BLOCK: tl.constexpr, PART: tl.constexpr, COUNT: tl.constexpr, PDL: tl.constexpr
+    ):
+        """The largest of each PART neighbouring logits."""
         row = tl.program_id(0)
         block = tl.program_id(1)
         if PDL:
@@ -715,103 +688,98 @@ if triton is not None:
             tlx.gdc_wait()
         token = block * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits + row.to(tl.int64) * V + token, mask=token < V, other=float("-inf"))
-        tl.store(tops + row * BLOCKS + block, tl.max(x, 0))
-        counted = tl.histogram(_bin(_ordered(x)), 2048, mask=token < V)
-        tl.atomic_add(counts + row * STATE + tl.arange(0, 2048), counted, mask=counted > 0, sem="relaxed")
+        part = block * (BLOCK // PART) + tl.arange(0, BLOCK // PART)
+        tl.store(maxima + row * COUNT + part, tl.max(x.reshape(BLOCK // PART, PART), 1), mask=part < COUNT)
 
     @triton.jit
-    def _cut(counts, wanted, BINS: tl.constexpr):
-        """The bin in which the `wanted`-th largest value lies, and how many are still wanted in it."""
-        bins = tl.arange(0, BINS)
-        at = tl.sum((tl.cumsum(counts, 0, reverse=True) >= wanted).to(tl.int32), 0) - 1
-        return at, wanted - tl.sum(tl.where(bins > at, counts, 0), 0)
-
-    @triton.jit
-    def _noisy(key, token, row, scale, noise, seed, offset):
-        """The score logit * scale + noise * Gumbel in the high half of an int64, the token, reversed, in the low half:
-        the largest is the sample, and of equals the lowest token. See `gumbel`."""
-        bits = key ^ ((key >> 31) & 0x7FFFFFFF)
+    def _noisy(x, token, row, scale, noise, rng):
+        """The score x * scale + noise * Gumbel, ordered, in the high half of an int64 and the token, reversed, in the low
+        half: the largest is the sample, and of equals the lowest token. See `gumbel`."""
+        offset = tl.load(rng + 1)
         zero = token * 0
         low = (offset & 0xFFFFFFFF).to(tl.uint32) + zero.to(tl.uint32)
         high = (offset >> 32 & 0xFFFFFFFF).to(tl.uint32) + zero.to(tl.uint32)
-        c0, c1, c2, c3 = tl.philox(seed, token.to(tl.uint32), (row + zero).to(tl.uint32), low, high)
-        u = (c0.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+        word, _, _, _ = tl.philox(tl.load(rng), token.to(tl.uint32), (row + zero).to(tl.uint32), low, high)
+        u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
         exponential = tl.where(u < 0.01, u * (1 + u * (0.5 + u / 3)), -tl.log(1 - tl.minimum(u, 0.99999994)))
-        score = bits.to(tl.float32, bitcast=True) * scale - noise * tl.log(exponential)
-        return (_ordered(score).to(tl.int64) << 32) + (0x7FFFFFFF - token).to(tl.int64)
+        bits = (x * scale - noise * tl.log(exponential) + 0.0).to(tl.int32, bitcast=True)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        return (bits.to(tl.int64) << 32) + (0x7FFFFFFF - token).to(tl.int64)
 
     @triton.jit
     def _sample_kernel(
-        out, logits, rng, counts, tops, best, listed, V, k, scale, noise, margin,
-        BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS2: tl.constexpr, STATE: tl.constexpr, FILTER: tl.constexpr,
-        PDL: tl.constexpr,
+        out, logits, rng, counters, maxima, best, listed, V, k, scale, noise, margin,
+        BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS2: tl.constexpr, COUNT: tl.constexpr, COUNT2: tl.constexpr,
+        FILTER: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """Each program draws from those tokens of its block that are in for certain, and lists those in the histogram
-        bin where the top-k's limit lies. The last one of a row settles the list and writes the token.
+        """Draw from the tokens of a block or, if FILTER, list those that may be in: at least as large as the k-th largest
+        of the maxima, which is at most the k-th largest logit. The last program of a row settles the rest.
 
-        counts (B, STATE): the histogram, then how many are listed, arrived and (in row 0) finished; left as zeros.
+        counters: two a row, how many are listed and how many programs arrived, and at the end how many rows are done.
         """
         row = tl.program_id(0)
         block = tl.program_id(1)
         if PDL:
             tlx.gdc_launch_dependents()
             tlx.gdc_wait()
-        state = counts + row * STATE
+        logits += row.to(tl.int64) * V
         listed += row.to(tl.int64) * V
         best += row * BLOCKS
-        seed = tl.load(rng)
-        offset = tl.load(rng + 1)
-        token = block * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits + row.to(tl.int64) * V + token, mask=token < V, other=float("-inf"))
-        key = _ordered(x)
-        kept = token < V
+        state = counters + row * 2
+        lane = tl.arange(0, BLOCK)
+        token = block * BLOCK + lane
+        x = tl.load(logits + token, mask=token < V, other=float("-inf"))
         lowest = -9223372036854775807
         if FILTER:
-            blocks = tl.arange(0, BLOCKS2)
-            largest = tl.load(tops + row * BLOCKS + blocks, mask=blocks < BLOCKS, other=float("-inf"))
-            floor = _ordered(tl.max(largest, 0) + margin)  # min_p's limit
-            cut, wanted = _cut(tl.load(state + tl.arange(0, 2048)), k, 2048)
-            edge = kept & (_bin(key) == cut)
-            n = tl.sum(edge.to(tl.int32), 0)
-            place = tl.atomic_add(state + 2048, n, sem="relaxed") + tl.cumsum(edge.to(tl.int32), 0) - 1
-            tl.store(listed + place, (key.to(tl.int64) << 32) + token, mask=edge)
-            kept = kept & (_bin(key) > cut) & (key >= floor)
-        drawn = tl.where(kept, _noisy(key, token, row, scale, noise, seed, offset), lowest)
-        tl.store(best + block, tl.max(drawn, 0))
+            part = tl.arange(0, COUNT2)
+            tops = tl.load(maxima + row * COUNT + part, mask=part < COUNT, other=float("-inf"))
+            floor = tl.max(tops, 0) + margin  # min_p's limit
+            keys = _ordered(tops)
+            limit = tl.zeros((), tl.uint32)
+            for bit in range(32):  # the largest limit that k of them reach, bit by bit
+                higher = limit | (tl.full((), 1, tl.uint32) << (31 - bit))
+                limit = tl.where(tl.sum((keys >= higher).to(tl.int32), 0) >= k, higher, limit)
+            kept = (token < V) & (_ordered(x) >= limit) & (x >= floor)
+            count = tl.sum(kept.to(tl.int32), 0)
+            if count > 0:
+                place = tl.atomic_add(state, count, sem="relaxed") + tl.cumsum(kept.to(tl.int32), 0) - 1
+                tl.store(listed + place, token, mask=kept)
+        else:
+            drawn = tl.where(token < V, _noisy(x, token, row, scale, noise, rng), lowest)
+            tl.store(best + block, tl.max(drawn, 0))
         tl.debug_barrier()  # all of this program's stores before its arrival
-        if tl.atomic_add(state + 2049, 1, sem="acq_rel") != BLOCKS - 1:
+        if tl.atomic_add(state + 1, 1, sem="acq_rel") != BLOCKS - 1:
             return
         tl.debug_barrier()
 
-        blocks = tl.arange(0, BLOCKS2)
-        winner = tl.max(tl.load(best + blocks, mask=blocks < BLOCKS, other=lowest, cache_modifier=".cg"), 0)
         if FILTER:
-            n = tl.load(state + 2048, cache_modifier=".cg")
-            item = tl.arange(0, BLOCK)
-            middle = tl.zeros((2048,), tl.int32)
+            n = tl.load(state, cache_modifier=".cg")
+            limit = tl.zeros((), tl.uint32)
+            for bit in range(32):
+                higher = limit | (tl.full((), 1, tl.uint32) << (31 - bit))
+                reach = 0
+                for i in range(0, n, BLOCK):
+                    token = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
+                    keys = _ordered(tl.load(logits + token))
+                    reach += tl.sum(((i + lane < n) & (keys >= higher)).to(tl.int32), 0)
+                limit = tl.where(reach >= k, higher, limit)
+            winner = tl.full((), lowest, tl.int64)
             for i in range(0, n, BLOCK):
-                key = (tl.load(listed + i + item, mask=i + item < n, other=0, cache_modifier=".cg") >> 32).to(tl.int32)
-                middle += tl.histogram((key >> 10) & 2047, 2048, mask=i + item < n)
-            cut2, wanted = _cut(middle, wanted, 2048)
-            low = tl.zeros((1024,), tl.int32)
-            for i in range(0, n, BLOCK):
-                key = (tl.load(listed + i + item, mask=i + item < n, other=0, cache_modifier=".cg") >> 32).to(tl.int32)
-                low += tl.histogram(key & 1023, 1024, mask=(i + item < n) & (((key >> 10) & 2047) == cut2))
-            cut3, wanted = _cut(low, wanted, 1024)
-            limit = tl.maximum(((cut - 1024) << 21) | (cut2 << 10) | cut3, floor)
-            for i in range(0, n, BLOCK):
-                both = tl.load(listed + i + item, mask=i + item < n, other=0, cache_modifier=".cg")
-                key = (both >> 32).to(tl.int32)
-                token = (both & 0x7FFFFFFF).to(tl.int32)
-                drawn = _noisy(key, token, row, scale, noise, seed, offset)
-                winner = tl.maximum(winner, tl.max(tl.where((i + item < n) & (key >= limit), drawn, lowest), 0))
-            tl.store(state + tl.arange(0, 2048), tl.zeros((2048,), tl.int32))
-            tl.store(state + 2048, 0)
+                token = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
+                x = tl.load(logits + token)
+                drawn = _noisy(x, token, row, scale, noise, rng)
+                drawn = tl.where((i + lane < n) & (_ordered(x) >= limit), drawn, lowest)
+                winner = tl.maximum(winner, tl.max(drawn, 0))
+            tl.store(state, 0)
+        else:
+            blocks = tl.arange(0, BLOCKS2)
+            winner = tl.max(tl.load(best + blocks, mask=blocks < BLOCKS, other=lowest, cache_modifier=".cg"), 0)
         tl.store(out + row, 0x7FFFFFFF - (winner & 0xFFFFFFFF))
-        tl.store(state + 2049, 0)
-        if tl.atomic_add(counts + 2050, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            tl.store(counts + 2050, 0)
-            tl.store(rng + 1, offset + 1)
+        tl.store(state + 1, 0)
+        done = counters + 2 * tl.num_programs(0)
+        if tl.atomic_add(done, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            tl.store(done, 0)
+            tl.store(rng + 1, tl.load(rng + 1) + 1)
 
     @triton.jit
     def _sum_kernel(out, x, N, BLOCK: tl.constexpr, STEPS: tl.constexpr):
@@ -827,7 +795,7 @@ if triton is not None:
 # Launchers: what the ops run where the kernels fit. They take CPU tensors too, for Triton's interpreter.
 
 
-ATTEND = (4, 16, 256)  # warps, keys of a warp in a step, keys that one program takes before there are more
+ATTEND = (8, 16, 256, 1)  # warps, keys of a warp in a step, keys that one program takes before there are more
 
 
 @functools.cache
@@ -849,14 +817,15 @@ def _out_features(weight: Tensor) -> int:
     return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
 
 
-def _configuration(kind: str, N: int, K: int, gated: bool) -> tuple[int, int, int, bool, int, int]:
-    """R, C, W of the linear kernel (8 R rows a program, C chunks of K a lane, W warps), DEEP, bytes to prefetch, registers."""
+def _configuration(kind: str, N: int, K: int, gated: bool) -> tuple[int, int, int, int, int]:
+    """R, C, W, STAGES and AHEAD of the linear kernel: 8 R rows a program, C chunks of K a lane, W warps, stages of the
+    pipeline, bytes to prefetch."""
     chunk = {"fp": 32, "int4": 128}.get(kind, 64)
     W = 8
     while W > 1 and W * chunk > K:
         W //= 2
     C = max(1, min({"fp": 4, "int4": 1}.get(kind, 2) // (2 if gated and kind != "int4" else 1), K // (W * chunk)))
-    return 2, 1 << (C.bit_length() - 1), W, kind != "int4", 32768, 128
+    return 2, 1 << (C.bit_length() - 1), W, 3, 16384
 
 
 def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, w3=None, s3=None, act=None):
@@ -864,7 +833,7 @@ def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dty
     M, K = x.shape
     N = _out_features(w)
     kind = _kind(w)
-    R, C, W, deep, ahead, registers = _configuration(kind, N, K, act is not None)
+    R, C, W, stages, ahead = _configuration(kind, N, K, act is not None)
     hopper = _is_hopper(x.device)
     groups = s.shape[-1] if kind == "int4" else 1
     span = w.shape[1] // s.shape[1] if kind == "int4" else 1
@@ -872,10 +841,10 @@ def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dty
     y = torch.empty(M, N, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(triton.cdiv(N, 8 * R),)](
         y, x, w.view(torch.int32), None if w3 is None else w3.view(torch.int32), s, s3, bias, norm, residual, M, N, K, eps,
-        KIND=kind, GROUPS=groups, SPAN=span, ACT=act, COLS=4 if M <= 4 else 8 if M <= 8 else 16, R=R, C=C, W=W, DEEP=deep,
-        AHEAD=ahead if hopper else 0, EVEN=K % (W * C * chunk) == 0,
+        KIND=kind, GROUPS=groups, SPAN=span, ACT=act, ROWS=next(n for n in (1, 4, 8, 16) if M <= n), R=R, C=C, W=W,
+        STAGES=stages, AHEAD=ahead if hopper else 0, EVEN=K % (W * C * chunk) == 0,
         ASM=_assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
-        PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": registers} if hopper else {}),
+        PDL=hopper, num_warps=W, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return y
 
@@ -891,12 +860,12 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
     splits = max(1, min(64, 264 // (B * Hkv)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
-    W, keys, share = ATTEND
+    W, keys, share, stages = ATTEND
     _attend_kernel[(B * Hkv, splits, blocks)](
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, _zeros(qkv.device, 4096),
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows, NEW=triton.next_power_of_2(S),
-        W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
+        W=W, KEYS=keys, SPLITS=splits, SHARE=share, STAGES=stages, PDL=hopper,
         num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return out
@@ -909,21 +878,21 @@ def sample_triton(logits, temperature, top_k, min_p, rng):
     greedy = temperature <= 0
     k = top_k if 0 < top_k < V and not greedy else V
     margin = temperature * math.log(min_p) if min_p > 0 and not greedy else -math.inf
-    block = 1024 if V <= 131072 else 2048
-    blocks = triton.cdiv(V, block)
     filtered = k < V or margin > -math.inf
-    state = 2176  # the histogram and three counters
-    counts = _zeros(device, max(16, B) * state)
-    tops = torch.empty(B, blocks, dtype=torch.float32, device=device)
+    block, part = 1024, 64 if k <= V // 256 else 8  # four times as many maxima as wanted leave few tokens to settle
+    blocks, count = triton.cdiv(V, block), triton.cdiv(V, part)
+    maxima = torch.empty(B, count if filtered else 0, dtype=torch.float32, device=device)
     best = torch.empty(B, blocks, dtype=torch.int64, device=device)
-    listed = torch.empty(B, V if filtered else 0, dtype=torch.int64, device=device)
+    listed = torch.empty(B, V if filtered else 0, dtype=torch.int32, device=device)
     out = torch.empty(B, dtype=torch.int64, device=device)
-    options = {"PDL": hopper, "num_warps": 32, **({"launch_pdl": True} if hopper else {})}
+    options = {"BLOCK": block, "COUNT": count, "PDL": hopper, **({"launch_pdl": True} if hopper else {})}
     if filtered:
-        _histogram_kernel[(B, blocks)](logits, counts, tops, V, BLOCK=block, BLOCKS=blocks, STATE=state, **options)
+        _maxima_kernel[(B, blocks)](logits, maxima, V, PART=part, num_warps=4, **options)
     _sample_kernel[(B, blocks)](
-        out, logits, rng, counts, tops, best, listed, V, k, 1.0 if greedy else 1 / temperature, 0.0 if greedy else 1.0, margin,
-        BLOCK=block, BLOCKS=blocks, BLOCKS2=triton.next_power_of_2(blocks), STATE=state, FILTER=filtered, **options,
+        out, logits, rng, _zeros(device, 2 * B + 1), maxima, best, listed, V, k,
+        1.0 if greedy else 1 / temperature, 0.0 if greedy else 1.0, margin,
+        BLOCKS=blocks, BLOCKS2=triton.next_power_of_2(blocks), COUNT2=triton.next_power_of_2(count), FILTER=filtered,
+        num_warps=16, **options,
     )  # fmt: skip
     return out
 
