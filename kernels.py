@@ -734,11 +734,11 @@ if triton is not None:
             part = tl.arange(0, COUNT2)
             tops = tl.load(maxima + row * COUNT + part, mask=part < COUNT, other=float("-inf"))
             floor = tl.max(tops, 0) + margin  # min_p's limit
-            keys = _ordered(tops)
+            ranks = _ordered(tops)
             limit = tl.zeros((), tl.uint32)
             for bit in range(32):  # the largest limit that k of them reach, bit by bit
                 higher = limit | (tl.full((), 1, tl.uint32) << (31 - bit))
-                limit = tl.where(tl.sum((keys >= higher).to(tl.int32), 0) >= k, higher, limit)
+                limit = tl.where(tl.sum((ranks >= higher).to(tl.int32), 0) >= k, higher, limit)
             kept = (token < V) & (_ordered(x) >= limit) & (x >= floor)
             count = tl.sum(kept.to(tl.int32), 0)
             if count > 0:
