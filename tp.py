@@ -45,6 +45,7 @@ except ImportError:  # CPU-only builds of torch come without Triton: torch.distr
 MAX_WORDS = 2**17  # of 4 bytes, a rank; more than that (a prefill) is NCCL's, whose strength is bandwidth
 BLOCK = 256  # words a program of the exchange kernel
 HEARTBEAT_SECONDS = 20  # without a sign of life from a rank, the others end
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,8 @@ class TensorParallel:
         old = 2 * weight.shape[1] // scales.shape[1]
         new = math.gcd(old, start)
         if new not in GROUPS:  # heads of an odd size: keep the values, give up the format
-            plain = Int4Linear.from_tensors(2 * weight.shape[1], len(weight), {k: tensors[k] for k in _INT4})
-            kept = {key: t for key, t in tensors.items() if key not in _INT4}
-            return {**kept, "weight": _cut(plain.dequantized(torch.float32), 1, start, n)}
+            plain = Int4Linear.from_tensors(2 * weight.shape[1], len(weight), tensors).dequantized(torch.float32)
+            return {k: t for k, t in tensors.items() if k == "bias"} | {"weight": _cut(plain, 1, start, n)}
         groups = math.ceil(n / new)
         first = start // old
         spread = (start + torch.arange(groups) * new) // old - first
@@ -138,20 +138,12 @@ class TensorParallel:
         return json.loads(self.store.get(key))
 
 
-_INT4 = ("weight", "scales", "zeros")
-
-
 def _cut(t: Tensor, dim: int, start: int, n: int) -> Tensor:
-    """t[start : start + n] along dim, contiguous, with zeros where it reaches past the end."""
+    """t[start : start + n] along dim (0, or 1 of 2), contiguous, with zeros where it reaches past the end."""
     start = min(start, t.shape[dim])
-    have = t.narrow(dim, start, min(n, t.shape[dim] - start)).contiguous()
-    if have.shape[dim] == n:
-        return have
-    shape = [*t.shape]
-    shape[dim] = n
-    padded = torch.zeros(shape, dtype=t.dtype)
-    padded.narrow(dim, 0, have.shape[dim]).copy_(have)
-    return padded
+    have = t.narrow(dim, start, min(n, t.shape[dim] - start))
+    missing = n - have.shape[dim]
+    return F.pad(have, (0, 0) * (t.ndim - 1 - dim) + (0, missing)) if missing else have.contiguous()
 
 
 @contextmanager
@@ -164,9 +156,9 @@ def session() -> Iterator[TensorParallel]:
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield TensorParallel()
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # _watch receives it: the main thread may be waiting in C
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast is not needed, and not everywhere safe
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # _watch receives them: the main thread may be waiting in C
+    for name, value in (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")):
+        os.environ.setdefault(name, value)  # NVLink multicast is not needed, and not everywhere safe
     store, rank, world = next(rendezvous("env://"))
     done = threading.Event()
     threading.Thread(target=_watch, args=(rank, world, store.clone(), done), daemon=True).start()
@@ -181,7 +173,7 @@ def session() -> Iterator[TensorParallel]:
                 quiet.enter_context(redirect_stderr(nowhere))
             dist.init_process_group(store=store, rank=rank, world_size=world)
             yield TensorParallel(rank, world, store)
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))  # whoever ends early would be missed
         done.set()
         gc.collect()  # NCCL ends only after the CUDA graphs that hold its calls
         dist.destroy_process_group()
@@ -189,6 +181,8 @@ def session() -> Iterator[TensorParallel]:
         raise
     except UserError as error:
         _end(f"error: {error}", 2, rank, store)
+    except dist.DistError as error:
+        _end(f"error: cannot reach the other ranks: {str(error).splitlines()[0]}", 1, rank, store)
     except BaseException:
         _end(traceback.format_exc(), 1, rank, store)
 
@@ -198,8 +192,10 @@ def _watch(rank: int, world: int, store: dist.Store, done: threading.Event) -> N
     seen = {other: (0, time.monotonic()) for other in range(world) if other != rank}
     try:
         while not done.is_set():
-            if signal.sigtimedwait({signal.SIGINT}, 1):
-                _end("interrupted", 130, rank, store)
+            if received := signal.sigtimedwait(SIGNALS, 1):
+                interrupted = received.si_signo == signal.SIGINT
+                message = "interrupted" if interrupted else "error: ended by torchrun, because another process has"
+                _end(message, 128 + received.si_signo, rank, store)
             store.add(f"heartbeats of {rank}", 1)
             for other, (beats, since) in seen.items():
                 if (now := store.add(f"heartbeats of {other}", 0)) != beats:
@@ -273,12 +269,19 @@ def _mailbox(device: torch.device) -> tuple[Tensor, Tensor, object] | None:
         return None
     if not all(torch.cuda.can_device_access_peer(i, j) for i in range(world) for j in range(i)):
         return None
-    box = symm_mem.empty(2 * world * MAX_WORDS, dtype=torch.int64, device=device).zero_()
-    handle = symm_mem.rendezvous(box, dist.group.WORLD)
-    torch.cuda.synchronize(device)
-    dist.barrier()  # every mailbox is empty before the first message
-    addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
-    return addresses, torch.zeros(MAX_WORDS // BLOCK, dtype=torch.int64, device=device), (box, handle)
+    ready, keep, addresses = torch.ones((), device=device), None, [0] * world
+    try:
+        box = symm_mem.empty(2 * world * MAX_WORDS, dtype=torch.int64, device=device).zero_()
+        keep = box, symm_mem.rendezvous(box, dist.group.WORLD)
+        addresses = keep[1].buffer_ptrs
+    except RuntimeError as error:
+        print(f"NCCL serves: no memory is shared between GPUs ({str(error).splitlines()[0]})", file=sys.stderr)
+        ready.zero_()
+    dist.all_reduce(ready, dist.ReduceOp.MIN)
+    if not ready.item():  # also waits until every mailbox is empty
+        return None
+    addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
+    return addresses, torch.zeros(MAX_WORDS // BLOCK, dtype=torch.int64, device=device), keep
 
 
 def exchange_triton(x, tokens, gather, rank, world, boxes, counts):

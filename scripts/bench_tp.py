@@ -76,7 +76,8 @@ def _part(args: argparse.Namespace, n: int) -> Path:
 
 def _torchrun(args: argparse.Namespace, n: int, *more: str) -> subprocess.Popen:
     models = [m for m in args.models if m != LARGE or n == max(args.gpus) > 1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1"]
+    command += [f"--nproc_per_node={n}", __file__]
     command += [args.json, "--rank", "--gpus", n, "--models", *models, "--modes", *args.modes]
     command += ["--runs", args.runs, "--max_new_tokens", args.max_new_tokens, *more]
     return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
