@@ -11,6 +11,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import subprocess
 import sys
 import time
@@ -75,7 +76,7 @@ def _part(args: argparse.Namespace, n: int) -> Path:
 
 
 def _torchrun(args: argparse.Namespace, n: int, *more: str) -> subprocess.Popen:
-    models = [m for m in args.models if m != LARGE or n == max(args.gpus) > 1]
+    models = [m for m in args.models if m != LARGE or n == max(args.gpus) > 1] or args.models
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1"]
     command += [f"--nproc_per_node={n}", __file__]
     command += [args.json, "--rank", "--gpus", n, "--models", *models, "--modes", *args.modes]
@@ -107,9 +108,6 @@ def _rank(args: argparse.Namespace, tp: TensorParallel) -> None:
         if tp.rank == 0 and not args.layers:
             _part(args, tp.world).write_text(json.dumps(results))
 
-    if tp.world > 1 and not args.layers:
-        results["all_reduce_us"] = all_reduce_times(tp, device)
-        save()
     settings = argparse.Namespace(**vars(args), prompt_length=5, temperature=0.8, top_k=200, rows=[])
     for name in args.models:
         config = ModelConfig.from_name(name)
@@ -124,6 +122,9 @@ def _rank(args: argparse.Namespace, tp: TensorParallel) -> None:
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        if tp.world > 1 and not args.layers and "all_reduce_us" not in results:
+            results["all_reduce_us"] = all_reduce_times(tp, device)
+            save()
 
 
 def all_reduce_times(tp: TensorParallel, device: torch.device) -> dict[str, dict[str, float]]:
@@ -144,14 +145,18 @@ def all_reduce_times(tp: TensorParallel, device: torch.device) -> dict[str, dict
             "torch one-shot, copied in": lambda x=x, buffer=buffer: one_shot(buffer.copy_(x)),
             "NCCL": partial(dist.all_reduce, x),
         }
-        times[f"{size} bytes"] = {name: _graph_time(way) * 1e6 for name, way in ways.items()}
+        times[f"{size} bytes"] = {name: _graph_time(way) for name, way in ways.items()}
     return times
 
 
 @torch.inference_mode()
 def _graph_time(step: Callable[[], object], calls: int = 100, replays: int = 10) -> float:
-    """Seconds a call takes, of the replays the median."""
-    step()
+    """Microseconds a call takes, of the replays the median; NaN where PyTorch refuses it."""
+    try:
+        step()
+    except RuntimeError as error:
+        print(f"not measured: {error}", file=sys.stderr)
+        return math.nan
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -164,7 +169,7 @@ def _graph_time(step: Callable[[], object], calls: int = 100, replays: int = 10)
         graph.replay()
     torch.cuda.synchronize()
     spans = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
-    return spans[len(spans) // 2] / 1e3 / calls
+    return spans[len(spans) // 2] * 1e3 / calls
 
 
 def _table(gpus: dict[int, dict]) -> str:
