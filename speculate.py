@@ -169,24 +169,24 @@ class Speculator:
             following = kernels.sample(logits, 0.0, rng=llm.rng).view(B, k + 1)
             return (following[:, :k] == guesses).cumprod(1).sum(1), following
         # A guess x, drawn from q, holds with probability min(1, p(x) / q(x)). The first that does not is replaced by a
-        # draw from max(0, p - q); if all hold, one more token is drawn from p.
-        p = sampler.probs(logits).view(B, k + 1, -1)
-        if draft_logits is None:
-            q = F.one_hot(guesses, p.shape[2]).float()
-        else:
-            q = sampler.probs(draft_logits.flatten(0, 1)).view(B, k, -1)
-        px, qx = (t.gather(2, guesses[..., None])[..., 0] for t in (p[:, :k], q))
-        chance = (px / qx.clamp(min=1e-30)).clamp(max=1)
+        # draw from max(0, p - q); if all hold, one more token is drawn from p. Prompt lookup's q is 1 at its guess.
+        rows = logits if draft_logits is None else torch.cat((logits, draft_logits.flatten(0, 1)))
+        probs = sampler.probs(rows)
+        p = probs[: len(logits)].view(B, k + 1, -1)
+        chance = p[:, :k].gather(2, guesses[..., None])[..., 0]
+        if draft_logits is not None:
+            q = probs[len(logits) :].view(B, k, -1)
+            chance = (chance / q.gather(2, guesses[..., None])[..., 0].clamp(min=1e-30)).clamp(max=1)
         coins = torch.stack((chance, 1 - chance), -1).log().flatten(0, 1)
         holds = kernels.sample(coins, 1.0, rng=llm.rng).view(B, k) == 0
         accepted = holds.cumprod(1).sum(1)
-        row = torch.arange(B, device=accepted.device)
-        p, q = p[row, accepted], q[row, accepted.clamp(max=k - 1)] * (accepted < k)[:, None]
-        rest = (p - q).clamp(min=0)
+        row, refused = torch.arange(B, device=accepted.device), accepted.clamp(max=k - 1)
+        p = p[row, accepted]
+        q = F.one_hot(guesses[row, refused], p.shape[1]) if draft_logits is None else q[row, refused]
+        rest = (p - q * (accepted < k)[:, None]).clamp(min=0)
         rest = torch.where(rest.amax(1, keepdim=True) > 0, rest, p)  # p = q but for rounding
-        own = kernels.sample(
-            rest.log(), 1.0, min_p=1e-30, rng=llm.rng
-        )  # min_p spares the noise of what cannot be drawn
+        # On a CPU, min_p spares the noise of what cannot be drawn.
+        own = kernels.sample(rest.log(), 1.0, min_p=1e-30 if rest.is_cpu else 0.0, rng=llm.rng)
         return accepted, torch.where(after < accepted[:, None], F.pad(guesses, (0, 1)), own[:, None])
 
     # --- compiling and timing -----------------------------------------------------------------------------------------
@@ -195,8 +195,7 @@ class Speculator:
         """Prepare all rounds, by torch.compile, as CUDA graphs, or both. step: the engine's, before it is captured."""
         self.step, self.capture = step, capture or self.capture
         if inductor:
-            if self.k != "auto":  # which would compile the target once more for each k
-                self.forward = torch.compile(self.forward, fullgraph=True)
+            self.forward = torch.compile(self.forward, fullgraph=True, dynamic=self.k == "auto")
             if self.model:
                 self.draft.step = torch.compile(self.draft.step, fullgraph=True)
         for k in self._choices():
