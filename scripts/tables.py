@@ -35,15 +35,36 @@ def speed(result: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {"speed": ("h200.json", speed)}
+# llama.cpp's tg128 on the same kind of machine (2 vCPU EPYC with AVX2), tok/s with 1 / 2 threads.
+LLAMA_CPP = {"f16": (42.9, 66.5), "bf16": (38.8, 57.4)}
+
+
+def cpu(results: dict) -> str:
+    lines = ["SmolLM2-135M on two cores of an AMD EPYC with AVX2 (`scripts/bench_cpu.sh`); llama.cpp beside it:", ""]
+    lines += ["| | 1 thread, tok/s | 2 threads, tok/s | of read bandwidth |", "|---|---|---|---|"]
+    for precision in ("bf16", "fp32"):
+        rows = [results[f"cpu_{precision}_{threads}"]["rows"][0] for threads in (1, 2)]
+        rates = " | ".join(f"{r['tokens_per_second']:.1f} ({r['spread'][0]:.1f}-{r['spread'][1]:.1f})" for r in rows)
+        shares = " / ".join(f"{r['fraction']:.2f}" for r in rows)
+        lines.append(f"| this, {precision}, `--compile` | {rates} | {shares} |")
+    lines += [f"| llama.cpp, {kind} | {one} | {two} | |" for kind, (one, two) in LLAMA_CPP.items()]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, tuple[tuple[str, ...], Callable[[dict], str]]] = {
+    "speed": (("h200",), lambda results: speed(results["h200"])),
+    "cpu": (("cpu_bf16_1", "cpu_bf16_2", "cpu_fp32_1", "cpu_fp32_2"), cpu),
+}
 
 
 def rebuilt(readme: str) -> str:
     """The README with each table made anew from its results, where there are any."""
-    for name, (file, build) in TABLES.items():
-        path = REPO / "benchmarks" / file
-        if path.exists():
-            body = f"<!-- {name} -->\n{build(json.loads(path.read_text()))}\n<!-- /{name} -->"
+    for name, (files, build) in TABLES.items():
+        paths = {file: REPO / "benchmarks" / f"{file}.json" for file in files}
+        if all(path.exists() for path in paths.values()):
+            body = (
+                f"<!-- {name} -->\n{build({k: json.loads(p.read_text()) for k, p in paths.items()})}\n<!-- /{name} -->"
+            )
             readme = re.sub(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, body=body: body, readme, flags=re.S)
     return readme
 
