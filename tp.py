@@ -200,7 +200,7 @@ def _watch(rank: int, world: int, store: dist.Store, done: threading.Event) -> N
             for other, (beats, since) in seen.items():
                 if (now := store.add(f"heartbeats of {other}", 0)) != beats:
                     seen[other] = now, time.monotonic()
-                elif time.monotonic() - since > HEARTBEAT_SECONDS and not done.is_set():
+                elif beats and time.monotonic() - since > HEARTBEAT_SECONDS and not done.is_set():
                     _end(f"error: rank {other} has stopped", 1, rank, store)
     except RuntimeError:
         if not done.is_set():
