@@ -312,59 +312,50 @@ if triton is not None:
         return (w & 15).to(DTYPE), (w >> 4 & 15).to(DTYPE), (w >> 8 & 15).to(DTYPE), (w >> 12 & 15).to(DTYPE)
 
     @triton.jit
-    def _prefetch(start, segment, SEGMENTS: tl.constexpr, BYTES: tl.constexpr, W: tl.constexpr):
-        """Ask for BYTES, in equal parts from the beginnings of SEGMENTS consecutive runs of `segment`, to be read into L2.
-
-        The hardware takes one request of a warp after the other, so they are dealt out to the W warps.
-        """
-        LANES: tl.constexpr = (SEGMENTS + W - 1) // W
-        thread = tl.arange(0, 32 * W)
-        run = thread // 32 * LANES + thread % 32
-        wanted = (thread % 32 < LANES) & (run < SEGMENTS)
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,r",
-            [start + run * segment, tl.where(wanted, tl.minimum(segment, BYTES // SEGMENTS), 0)],
-            tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    def _load(at, mask, EVEN: tl.constexpr):
+        """A masked load. Only the tail of an uneven K has to read as zeros: what rows of x past M hold stays in theirs."""
+        return tl.load(at, mask=mask) if EVEN else tl.load(at, mask=mask, other=0)
 
     @triton.jit
-    def _load(at, inside, EVEN: tl.constexpr):
-        """A load that reads as zeros outside, which only an uneven K has."""
-        return tl.load(at) if EVEN else tl.load(at, mask=inside, other=0)
-
-    @triton.jit
-    def _operand(
-        w, KIND: tl.constexpr, DTYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr
+    def _weights(
+        w, s, words, pairs, chunk, inside, k, KIND: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr,
+        EVEN: tl.constexpr,
     ):  # fmt: skip
-        """Words (j i W R C u) as weights (W, rows, K), K permuted as a fragment has it."""
-        a = _unpack(w, KIND, DTYPE, ASM)
-        if KIND == "fp":  # (j i W R C, uh e ul)
-            a = a.reshape(4, 8, W, R, C, 2, 2, 2).permute(2, 3, 1, 4, 7, 0, 5, 6)
-        else:  # (j i W R C, uh e ul p)
-            a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2).permute(2, 3, 1, 4, 5, 8, 0, 7, 6)
-        return a.reshape(W, R * 8, C * (32 if KIND == "fp" else 64))
+        """A tile's words and, for int4, scales and zeros, k values of K further on."""
+        PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
+        tile = _load(w + words + k // PER_WORD, inside, EVEN)
+        pair = 0
+        if KIND == "int4":
+            pair = _load(s + pairs + (chunk + k // 128) // SPAN * (8 * GROUPS), inside, EVEN)
+        return tile, pair
 
     @triton.jit
-    def _multiply_groups(
-        acc, w, s, b, sums, GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-        COLS: tl.constexpr, ASM: tl.constexpr,
+    def _multiply(
+        acc, w, s, b, sums, KIND: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
-        """acc + int4 weights times b, whose batches are groups: the sum of ((q - 8) scale + zero) x over a group is
-        scale * (stored x) + (zero - offset * scale) * sum of x."""
-        # (j i W R C, uh e ul ah al): word u = 2 uh + ul is a group of 32, the rest is K within it
-        a = _unpack(w, "int4", b.dtype, ASM).reshape(4, 8, W, R, C, 2, 2, 2, 2, 2).permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)
-        a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
-        OFFSET: tl.constexpr = 8.0 if ASM is None else 136.0
-        scale = (s << 16).to(tl.float32, bitcast=True)
-        shift = (s & -65536).to(tl.float32, bitcast=True) - OFFSET * scale
-        scale = _per_row(scale, GROUPS, R, C, W, COLS)
-        shift = _per_row(shift, GROUPS, R, C, W, COLS)
-        products = _columns(tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b), COLS)
-        acc += tl.sum((scale * products).reshape(C * GROUPS, W, R * 8, COLS), 0)
-        acc += tl.sum((shift * sums).reshape(C * GROUPS, W, R * 8, COLS), 0)
+        """acc + a tile of weights, words (j i W R C u), times b. The K axis of both operands is permuted alike."""
+        a = _unpack(w, KIND, b.dtype, ASM)
+        if KIND == "int4":
+            # (j i W R C, uh e ul ah al): word u is a group of 32, the rest is K within it. To a batch for each group.
+            a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2).permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)
+            a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
+            a = a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS)
+            # sum of ((q - 8) scale + zero) x = scale * (stored x) + (zero - offset * scale) * sum of x, group by group
+            OFFSET: tl.constexpr = 8.0 if ASM is None else 136.0
+            scale = (s << 16).to(tl.float32, bitcast=True)
+            shift = (s & -65536).to(tl.float32, bitcast=True) - OFFSET * scale
+            scale = _per_row(scale, GROUPS, R, C, W, COLS)
+            shift = _per_row(shift, GROUPS, R, C, W, COLS)
+            products = _columns(tl.dot(a, b), COLS)
+            acc += tl.sum((scale * products).reshape(C * GROUPS, W, R * 8, COLS), 0)
+            acc += tl.sum((shift * sums).reshape(C * GROUPS, W, R * 8, COLS), 0)
+        else:
+            if KIND == "fp":  # (j i W R C, uh e ul)
+                a = a.reshape(4, 8, W, R, C, 2, 2, 2).permute(2, 3, 1, 4, 7, 0, 5, 6)
+            else:  # (j i W R C, uh e ul p)
+                a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2).permute(2, 3, 1, 4, 5, 8, 0, 7, 6)
+            acc = tl.dot(a.reshape(W, R * 8, C * (32 if KIND == "fp" else 64)), b, acc)
         return acc
 
     @triton.jit
@@ -385,22 +376,21 @@ if triton is not None:
     @triton.jit
     def _linear_kernel(
         y, x, w, w3, s, s3, bias, norm, residual, M, N, K, eps,
-        KIND: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-        EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+        KIND: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr, ACT: tl.constexpr, COLS: tl.constexpr,
+        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr,
+        ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """y (M, N) = [residual +] W n(x) [+ bias] or, if ACT, act(W n(x)) * (W3 n(x)); 8 R rows of W, M <= ROWS of x.
+        """y (M, N) = [residual +] W n(x) [+ bias] or, if ACT, act(W n(x)) * (W3 n(x)); 8 R rows of W, M <= COLS of x.
 
         Tiles have axes j (4 lanes along K), i (8 lanes along rows), W (warps along K), R and C (repetitions along rows
-        and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order. Tiles come
-        through a pipeline of STAGES in shared memory, which each lane reads back as it wrote it.
+        and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order. If DEEP, a
+        tile is loaded while the one before it is used, the first one before the wait for x.
         """
         P: tl.constexpr = 2 if KIND == "fp" else 8 if KIND == "int4" else 4  # values in a word
         CHUNK: tl.constexpr = 16 * P  # values along K that 4 lanes hold
         STEP: tl.constexpr = W * C * CHUNK
-        X: tl.constexpr = C * CHUNK // 32  # lanes hold 8 values of x at a time
-        B: tl.constexpr = (ROWS + 7) // 8
-        COLS: tl.constexpr = ROWS if ROWS >= 4 else 4  # columns of the accumulators
+        X: tl.constexpr = C * CHUNK // 32  # lanes load 8 values of x at a time
+        B: tl.constexpr = (COLS + 7) // 8
         pid = tl.program_id(0)
         j = tl.arange(0, 4)[:, None, None, None, None, None]
         i = tl.arange(0, 8)[None, :, None, None, None, None]
@@ -409,10 +399,7 @@ if triton is not None:
         chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
         u = tl.arange(0, 4)[None, None, None, None, None, :]
         if KIND == "int4":
-            PER_WORD: tl.constexpr = 1  # values of K to a step of one word: the words of 8 rows lie together
-            SEGMENTS: tl.constexpr = R  # this program's rows are so many runs of `segment` bytes
             blocks = tl.cdiv(K, 128 * SPAN) * SPAN
-            segment = blocks * 512
             row8 = tl.minimum(pid * R + r, N // 8 - 1)
             words = (row8.to(tl.int64) * blocks + chunk) * 128 + i * 16 + j * 4 + u
             pairs = row8.to(tl.int64) * (blocks // SPAN * 8) + i % 2 * 4 + i // 2
@@ -420,35 +407,30 @@ if triton is not None:
             pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
             kw = chunk * 128
         else:
-            PER_WORD: tl.constexpr = P
-            SEGMENTS: tl.constexpr = R * 8
-            segment = K // P * 4
             row = tl.minimum((pid * R + r) * 8 + i, N - 1)
             words = row.to(tl.int64) * (K // P) + chunk * 16 + j * 4 + u
+            pairs = 0
             kw = chunk * CHUNK + j * (CHUNK // 4)
         part = tl.arange(0, X)[None, None, None, None, :, None]
         if P == 4:  # a lane's 16 values of 8 bits meet two loads of x, which is also read in words
             kx = warp * (C * CHUNK // 2) + (part // 2) * 32 + j * 8 + (part % 2) * 4 + u
         else:
             kx = warp * (C * CHUNK // 2) + part * 16 + j * 4 + u
-        lanes: tl.constexpr = ROWS if ROWS < 8 else 8
-        m = tl.arange(0, lanes)[None, :, None, None, None, None] + tl.arange(0, B)[None, None, None, :, None, None] * 8
-        xs = x.to(tl.pointer_type(tl.int32)) + tl.minimum(m, M - 1) * (K // 2) + kx
-        if norm is not None:
-            gains = norm.to(tl.pointer_type(tl.int32)) + kx
+        if COLS == 4:
+            m = i // 2
+            row_of_x = (i % 2 == 0) & (m < M)
+        else:
+            m = tl.arange(0, B)[None, None, None, :, None, None] * 8 + i
+            row_of_x = m < M
+        xs = x.to(tl.pointer_type(tl.int32)) + m * (K // 2) + kx
 
         if PDL:
             tlx.gdc_launch_dependents()
-        if AHEAD > 0:
-            first = tl.minimum(pid * SEGMENTS, (N // 8 if KIND == "int4" else N) - SEGMENTS).to(tl.int64) * segment
-            _prefetch(w.to(tl.int64) + first, segment, SEGMENTS, AHEAD, W)
+        if DEEP:
+            inside = K > 0 if EVEN else kw < K
+            w_next, s_next = _weights(w, s, words, pairs, chunk, inside, 0, KIND, GROUPS, SPAN, EVEN)
             if ACT is not None:
-                _prefetch(w3.to(tl.int64) + first, segment, SEGMENTS, AHEAD, W)
-            if KIND == "int4":
-                SHARE: tl.constexpr = 16 * SPAN // GROUPS  # bytes of weights to one of scales and zeros
-                _prefetch(s.to(tl.int64) + first // SHARE, segment // SHARE, SEGMENTS, AHEAD // SHARE, W)
-                if ACT is not None:
-                    _prefetch(s3.to(tl.int64) + first // SHARE, segment // SHARE, SEGMENTS, AHEAD // SHARE, W)
+                w3_next, s3_next = _weights(w3, s3, words, pairs, chunk, inside, 0, KIND, GROUPS, SPAN, EVEN)
         if PDL:
             tlx.gdc_wait()
 
@@ -458,42 +440,49 @@ if triton is not None:
         at = col[None, :].to(tl.int64) * N + n[:, None]
         if residual is not None:
             before = tl.load(residual + at, mask=stored, other=0.0)
+        if DEEP:
+            x_next = _load(xs, row_of_x if EVEN else row_of_x & (kx < K // 2), EVEN)
         acc = tl.zeros((W, R * 8, COLS if KIND == "int4" else B * 8), tl.float32)
         acc3 = acc
         squares = tl.zeros((W, B * 8, B * 8), tl.float32)
-        for k in tl.range(0, K, STEP, num_stages=STAGES):
-            t = _load(xs + k // 2, kx < (K - k) // 2, EVEN)
-            tile = _load(w + words + k // PER_WORD, kw < K - k, EVEN)
-            if ACT is not None:
-                tile3 = _load(w3 + words + k // PER_WORD, kw < K - k, EVEN)
-            if KIND == "int4":
-                pair_at = pairs + (chunk + k // 128) // SPAN * (8 * GROUPS)
-                pair = _load(s + pair_at, kw < K - k, EVEN)
+        for k0 in range(0, K, STEP):
+            k = k0 + STEP if DEEP else k0
+            if DEEP:
+                t, words_now, s_now = x_next, w_next, s_next
                 if ACT is not None:
-                    pair3 = _load(s3 + pair_at, kw < K - k, EVEN)
+                    words3_now, s3_now = w3_next, s3_next
+            inside = k < K if EVEN else kw < K - k
+            x_next = _load(xs + k // 2, row_of_x & (k < K if EVEN else kx < (K - k) // 2), EVEN)
+            w_next, s_next = _weights(w, s, words, pairs, chunk, inside, k, KIND, GROUPS, SPAN, EVEN)
+            if ACT is not None:
+                w3_next, s3_next = _weights(w3, s3, words, pairs, chunk, inside, k, KIND, GROUPS, SPAN, EVEN)
+            if not DEEP:
+                t, words_now, s_now = x_next, w_next, s_next
+                if ACT is not None:
+                    words3_now, s3_now = w3_next, s3_next
 
-            t = _unpack(t, "fp", x.dtype.element_ty, ASM).reshape(4, lanes, 1, W, B, X, 2, 2, 2)
-            t = tl.broadcast_to(t, (4, lanes, 8 // lanes, W, B, X, 2, 2, 2)).reshape(4, 8, W, B, X, 2, 2, 2)
-            if norm is not None:  # t: (j i W B X, uh e ul), word 2 uh + ul of the lane's
+            t = _unpack(t, "fp", x.dtype.element_ty, ASM).reshape(
+                4, 8, W, B, X, 2, 2, 2
+            )  # (j i W B X, 2 of u, e, 2 of u)
+            if norm is not None:
                 # the sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing
                 rows = t.permute(2, 3, 1, 4, 7, 0, 5, 6).reshape(W, B * 8, X * 32)
                 cols = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
                 squares = tl.dot(rows, cols, squares)
-                gain = _unpack(_load(gains + k // 2, kx < (K - k) // 2, EVEN), "fp", x.dtype.element_ty, ASM)
-                t *= gain.reshape(4, 1, W, 1, X, 2, 2, 2)
+                gain = tl.broadcast_to(norm.to(tl.pointer_type(tl.int32)) + k0 // 2 + kx, (4, 8, W, B, X, 4))
+                gain = _load(gain, K > 0 if EVEN else kx < (K - k0) // 2, EVEN)
+                t *= _unpack(gain, "fp", x.dtype.element_ty, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
             # The two halves of a fragment's K are a word's neighbours, which a load of 16 bytes leaves side by side.
             if KIND == "int4":  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
                 b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 6, 9, 0, 7, 8, 3, 1)
                 b = b.reshape(C * GROUPS * W, 128 // GROUPS, B * 8)
                 sums = _columns(tl.dot(tl.full((C * GROUPS * W, R * 8, 128 // GROUPS), 1.0, b.dtype), b), COLS)
-                acc = _multiply_groups(acc, tile, pair, b, sums, GROUPS, R, C, W, COLS, ASM)
-                if ACT is not None:
-                    acc3 = _multiply_groups(acc3, tile3, pair3, b, sums, GROUPS, R, C, W, COLS, ASM)
             else:
                 b = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
-                acc = tl.dot(_operand(tile, KIND, b.dtype, R, C, W, ASM), b, acc)
-                if ACT is not None:
-                    acc3 = tl.dot(_operand(tile3, KIND, b.dtype, R, C, W, ASM), b, acc3)
+                sums = 0
+            acc = _multiply(acc, words_now, s_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
+            if ACT is not None:
+                acc3 = _multiply(acc3, words3_now, s3_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
 
         if KIND != "int4":
             acc = _columns(acc, COLS)
@@ -545,7 +534,7 @@ if triton is not None:
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, arrived,
         S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h, stride_t,
         G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
-        W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+        W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """ROWS query rows (new token s, head g) of one key head, on one part of the keys; KEYS a warp and step.
 
@@ -615,7 +604,7 @@ if triton is not None:
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, DP), tl.float32)
-        for t0 in tl.range(begin, end, STEP, num_stages=STAGES):
+        for t0 in range(begin, end, STEP):
             t = t0 + key_of_k
             k = tl.load(keys + t.to(tl.int64) * stride_t + d_of_k, mask=(t < end) & (d_of_k < D), other=0.0)
             t = t0 + key_of_v
@@ -734,11 +723,11 @@ if triton is not None:
             part = tl.arange(0, COUNT2)
             tops = tl.load(maxima + row * COUNT + part, mask=part < COUNT, other=float("-inf"))
             floor = tl.max(tops, 0) + margin  # min_p's limit
-            ranks = _ordered(tops)
+            tops = _ordered(tops)
             limit = tl.zeros((), tl.uint32)
             for bit in range(32):  # the largest limit that k of them reach, bit by bit
                 higher = limit | (tl.full((), 1, tl.uint32) << (31 - bit))
-                limit = tl.where(tl.sum((ranks >= higher).to(tl.int32), 0) >= k, higher, limit)
+                limit = tl.where(tl.sum((tops >= higher).to(tl.int32), 0) >= k, higher, limit)
             kept = (token < V) & (_ordered(x) >= limit) & (x >= floor)
             count = tl.sum(kept.to(tl.int32), 0)
             if count > 0:
@@ -754,20 +743,23 @@ if triton is not None:
 
         if FILTER:
             n = tl.load(state, cache_modifier=".cg")
+            token = tl.load(listed + lane, mask=lane < n, other=0, cache_modifier=".cg")  # in general these are all
+            x = tl.load(logits + token)
+            ranks = tl.where(lane < n, _ordered(x), 0)
             limit = tl.zeros((), tl.uint32)
             for bit in range(32):
                 higher = limit | (tl.full((), 1, tl.uint32) << (31 - bit))
-                reach = 0
-                for i in range(0, n, BLOCK):
-                    token = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
-                    keys = _ordered(tl.load(logits + token))
-                    reach += tl.sum(((i + lane < n) & (keys >= higher)).to(tl.int32), 0)
+                reach = tl.sum((ranks >= higher).to(tl.int32), 0)
+                for i in range(BLOCK, n, BLOCK):
+                    more = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
+                    more_ranks = _ordered(tl.load(logits + more))
+                    reach += tl.sum(((i + lane < n) & (more_ranks >= higher)).to(tl.int32), 0)
                 limit = tl.where(reach >= k, higher, limit)
             winner = tl.full((), lowest, tl.int64)
             for i in range(0, n, BLOCK):
-                token = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
-                x = tl.load(logits + token)
-                drawn = _noisy(x, token, row, scale, noise, rng)
+                more = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
+                x = tl.load(logits + more)
+                drawn = _noisy(x, more, row, scale, noise, rng)
                 drawn = tl.where((i + lane < n) & (_ordered(x) >= limit), drawn, lowest)
                 winner = tl.maximum(winner, tl.max(drawn, 0))
             tl.store(state, 0)
@@ -795,7 +787,7 @@ if triton is not None:
 # Launchers: what the ops run where the kernels fit. They take CPU tensors too, for Triton's interpreter.
 
 
-ATTEND = (8, 16, 256, 1)  # warps, keys of a warp in a step, keys that one program takes before there are more
+ATTEND = (8, 16, 128)  # warps, keys of a warp in a step, keys that one program takes before there are more
 
 
 @functools.cache
@@ -817,15 +809,22 @@ def _out_features(weight: Tensor) -> int:
     return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
 
 
-def _configuration(kind: str, N: int, K: int, gated: bool) -> tuple[int, int, int, int, int]:
-    """R, C, W, STAGES and AHEAD of the linear kernel: 8 R rows a program, C chunks of K a lane, W warps, stages of the
-    pipeline, bytes to prefetch."""
-    chunk = {"fp": 32, "int4": 128}.get(kind, 64)
-    W = 8
-    while W > 1 and W * chunk > K:
-        W //= 2
-    C = max(1, min({"fp": 4, "int4": 1}.get(kind, 2) // (2 if gated and kind != "int4" else 1), K // (W * chunk)))
-    return 2, 1 << (C.bit_length() - 1), W, 3, 16384
+def _configuration(kind: str, N: int, K: int) -> tuple[int, int, int, bool, int]:
+    """R, C, W, DEEP and registers of the linear kernel: 8 R rows a program, C chunks of K a lane, W warps.
+
+    Measured on an H200 with the shapes of Llama 7B, 8B and 1B: few rows want many warps on each, and the output layer
+    fills the GPU whatever it does.
+    """
+    bits = {"fp": 16, "int4": 4}.get(kind, 8)
+    if N <= 4096:
+        R, C, W, deep, registers = 2, bits // 4, 8, True, 128
+    elif N < 32000:
+        R, C, W, deep, registers = 2 if bits == 16 else 4, bits // 4, 4, True, 168
+    else:
+        R, C, W, deep, registers = 4, bits // 4 if bits < 16 else 2, 4, bits == 16, 128
+    while W * C * 512 // bits > K and W * C > 1:  # no more than there is to do
+        W, C = (W, C // 2) if C > 1 else (W // 2, C)
+    return R, C, W, deep, registers
 
 
 def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, w3=None, s3=None, act=None):
@@ -833,7 +832,7 @@ def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dty
     M, K = x.shape
     N = _out_features(w)
     kind = _kind(w)
-    R, C, W, stages, ahead = _configuration(kind, N, K, act is not None)
+    R, C, W, deep, registers = _configuration(kind, N, K)
     hopper = _is_hopper(x.device)
     groups = s.shape[-1] if kind == "int4" else 1
     span = w.shape[1] // s.shape[1] if kind == "int4" else 1
@@ -841,10 +840,10 @@ def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dty
     y = torch.empty(M, N, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(triton.cdiv(N, 8 * R),)](
         y, x, w.view(torch.int32), None if w3 is None else w3.view(torch.int32), s, s3, bias, norm, residual, M, N, K, eps,
-        KIND=kind, GROUPS=groups, SPAN=span, ACT=act, ROWS=next(n for n in (1, 4, 8, 16) if M <= n), R=R, C=C, W=W,
-        STAGES=stages, AHEAD=ahead if hopper else 0, EVEN=K % (W * C * chunk) == 0,
+        KIND=kind, GROUPS=groups, SPAN=span, ACT=act, COLS=4 if M <= 4 else 8 if M <= 8 else 16, R=R, C=C, W=W, DEEP=deep,
+        EVEN=K % (W * C * chunk) == 0,
         ASM=_assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
-        PDL=hopper, num_warps=W, **({"launch_pdl": True} if hopper else {}),
+        PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": registers} if hopper else {}),
     )  # fmt: skip
     return y
 
@@ -860,12 +859,12 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
     splits = max(1, min(64, 264 // (B * Hkv)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
-    W, keys, share, stages = ATTEND
+    W, keys, share = ATTEND
     _attend_kernel[(B * Hkv, splits, blocks)](
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, _zeros(qkv.device, 4096),
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows, NEW=triton.next_power_of_2(S),
-        W=W, KEYS=keys, SPLITS=splits, SHARE=share, STAGES=stages, PDL=hopper,
+        W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
         num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return out
