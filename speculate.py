@@ -58,13 +58,6 @@ class PromptLookup:
         ahead = torch.arange(k, device=history.device)
         history.scatter_(1, pos + 1 + ahead, history.gather(1, found + 1 + ahead % (pos - found)))
 
-    def is_blind(self) -> bool:
-        """Whether no row's last two tokens recur: too little to go by on a CPU, where verifying costs more."""
-        return self.llm.device.type == "cpu" and not (self.find()[1] > 1).any()
-
-    def read(self, start: Tensor, n: int) -> None:
-        """There is no cache to fill."""
-
 
 class DraftModel:
     """A draft by a model of the target's vocabulary, with a cache of its own."""
@@ -96,9 +89,6 @@ class DraftModel:
         """
         logits = [self.step(self.llm.pos + i, 1 if i else 2) for i in range(k)]
         return torch.stack(logits, 1) if self.llm.sampler.temperature > 0 else None
-
-    def is_blind(self) -> bool:
-        return False
 
     def read(self, start: Tensor, n: int) -> None:
         """Feed n tokens of each row from position `start` (B,) on."""
@@ -163,8 +153,10 @@ class Speculator:
         llm, sampler = self.llm, self.llm.sampler
         B, k = guesses.shape
         after = torch.arange(k + 1, device=guesses.device)
-        history = llm.history[:, None].expand(-1, k + 1, -1).flatten(0, 1)
-        logits = sampler.penalized(logits.flatten(0, 1), history, (llm.pos[:, None] + after).flatten())
+        logits = logits.flatten(0, 1)  # (B (k + 1), V)
+        if sampler.repetition_penalty != 1.0:
+            history = llm.history.repeat_interleave(k + 1, 0)
+            logits = sampler.penalized(logits, history, (llm.pos[:, None] + after).flatten())
         if sampler.temperature == 0:
             following = kernels.sample(logits, 0.0, rng=llm.rng).view(B, k + 1)
             return (following[:, :k] == guesses).cumprod(1).sum(1), following
@@ -237,9 +229,10 @@ class Speculator:
     # --- decoding -----------------------------------------------------------------------------------------------------
 
     def prefill(self, start: int, end: int) -> None:
-        """Let the draft read the prompts' positions start..end, and what it has missed before them."""
+        """Let a draft model read the prompts' positions start..end, and what it has missed before them."""
         start = max(0, start - self.stale - 1)
-        self.draft.read(torch.full_like(self.llm.pos, start), end - start)
+        if self.model:
+            self.draft.read(torch.full_like(self.llm.pos, start), end - start)
         self.stale = 0
 
     @torch.inference_mode()
@@ -270,9 +263,11 @@ class Speculator:
 
     def _launch(self) -> tuple[int, Tensor, Callable[[], None]]:
         k = self._choose()
-        if k and self.draft.is_blind():
-            k = 0
-        if k and self.stale:
+        if self.model is None:
+            # Verifying costs more on a CPU, and a look nothing: one token that recurs is too little to go by.
+            if self.llm.device.type == "cpu" and not (self.draft.find()[1] > 1).any():
+                k = 0
+        elif k and self.stale:
             self.draft.read((self.llm.pos - self.stale - 1).clamp(min=0), self.stale)
         self.stale = 0 if k else self.stale + 1
         self.prepare(k)()
@@ -325,33 +320,28 @@ class Speculator:
         Times plain decoding over the last tokens, at most 64, and the parts of a round where the text ends now.
         """
         llm, counts = self.llm, self.counts
-        guessed = Counter()  # rounds by their k
+        by_k = Counter()  # rounds
         for (k, _), n in counts.items():
-            guessed[k] += n
-        tries = [sum(n for k, n in guessed.items() if k > i) for i in range(max(guessed, default=0))]
+            by_k[k] += n
+        tries = [sum(n for k, n in by_k.items() if k > i) for i in range(max(by_k, default=0))]
         holds = [sum(n for (_, accepted), n in counts.items() if accepted > i) for i in range(len(tries))]
         plain_rate = self._plain_rate()
-        common = max(guessed - Counter({0: guessed[0]}), key=guessed.get, default=self._choices()[-1])
+        usual = max((k for k in by_k if k), key=by_k.get, default=self._choices()[-1])
         with self.frozen():
-            fed = llm.history.gather(1, llm.pos[:, None] + torch.arange(common + 1, device=llm.device))
-            draft = self.capture(partial(self.draft.propose, common))
+            fed = llm.history.gather(1, llm.pos[:, None] + torch.arange(usual + 1, device=llm.device))
+            draft = self.capture(partial(self.draft.propose, usual))
             verify = self.capture(partial(self.forward, fed, llm.pos))
-            times = {
-                "round_ms": self.prepare(common),
-                "draft_ms": draft,
-                "verify_ms": verify,
-                "plain_ms": self.prepare(0),
-            }
-            times = {name: 1e3 * self.time(step) for name, step in times.items()}
+            parts = {"round": self.prepare(usual), "draft": draft, "verify": verify, "plain": self.prepare(0)}
+            ms = {f"{name}_ms": 1e3 * self.time(step) for name, step in parts.items()}
         return {
             "k": self.k,
-            "rounds_by_k": dict(sorted(guessed.items())),
+            "rounds_by_k": dict(sorted(by_k.items())),
             "tokens_per_round": 1 / self.work_per_token()[0] if counts else 0.0,
-            "mean_accepted": sum(holds) / max(tries[0], 1) if tries else 0.0,
+            "mean_accepted": sum(holds) / tries[0] if tries else 0.0,
             "acceptance_by_position": [held / tried for held, tried in zip(holds, tries)],
-            "timed_k": common,
-            **times,
-            "overhead_ms": times["round_ms"] - times["draft_ms"] - times["verify_ms"],
+            "timed_k": usual,
+            **ms,
+            "overhead_ms": ms["round_ms"] - ms["draft_ms"] - ms["verify_ms"],
             "plain_tokens_per_second": plain_rate,
             "speedup": tokens_per_second / plain_rate,
         }
@@ -372,20 +362,14 @@ class Speculator:
 
 def summary(r: dict) -> str:
     """A report in words, with advice where speculation did not pay."""
-    positions = " ".join(f"{a:.2f}" for a in r["acceptance_by_position"])
-    text = (
+    lines = [
         f"Speculation: {r['tokens_per_round']:.2f} tokens a round, {r['mean_accepted']:.2f} guesses accepted, "
-        f"by position {positions or 'none'}\n"
+        f"by position {' '.join(f'{a:.2f}' for a in r['acceptance_by_position']) or 'none'}",
         f"A round of {r['timed_k']}: {r['round_ms']:.2f} ms, draft {r['draft_ms']:.2f}, verify {r['verify_ms']:.2f}, "
-        f"overhead {r['overhead_ms']:.2f}; a plain step: {r['plain_ms']:.2f} ms\n"
-        f"Speed-up over plain decoding ({r['plain_tokens_per_second']:.2f} tokens/sec, same run): {r['speedup']:.2f} x"
-    )
-    if r["speedup"] >= 1:
-        return text
-    if r["verify_ms"] > 2 * r["plain_ms"]:
-        advice = "verifying costs too much: try a smaller --speculate_k"
-    elif r["draft_ms"] > r["plain_ms"]:
-        advice = "drafting costs too much: try a smaller draft or --speculate_k, or --speculate prompt_lookup"
-    else:
-        advice = "too few guesses hold: try another draft or a smaller --speculate_k"
-    return f"{text}\nSpeculation made this slower; {advice}, or --speculate_k auto, or leave it off."
+        f"overhead {r['overhead_ms']:.2f}; a plain step: {r['plain_ms']:.2f} ms",
+        f"Speed-up over plain decoding ({r['plain_tokens_per_second']:.2f} tokens/sec, same run): {r['speedup']:.2f} x",
+    ]
+    if r["speedup"] < 1:
+        change = "a cheaper draft" if r["draft_ms"] > r["verify_ms"] else "a draft closer to the target"
+        lines.append(f"Speculation made this slower. Try {change}, another --speculate_k (or auto), or none.")
+    return "\n".join(lines)
