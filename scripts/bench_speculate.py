@@ -90,14 +90,15 @@ def never(row: int, token: int) -> bool:
     return False
 
 
-def engine(model, draft, k, length: int, sampler: Sampler = GREEDY) -> Engine:
-    return Engine(model, max_seq_length=length, sampler=sampler, compile=True, draft=draft, speculate_k=k)
+def engine(model, draft, k, args: argparse.Namespace, sampler: Sampler = GREEDY) -> Engine:
+    options = {"max_seq_length": args.length, "sampler": sampler, "compile": not args.eager}
+    return Engine(model, draft=draft, speculate_k=k, **options)
 
 
-def timed(llm: Engine, prompt: list[int], tokens: int, is_stop=never) -> tuple[list[int], float]:
+def timed(llm: Engine, prompt: list[int], tokens: int, stops: frozenset[int] = frozenset()) -> tuple[list[int], float]:
     """The tokens generated, and tokens a second after the first."""
     times, out = [], []
-    for token in generate(llm, prompt, tokens, is_stop=is_stop):
+    for token in generate(llm, prompt, tokens, is_stop=lambda row, token: token in stops):
         out.append(token)
         times.append(time.perf_counter())
     return out, (len(out) - 1) / max(times[-1] - times[0], 1e-9)
@@ -108,17 +109,17 @@ def timed(llm: Engine, prompt: list[int], tokens: int, is_stop=never) -> tuple[l
 
 def rounds(args: argparse.Namespace, result: dict) -> None:
     """Milliseconds of the parts of a round with k = 5, behind 200 tokens, for each kind of weights."""
-    config = args.shape
+    args.length = 256
     draft = random_model(args.draft_shape, "int4", args.device, args.dtype)
     prompt = torch.randint(0, 1000, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     for mode in args.modes:
-        model = random_model(config, mode, args.device, args.dtype)
+        model = random_model(args.shape, mode, args.device, args.dtype)
         for name, drafter, sampler in (
             ("lookup greedy", PROMPT_LOOKUP, GREEDY),
             ("model greedy", draft, GREEDY),
             ("model sampled", draft, SAMPLED),
         ):
-            llm = engine(model, drafter, 5, 256, sampler)
+            llm = engine(model, drafter, 5, args, sampler)
             _, rate = timed(llm, prompt, 24)
             report = llm.speculator.report(rate)
             result[f"{mode}, {name}"] = report | {
@@ -141,75 +142,90 @@ def real(args: argparse.Namespace, result: dict) -> None:
     def encode(text: str) -> list[int]:
         return tokenizer.encode_chat([{"role": "user", "content": text}])
 
-    editing = {name: encode(text) for name, text in EDITING.items()}
-    prompts = (list(editing.values()) + [encode(text) for text in QUESTIONS])[: args.prompts]
-    length = max(map(len, prompts)) + args.tokens
-    plain = engine(model, None, 5, length)
+    editing, questions = {name: encode(text) for name, text in EDITING.items()}, [encode(text) for text in QUESTIONS]
+    prompts = [*editing.values(), *questions][: args.prompts]
+    args.length = max(map(len, prompts)) + args.tokens
     stops = tokenizer.stop_ids
-    timed(plain, prompts[0], 8)
-    expected = [timed(plain, prompt, args.tokens)[0] for prompt in prompts]
+    plain = engine(model, None, 5, args)
+    expected = together(model, None, 5, prompts, args) if args.together else alone(plain, prompts, args)
     for name in args.drafts:
-        draft = (
-            PROMPT_LOOKUP
-            if name == "lookup"
-            else load_model(args.checkpoint_path, quantize=None if name == "copy" else name, **options)
-        )
-        llm = engine(model, draft, 10 if name == "lookup" else 5, length)
-        entry = result[name] = {"k": llm.speculator.k, "prepare_seconds": llm.compile_seconds}
-        accepted, differences = [], []
-        for prompt, tokens in zip(prompts, expected):
-            got, _ = timed(llm, prompt, args.tokens)
-            accepted += llm.speculator.counts.elements()
-            if got != tokens:
-                differences.append(divergence(plain, prompt, tokens, got))
-        entry["equal"], entry["different"] = len(prompts) - len(differences), differences
-        reached = [sum(n >= i for k, n in accepted if k) for i in range(llm.speculator.k + 1)]
-        entry["acceptance_given_the_one_before"] = [b / max(a, 1) for a, b in itertools.pairwise(reached)]
-        entry["tokens_per_round"] = sum(n + 1 for _, n in accepted) / max(len(accepted), 1)
-        for k in {llm.speculator.k, "auto"}:
-            other = llm if k != "auto" else engine(model, draft, "auto", length)
-            for task, prompt in editing.items() if name == "lookup" else [("question", prompts[-1])]:
-                pairs = []
-                for _ in range(args.runs):  # in turns, so that both see the same machine
-                    tokens, base = timed(plain, prompt, args.tokens, lambda row, token: token in stops)
-                    again, rate = timed(other, prompt, args.tokens, lambda row, token: token in stops)
-                    pairs.append(rate / base)
-                report = other.speculator.report(rate)
-                entry[f"{task}, k {k}"] = {
-                    "new_tokens": len(tokens),
-                    "same": again == tokens,
-                    "plain_tokens_per_second": base,
-                    "speedups": sorted(pairs),
-                    "speedup": statistics.median(pairs),
-                    "report": report,
-                }
-                args.save()
+        entry, draft, k = result.setdefault(name, {}), PROMPT_LOOKUP, 10
+        if name != "lookup":
+            quantize, k = None if name == "copy" else name, 5
+            draft = load_model(args.checkpoint_path, quantize=quantize, device=args.device)  # in bf16
+        llm = engine(model, draft, k, args)
+        entry |= {"k": k, "prepare_seconds": llm.compile_seconds}
+        got = together(model, draft, k, prompts, args) if args.together else alone(llm, prompts, args)
+        different = [triple for triple in zip(prompts, expected, got) if triple[1] != triple[2]]
+        entry["equal"] = f"{len(prompts) - len(different)} of {len(prompts)} prompts, {args.tokens} tokens each"
+        entry["different"] = [divergence(plain, *triple) for triple in different]
+        args.save()
+        if args.runs:
+            accepted = []
+            for prompt in questions:
+                timed(llm, prompt, args.tokens, stops)
+                accepted += llm.speculator.counts.elements()
+            reached = [sum(n >= i for k, n in accepted if k) for i in range(k + 1)]
+            entry["acceptance_given_the_one_before"] = [b / max(a, 1) for a, b in itertools.pairwise(reached)]
+            entry["tokens_per_round"] = sum(n + 1 for _, n in accepted) / max(len(accepted), 1)
+            tasks = {**editing, "question": questions[0], "story": questions[2]}
+            for speculating in (llm, engine(model, draft, "auto", args)):
+                for task, prompt in tasks.items():
+                    entry[f"{task}, k {speculating.speculator.k}"] = pairs(plain, speculating, prompt, stops, args)
+                    args.save()
     measured = result.get("int4:128", {}).get("acceptance_given_the_one_before")
-    args.profiles |= {"SmolLM2 by its int4 copy in groups of 128": measured} if measured else {}
+    args.profiles |= {"SmolLM2 by its int4 copy in groups of 128, questions": measured} if measured else {}
+
+
+def alone(llm: Engine, prompts: list[list[int]], args: argparse.Namespace) -> list[list[int]]:
+    return [list(generate(llm, prompt, args.tokens, is_stop=never)) for prompt in prompts]
+
+
+def together(model, draft, k, prompts: list[list[int]], args: argparse.Namespace) -> list[tuple[int, ...]]:
+    """The prompts as one batch, whose rows accept different lengths."""
+    options = {"batch_size": len(prompts), "max_seq_length": args.length, "sampler": GREEDY}
+    llm = Engine(model, draft=draft, speculate_k=k, **options)
+    return list(zip(*generate(llm, prompts, args.tokens, is_stop=never)))
+
+
+def pairs(plain: Engine, speculating: Engine, prompt: list[int], stops: frozenset[int], args) -> dict:
+    """Plain decoding and speculation in turns, so that both see the same machine."""
+    ratios = []
+    for _ in range(args.runs):
+        tokens, base = timed(plain, prompt, args.tokens, stops)
+        again, rate = timed(speculating, prompt, args.tokens, stops)
+        ratios.append(rate / base)
+    return {
+        "new_tokens": len(tokens),
+        "same": again == tokens,
+        "plain_tokens_per_second": base,
+        "speedup": statistics.median(ratios),
+        "speedups": ratios,
+        "report": speculating.speculator.report(rate),
+    }
 
 
 @torch.inference_mode()
 def divergence(llm: Engine, prompt: list[int], expected: list[int], got: list[int]) -> dict:
     """Where two answers part, and by how much plain decoding preferred its token: a float tie, or a fault?"""
     at = next(i for i, (a, b) in enumerate(zip(expected, got)) if a != b)
-    llm.prefill([prompt + expected[:at]])
-    zero = torch.zeros_like(llm.pos)
-    ids = torch.tensor([prompt + expected[:at]], device=llm.device)
-    logits = llm.model(ids, zero, llm.cache)[0, -1]
+    ids = torch.tensor([[*prompt, *expected[:at]]], device=llm.device)
+    logits = llm.model(ids, torch.zeros_like(llm.pos), llm.cache)[0, -1]
     return {"position": at, "margin": (logits[expected[at]] - logits[got[at]]).item(), "top": logits.max().item()}
 
 
 def big(args: argparse.Namespace, result: dict) -> None:
     """Tokens a second of plain decoding, and of speculation with forced acceptance, after a short prompt."""
+    args.length = 256
     target = random_model(args.big_shape, "int4", args.device, args.dtype)
     draft = random_model(args.shape, "int4", args.device, args.dtype)
     prompt = list(range(1, 6))
-    plain = engine(target, None, 5, 256)
+    plain = engine(target, None, 5, args)
     timed(plain, prompt, 16)
     base = result["plain_tokens_per_second"] = timed(plain, prompt, args.tokens)[1]
     for k in (2, 3, 4, 5, 7):
         for name, profile in args.profiles.items():
-            llm = Engine(target, max_seq_length=256, sampler=GREEDY, draft=draft, speculate_k=k)
+            llm = Engine(target, max_seq_length=args.length, sampler=GREEDY, draft=draft, speculate_k=k)
             force(llm, (profile + [profile[-1]] * k)[:k])
             with torch.inference_mode():
                 llm._compile(decode=True, prefill=False)
@@ -248,7 +264,9 @@ def main() -> None:
     parser.add_argument("--drafts", nargs="+", default=["lookup", "int4", "int4:128", "int8", "copy"])
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3, help="of each speed; 0 checks equality alone")
+    parser.add_argument("--together", action="store_true", help="check equality on one batch of the prompts")
+    parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script itself")
     args = parser.parse_args()
