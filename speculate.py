@@ -290,7 +290,7 @@ class Speculator:
 
     def _expected(self, k: int) -> float:
         """Tokens that a round of k brings. A position not tried lately is thought to be as good as the one before."""
-        chance, reach, tokens = 0.8, 1.0, 1.0
+        chance, reach, tokens = 0.9, 1.0, 1.0
         for tried, held in zip(self.tried[:k], self.held):
             chance = (held + chance) / (tried + 1)
             reach *= chance
