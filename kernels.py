@@ -10,15 +10,18 @@ they run their `*_reference`, which is also the tests' oracle. No op synchronise
     sample(logits, temperature, top_k, min_p, rng)                               one token id per row
     fits(x), pack_int4, unpack_int4, read_bandwidth(device)
 
-Weights: (N, K) bf16 or fp16; (N, K) int8 or float8_e4m3fn with `scales` (N,); uint8 (N, K/2), the portable int4 of disk,
-with `scales`, `zeros` (N, K/G) (runs the reference everywhere); int32, what `pack_int4` makes of it, with its packed scales.
+Weights: (N, K) bf16 or fp16; (N, K) int8 or float8_e4m3fn with `scales` (N,); int32, what `pack_int4` makes of the
+portable int4 of disk, with its packed scales; or that portable form itself, uint8 (N, K/2) with `scales` and `zeros`
+(N, K/G), for which the reference runs everywhere.
 
-How the linear kernel works: at 1 to 16 rows it is a stream of weights, so everything serves keeping DRAM busy. A program
-owns BN rows of W and all of K, split among its warps. Each lane loads 16 bytes of one row of W, and the K axis of both
-operands is permuted (a sum does not care) so that these bytes are already a tensor-core fragment: no shared memory, no
-shuffle between a load and its `mma`. With W as the 16-row operand and x as the 8-column one, 8 rows cost what 1 row costs.
-Kernels launch with programmatic dependent launch: the next one starts early, prefetches its weights into L2, and only
-then waits for the previous one's output.
+How the linear kernel works: at 1 to 16 rows it is a stream of weights, so everything serves keeping DRAM busy. A
+program owns a few rows of W and all of K, split among its warps. Each lane loads 16 bytes of one row of W, and the K
+axis of both operands is permuted (a sum does not care) so that these bytes already are a tensor-core fragment: no
+shared memory, no shuffle between a load and its `mma`. W is the 16-row operand and x the 8-column one: 8 rows cost
+what 1 row costs.
+
+Kernels start by programmatic dependent launch: the next one comes up early, and may read weights, but nothing that
+another kernel writes, before it waits for the previous one. Weights must not come from the kernel launched just before.
 """
 
 import functools
@@ -44,7 +47,7 @@ Tensor = torch.Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) [* weight] over the last axis, computed in fp32 (Zhang and Sennrich, arXiv:1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) [* weight] over the last axis, in fp32 (Zhang and Sennrich, arXiv:1910.07467)."""
     normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     return (normed if weight is None else normed * weight.float()).to(x.dtype)
 
@@ -261,9 +264,9 @@ if triton is not None:
 
     @triton.jit
     def _unpack(w, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-        """Words int32 (..., 4) -> their P values each, as DTYPE (..., 4, [2,] P / 2 of 2), whose axes are the word's high
-        bit, the value's low bit e, the word's low bit and the rest of the value's index. int4 comes as q, or with ASM
-        as 128 + q.
+        """Words int32 (..., 4) -> their values, DTYPE (..., 4, 2 [, 2, 2]), whose axes are the word's high bit and the
+        value's low bit e, then the word's low bit and the rest of the value's index. int4 comes as q, or with ASM as
+        128 + q.
 
         Two neighbouring words go through each piece of assembly (pack=2), and a register of two 16-bit results is one
         output's value for both of them: what was the word's low bit is e afterwards.
@@ -313,7 +316,7 @@ if triton is not None:
 
     @triton.jit
     def _load(at, mask, EVEN: tl.constexpr):
-        """A masked load. Only the tail of an uneven K has to read as zeros: what rows of x past M hold stays in theirs."""
+        """A masked load. Only an uneven K's tail has to read as zeros: what rows of x past M hold stays in them."""
         return tl.load(at, mask=mask) if EVEN else tl.load(at, mask=mask, other=0)
 
     @triton.jit
@@ -360,7 +363,7 @@ if triton is not None:
 
     @triton.jit
     def _columns(d, COLS: tl.constexpr):
-        """The columns in use: with at most 4 rows of x, every second one, which saves half of the work on accumulators."""
+        """The columns in use: with at most 4 rows of x every second one, which halves the work on accumulators."""
         if COLS == 4:
             d, _ = tl.split(d.reshape(d.shape[0], d.shape[1], 4, 2))
         return d
@@ -461,9 +464,8 @@ if triton is not None:
                 if ACT is not None:
                     words3_now, s3_now = w3_next, s3_next
 
-            t = _unpack(t, "fp", x.dtype.element_ty, ASM).reshape(
-                4, 8, W, B, X, 2, 2, 2
-            )  # (j i W B X, 2 of u, e, 2 of u)
+            # (j i W B X, uh e ul), words of x being u = 2 uh + ul
+            t = _unpack(t, "fp", x.dtype.element_ty, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
             if norm is not None:
                 # the sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing
                 rows = t.permute(2, 3, 1, 4, 7, 0, 5, 6).reshape(W, B * 8, X * 32)
@@ -682,8 +684,8 @@ if triton is not None:
 
     @triton.jit
     def _noisy(x, token, row, scale, noise, rng):
-        """The score x * scale + noise * Gumbel, ordered, in the high half of an int64 and the token, reversed, in the low
-        half: the largest is the sample, and of equals the lowest token. See `gumbel`."""
+        """The score x * scale + noise * Gumbel, ordered, in the high half of an int64 and the token, reversed, in the
+        low half: the largest is the sample, and of equals the lowest token. See `gumbel`."""
         offset = tl.load(rng + 1)
         zero = token * 0
         low = (offset & 0xFFFFFFFF).to(tl.uint32) + zero.to(tl.uint32)
@@ -701,8 +703,8 @@ if triton is not None:
         BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS2: tl.constexpr, COUNT: tl.constexpr, COUNT2: tl.constexpr,
         FILTER: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """Draw from the tokens of a block or, if FILTER, list those that may be in: at least as large as the k-th largest
-        of the maxima, which is at most the k-th largest logit. The last program of a row settles the rest.
+        """Draw from the tokens of a block or, if FILTER, list those that may be in: at least as large as the k-th
+        largest of the maxima, which is at most the k-th largest logit. The last program of a row settles the rest.
 
         counters: two a row, how many are listed and how many programs arrived, and at the end how many rows are done.
         """
@@ -812,17 +814,18 @@ def _out_features(weight: Tensor) -> int:
 def _configuration(kind: str, N: int, K: int) -> tuple[int, int, int, bool, int]:
     """R, C, W, DEEP and registers of the linear kernel: 8 R rows a program, C chunks of K a lane, W warps.
 
-    Measured on an H200 with the shapes of Llama 7B, 8B and 1B: few rows want many warps on each, and the output layer
-    fills the GPU whatever it does.
+    The best of about twenty each on an H200, for the shapes of Llama 7B, 8B and 1B. Few rows want many warps on each.
+    Registers are a bound that ptxas would undercut, at the price of delaying loads until their values are needed.
     """
     bits = {"fp": 16, "int4": 4}.get(kind, 8)
+    R, C = (2, 4) if bits == 16 else (4, bits // 4)
     if N <= 4096:
-        R, C, W, deep, registers = 2, bits // 4, 8, True, 128
+        R, W, deep, registers = 2, 8, True, 128
     elif N < 32000:
-        R, C, W, deep, registers = 2 if bits == 16 else 4, bits // 4, 4, True, 168
-    else:
-        R, C, W, deep, registers = 4, bits // 4 if bits < 16 else 2, 4, bits == 16, 128
-    while W * C * 512 // bits > K and W * C > 1:  # no more than there is to do
+        W, deep, registers = 4, True, 168
+    else:  # the output layer has rows enough to fill the GPU with small programs
+        R, C, W, deep, registers = 4, min(C, 2), 4, bits == 16, 128
+    while W * C * 512 // bits > K and W * C > 1:  # no more of K in a step than there is
         W, C = (W, C // 2) if C > 1 else (W // 2, C)
     return R, C, W, deep, registers
 
@@ -839,9 +842,9 @@ def linear_triton(x, w, s, bias=None, norm=None, eps=0.0, residual=None, out_dty
     chunk = {"fp": 32, "int4": 128}.get(kind, 64)
     y = torch.empty(M, N, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(triton.cdiv(N, 8 * R),)](
-        y, x, w.view(torch.int32), None if w3 is None else w3.view(torch.int32), s, s3, bias, norm, residual, M, N, K, eps,
-        KIND=kind, GROUPS=groups, SPAN=span, ACT=act, COLS=4 if M <= 4 else 8 if M <= 8 else 16, R=R, C=C, W=W, DEEP=deep,
-        EVEN=K % (W * C * chunk) == 0,
+        y, x, w.view(torch.int32), None if w3 is None else w3.view(torch.int32), s, s3, bias, norm, residual,
+        M, N, K, eps, KIND=kind, GROUPS=groups, SPAN=span, ACT=act, COLS=4 if M <= 4 else 8 if M <= 8 else 16,
+        R=R, C=C, W=W, DEEP=deep, EVEN=K % (W * C * chunk) == 0,
         ASM=_assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": registers} if hopper else {}),
     )  # fmt: skip
@@ -861,10 +864,11 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
     partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
     W, keys, share = ATTEND
     _attend_kernel[(B * Hkv, splits, blocks)](
-        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, _zeros(qkv.device, 4096),
+        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial,
+        _zeros(qkv.device, max(4096, B * Hkv * blocks)),
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
-        *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows, NEW=triton.next_power_of_2(S),
-        W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
+        *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
+        ROWS=rows, NEW=triton.next_power_of_2(S), W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
         num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return out
@@ -924,7 +928,8 @@ def linear(
     """
     if not _takes(x, weight, norm):
         return linear_reference(x, weight, scales, zeros, bias, norm, eps, residual, out_dtype)
-    y = linear_triton(x.reshape(-1, x.shape[-1]), weight, scales, bias, norm, eps, residual, out_dtype)
+    residual = None if residual is None else residual.contiguous()
+    y = linear_triton(_rows(x), weight, scales, bias, norm, eps, residual, out_dtype)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -951,13 +956,17 @@ def gated_linear(
         raise ValueError(f"activation {act!r} is not known; accepted: silu, gelu_tanh")
     if not _takes(x, w1, norm) or w1.dtype != w3.dtype:
         return gated_linear_reference(x, w1, w3, s1, s3, z1, z3, norm, eps, act)
-    y = linear_triton(x.reshape(-1, x.shape[-1]), w1, s1, norm=norm, eps=eps, w3=w3, s3=s3, act=act)
+    y = linear_triton(_rows(x), w1, s1, norm=norm, eps=eps, w3=w3, s3=s3, act=act)
     return y.view(*x.shape[:-1], -1)
 
 
 @gated_linear.register_fake
 def _(x, w1, w3, s1=None, s3=None, z1=None, z3=None, norm=None, eps=0.0, act="silu"):
     return x.new_empty((*x.shape[:-1], _out_features(w1)))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _takes(x: Tensor, weight: Tensor, norm: Tensor | None) -> bool:
@@ -991,12 +1000,11 @@ def attend(
     qkv (B, S, (H + 2 Hkv) D), heads of q, k, v in this order; caches (B, Hkv, T, D); input_pos (B,), the position of
     each row's first new token; rope fp32 (positions, R/2, 2), see `rotate`, or None; q_norm, k_norm (D,), gains of a
     per-head RMSNorm before RoPE. Position p sees keys j <= p and, with a window w > 0, j > p - w. Nothing is written at
-    T or beyond. `context`, if not 0, is an upper bound of the positions in use afterwards; scale, by default, 1/sqrt(D).
+    T or beyond. `context`, if not 0, is an upper bound of the positions in use afterwards; scale is 1/sqrt(D) unless
+    given.
     """
     scale = k_cache.shape[-1] ** -0.5 if scale is None else scale
-    S = qkv.shape[1]
-    group = n_head // k_cache.shape[1]
-    if not (triton is not None and qkv.is_cuda and qkv.element_size() == 2 and S <= MAX_ROWS and S * group <= 128):
+    if triton is None or not qkv.is_cuda or qkv.element_size() != 2 or qkv.shape[1] > MAX_ROWS:
         return attend_reference(
             qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale
         )
