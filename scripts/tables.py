@@ -51,8 +51,40 @@ def cpu(results: dict) -> str:
     return "\n".join(lines)
 
 
+def quant(result: dict) -> str:
+    lines = [
+        "Perplexity of SmolLM2-135M on 20,480 tokens of Python's language reference that calibration has not seen."
+    ]
+    lines += [
+        "The model's own weights come from a 4-bit grid of groups of 32, which would flatter int4; so it is put in a"
+    ]
+    lines += [
+        "generic basis first (norm gains folded into the weights, the residual stream rotated: the same logits).",
+        "",
+    ]
+    lines += ["| weights | perplexity | file, MB | quantised in, s |", "|---|---|---|---|"]
+    for name, row in result["generic"].items():
+        size, seconds = row["bytes"] / 1e6, row["quantise_seconds"]
+        lines.append(f"| {name} | {row['perplexity']:.2f} | {size:.0f} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def speculate(result: dict) -> str:
+    lines = ["A round of 5 guesses at Llama-2-7B's shape, on an NVIDIA H200 (`scripts/bench_speculate.py`):", ""]
+    lines += ["| weights, draft | plain step, ms | verify 6 rows over a plain step | overhead a round, ms |"]
+    lines += ["|---|---|---|---|"]
+    for name, row in result["rounds"].items():
+        if isinstance(row, dict) and "verify_over_plain" in row:
+            lines.append(
+                f"| {name} | {row['plain_ms']:.2f} | {row['verify_over_plain']:.2f} | {row['overhead_ms']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[dict], str]]] = {
     "speed": (("h200",), lambda results: speed(results["h200"])),
+    "quant": (("quant_smollm2",), lambda results: quant(results["quant_smollm2"])),
+    "speculate": (("speculate_h200",), lambda results: speculate(results["speculate_h200"])),
     "cpu": (("cpu_bf16_1", "cpu_bf16_2", "cpu_fp32_1", "cpu_fp32_2"), cpu),
 }
 
