@@ -11,6 +11,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports Triton, which then runs its kernels on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
+
 REPO = Path(__file__).resolve().parent.parent
 SMOLLM2 = Path(os.environ.get("GPTFAST_SMOLLM2", REPO / "checkpoints" / "SmolLM2-135M-Instruct"))
 
