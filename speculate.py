@@ -152,34 +152,25 @@ class Speculator:
         """
         llm, sampler = self.llm, self.llm.sampler
         B, k = guesses.shape
-        after = torch.arange(k + 1, device=guesses.device)
         logits = logits.flatten(0, 1)  # (B (k + 1), V)
         if sampler.repetition_penalty != 1.0:
-            history = llm.history.repeat_interleave(k + 1, 0)
-            logits = sampler.penalized(logits, history, (llm.pos[:, None] + after).flatten())
-        if sampler.temperature == 0:
-            following = kernels.sample(logits, 0.0, rng=llm.rng).view(B, k + 1)
-            return (following[:, :k] == guesses).cumprod(1).sum(1), following
-        # A guess x, drawn from q, holds with probability min(1, p(x) / q(x)). The first that does not is replaced by a
-        # draw from max(0, p - q); if all hold, one more token is drawn from p. Prompt lookup's q is 1 at its guess.
-        rows = logits if draft_logits is None else torch.cat((logits, draft_logits.flatten(0, 1)))
-        probs = sampler.probs(rows)
-        p = probs[: len(logits)].view(B, k + 1, -1)
-        chance = p[:, :k].gather(2, guesses[..., None])[..., 0]
-        if draft_logits is not None:
-            q = probs[len(logits) :].view(B, k, -1)
-            chance = (chance / q.gather(2, guesses[..., None])[..., 0].clamp(min=1e-30)).clamp(max=1)
-        coins = torch.stack((chance, 1 - chance), -1).log().flatten(0, 1)
-        holds = kernels.sample(coins, 1.0, rng=llm.rng).view(B, k) == 0
-        accepted = holds.cumprod(1).sum(1)
-        row, refused = torch.arange(B, device=accepted.device), accepted.clamp(max=k - 1)
-        p = p[row, accepted]
-        q = F.one_hot(guesses[row, refused], p.shape[1]) if draft_logits is None else q[row, refused]
-        rest = (p - q * (accepted < k)[:, None]).clamp(min=0)
-        rest = torch.where(rest.amax(1, keepdim=True) > 0, rest, p)  # p = q but for rounding
-        # On a CPU, min_p spares the noise of what cannot be drawn.
-        own = kernels.sample(rest.log(), 1.0, min_p=1e-30 if rest.is_cpu else 0.0, rng=llm.rng)
-        return accepted, torch.where(after < accepted[:, None], F.pad(guesses, (0, 1)), own[:, None])
+            positions = llm.pos[:, None] + torch.arange(k + 1, device=guesses.device)
+            logits = sampler.penalized(logits, llm.history.repeat_interleave(k + 1, 0), positions.flatten())
+        if draft_logits is None:  # a guess that was not drawn holds if the target draws it as well
+            own = sampler.draw(logits, llm.rng)
+        else:
+            # A guess x, drawn from q, holds with probability min(1, p(x) / q(x)), and else gives way to a draw from
+            # max(0, p - q), which never is x: both are one draw. After k guesses that hold comes one from p.
+            p, q = sampler.probs(torch.cat((logits, draft_logits.flatten(0, 1)))).split((B * (k + 1), B * k))
+            p, q, x = p.view(B, k + 1, -1), q.view(B, k, -1), guesses[..., None]
+            chance = (p[:, :k].gather(2, x) / q.gather(2, x).clamp(min=1e-30)).clamp(max=1)
+            rest = (p[:, :k] - q).clamp(min=0)
+            rest *= (1 - chance) / rest.sum(2, keepdim=True).clamp(min=1e-30)
+            p[:, :k] = rest.scatter(2, x, chance)
+            # On a CPU, min_p spares the noise of what cannot be drawn.
+            own = kernels.sample(p.flatten(0, 1).log(), 1.0, min_p=1e-30 if p.is_cpu else 0.0, rng=llm.rng)
+        own = own.view(B, k + 1)
+        return (own[:, :k] == guesses).cumprod(1).sum(1), own
 
     # --- compiling and timing -----------------------------------------------------------------------------------------
 
