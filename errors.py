@@ -1,11 +1,28 @@
-"""User errors: one clear line on stderr and exit status 2, never a traceback."""
+"""User errors: one clear line on stderr and exit status 2, never a traceback. And JSON files, read with them."""
 
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
     """Something the user can put right. The message is one line that names the value and what is accepted."""
+
+
+def read_json(path: Path, missing: dict | None = None) -> dict:
+    """The object in a JSON file; `missing`, if given, where there is no file. A UserError names file and fault."""
+    if missing is not None and not path.exists():
+        return missing
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}; an object is needed")
+    return value
 
 
 def run_cli(main: Callable[[], None]) -> None:
