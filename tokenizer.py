@@ -51,15 +51,16 @@ TIKTOKEN_LINE = re.compile(rb"^([A-Za-z0-9+/]+={0,2}) (\d+)\r?$", re.MULTILINE)
 # The bytes that GPT-2 spells with characters from U+0100 on, as they do not print.
 STAND_INS = dict(enumerate([*range(0x21), *range(0x7F, 0xA1), 0xAD], 0x100))
 
-# How a family chats when its files bring no template.
-CHATML_TEMPLATE = """\
+# How a family, told by one of its tokens, chats when its files bring no template: ChatML, Llama 3, Llama 2.
+FAMILY_TEMPLATES = {
+    "<|im_start|>": """\
 {% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}
-{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-LLAMA3_TEMPLATE = """\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "<|start_header_id|>": """\
 {% set header = '<|start_header_id|>%s<|end_header_id|>\n\n' %}{{ bos_token }}
 {%- for m in messages %}{{ header % m['role'] + m['content'] | trim + '<|eot_id|>' }}{% endfor %}
-{% if add_generation_prompt %}{{ header % 'assistant' }}{% endif %}"""
-LLAMA2_TEMPLATE = """\
+{% if add_generation_prompt %}{{ header % 'assistant' }}{% endif %}""",
+    "</s>": """\
 {% if messages[0]['role'] == 'system' %}
 {% set system, messages = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n', messages[1:] %}
 {% endif %}
@@ -71,7 +72,8 @@ LLAMA2_TEMPLATE = """\
 {% else %}
 {{- ' ' + m['content'] | trim + ' ' + eos_token -}}
 {% endif %}
-{% endfor %}"""
+{% endfor %}""",
+}
 
 
 @dataclass
@@ -232,7 +234,7 @@ class Tokenizer:
             template = _compile_template(self.chat_template)
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
         except Exception as error:  # a template is the checkpoint's own code and can raise anything
-            raise UserError(f"{self.name}: the chat template failed: {_one_line(error)}") from error
+            raise UserError(f"{self.name}: the chat template failed: {error!r}") from error
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True, **variables: Any) -> list[int]:
         """Token ids of a chat. BOS is the template's business alone, as in transformers' apply_chat_template."""
@@ -352,7 +354,7 @@ def _load_backend(folder: Path, config: Mapping[str, Any]) -> Backend:
             added = config.get("added_tokens_decoder") or {}
             return _sentencepiece(data, {_token_text(token): int(i) for i, token in added.items()} | extra)
     except Exception as error:  # the libraries do not say what they raise for a bad file
-        raise UserError(f"{path} is damaged or not supported: {_one_line(error)}") from error
+        raise UserError(f"{path} is damaged or not supported: {error!r}") from error
     accepted = "a tokenizer.json of the tokenizers library, a SentencePiece model or tiktoken ranks"
     raise UserError(f"{path} is not a tokenizer: it begins with {data[:20]!r}; expected {accepted}")
 
@@ -365,13 +367,7 @@ def _read_chat_template(folder: Path, config: Mapping[str, Any], backend: Backen
         case str(template):
             return template
         case None:
-            if "<|im_start|>" in backend.added:
-                return CHATML_TEMPLATE
-            if "<|start_header_id|>" in backend.added:
-                return LLAMA3_TEMPLATE
-            if "</s>" in backend.added and len(backend.tokens) in (32000, 32016):  # Llama 2's, CodeLlama's
-                return LLAMA2_TEMPLATE
-            return None
+            return next((template for token, template in FAMILY_TEMPLATES.items() if token in backend.added), None)
         case [*entries]:
             for entry in entries:
                 match entry:
@@ -386,10 +382,6 @@ def _token_text(value: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _one_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
 @functools.cache
 def _compile_template(source: str) -> jinja2.Template:
     """Compile in a sandbox (templates come with downloads), with the settings and names that transformers provides."""
@@ -397,12 +389,10 @@ def _compile_template(source: str) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     # Jinja's own filter escapes HTML, which the models were not trained on.
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     # {% generation %} marks the answers in training data; a comment treats the space around it alike.
-    return environment.from_string(re.sub(r"{%([-+]?)\s*(?:end)?generation\s*([-+]?)%}", r"{#\1 \2#}", source))
+    return env.from_string(re.sub(r"{%([-+]?)\s*(?:end)?generation\s*([-+]?)%}", r"{#\1 \2#}", source))

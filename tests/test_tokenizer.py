@@ -1,7 +1,6 @@
 """The tokenizer module against the libraries it wraps, against transformers, and against what it promises."""
 
 import base64
-import dataclasses
 import functools
 import io
 import json
@@ -103,7 +102,7 @@ def metaspace_json() -> str:
     tok = tokenizers.Tokenizer(models.Unigram())
     tok.normalizer = normalizers.NFKC()
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    special = ["<unk>", "</s>"]
+    special = ["<unk>", "<eos>"]
     trainer = trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=special, show_progress=False)
     tok.train_from_iterator(CORPUS, trainer)
     return tok.to_str()
@@ -480,14 +479,13 @@ def test_chat_templates_render_as_in_transformers(tmp_path, byte_level_json, nam
 
 
 @pytest.mark.parametrize("chat", CHATS, ids=["one", "system", "turns"])
-def test_family_templates(tmp_path, every, llama2_model, byte_level_json, chat):
+def test_family_templates(tmp_path, every, byte_level_json, chat):
     def expected(name: str, **names) -> str:
         options = {"chat_template": TEMPLATES[name], "add_generation_prompt": True}
         return render_jinja_template([chat], **options, **names)[0][0]
 
-    fillers = {f"<{i}>": i for i in range(every["sentencepiece-bpe"].vocab_size, 32000)}
-    llama2 = load_tokenizer(write(tmp_path / "llama2", tokenizer_model=llama2_model, added_tokens_json=fillers))
-    assert llama2.render_chat(chat) == expected("llama2", bos_token="<s>", eos_token="</s>")
+    for kind in ("sentencepiece-bpe", "llama2-json"):
+        assert every[kind].render_chat(chat) == expected("llama2", bos_token="<s>", eos_token="</s>")
     for kind in ("tiktoken", "byte-level-json"):
         assert every[kind].render_chat(chat) == expected("llama3", bos_token="<|begin_of_text|>")
 
@@ -500,7 +498,7 @@ def test_family_templates(tmp_path, every, llama2_model, byte_level_json, chat):
 
 
 def test_llama2_chat_is_encoded_by_turns_as_in_metas_reference(every):
-    tok = dataclasses.replace(every["sentencepiece-bpe"], chat_template=T.LLAMA2_TEMPLATE)
+    tok = every["sentencepiece-bpe"]
     sp = tok.backend.library
     turns = ["[INST] <<SYS>>\nS\n<</SYS>>\n\nOne [/INST] Two ", "[INST] Three [/INST]"]
     chat = [{"role": "system", "content": "S"}, *CHATS[2]]
