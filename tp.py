@@ -9,18 +9,15 @@ wqkv, w1, w3 and the vocabulary of embedding and output are split by rows, wo an
 
 import functools
 import gc
-import itertools
-import json
 import math
 import os
 import signal
 import sys
 import threading
-import time
 import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,8 +41,9 @@ except ImportError:  # CPU-only builds of torch come without Triton: torch.distr
 
 MAX_WORDS = 2**17  # of 4 bytes, a rank; more than that (a prefill) is NCCL's, whose strength is bandwidth
 BLOCK = 256  # words a program of the exchange kernel
-HEARTBEAT_SECONDS = 20  # without a sign of life from a rank, the others end
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
+ARRIVAL = timedelta(minutes=5)  # how long a rank waits for the others to start,
+SILENCE = timedelta(seconds=20)  # for a sign of life from them,
+PATIENCE = timedelta(days=7)  # and for what they send, which may be what a user has yet to type
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,6 @@ class TensorParallel:
 
     rank: int = 0
     world: int = 1
-    store: dist.Store | None = None
-    turns: Iterator[int] = field(default_factory=itertools.count)
 
     def part(self, size: int, unit: int) -> range:
         """This rank's part of range(size), in whole units; all are equally long, so the last may reach past the end."""
@@ -79,39 +75,33 @@ class TensorParallel:
         """This rank's part of a module's tensors as they are on disk. Only that part of a mapped file is read."""
         if self.world == 1:
             return tensors
-        D, kind = config.head_dim, name.rpartition(".")[2]
-        H, Hkv = config.n_head, config.n_local_heads
+        D, H, Hkv = config.head_dim, config.n_head, config.n_local_heads
         queries, keys = self.heads(H, Hkv)
-        hidden = self.part(config.intermediate_size, 32)
-        if kind == "wo":
-            return self._columns(tensors, queries.start * D, len(queries) * D)
-        if kind == "w2":
-            return self._columns(tensors, hidden.start, len(hidden))
-        if kind == "wqkv":
-            first = (queries.start, H + keys.start, H + Hkv + keys.start)
-            spans = [(a * D, len(part) * D) for a, part in zip(first, (queries, keys, keys))]
-            return {key: torch.cat([_cut(t, 0, *span) for span in spans]) for key, t in tensors.items()}
-        if kind in ("w1", "w3", "tok_embeddings", "output"):
-            rows = hidden if kind in ("w1", "w3") else self.part(config.vocab_size, 16)
-            return {key: _cut(t, 0, rows.start, len(rows)) for key, t in tensors.items()}
-        return tensors
+        blocks = ((0, queries), (H, keys), (H + Hkv, keys))
+        heads = [range((first + own.start) * D, (first + own.stop) * D) for first, own in blocks]
+        hidden, vocabulary = self.part(config.intermediate_size, 32), self.part(config.vocab_size, 16)
+        columns = {"wo": heads[0], "w2": hidden}
+        rows = {"wqkv": heads, "w1": [hidden], "w3": [hidden], "tok_embeddings": [vocabulary], "output": [vocabulary]}
+        kind = name.rpartition(".")[2]
+        if kind in columns:
+            return self._columns(tensors, columns[kind])
+        return {key: _cut(t, 0, *rows[kind]) if kind in rows else t for key, t in tensors.items()}
 
-    def _columns(self, tensors: dict[str, Tensor], start: int, n: int) -> dict[str, Tensor]:
+    def _columns(self, tensors: dict[str, Tensor], part: range) -> dict[str, Tensor]:
         tensors = {key: t for key, t in tensors.items() if key != "bias" or self.rank == 0}
         weight, scales = tensors["weight"], tensors.get("scales")
         if weight.dtype is not torch.uint8:
-            return {**tensors, "weight": _cut(weight, 1, start, n)}
+            return {**tensors, "weight": _cut(weight, 1, part)}
         # int4: a group that straddles two ranks becomes smaller ones of the same scale, on both of them.
         old = 2 * weight.shape[1] // scales.shape[1]
-        new = math.gcd(old, start)
+        new = math.gcd(old, part.start)
         if new not in GROUPS:  # heads of an odd size: keep the values, give up the format
             plain = Int4Linear.from_tensors(2 * weight.shape[1], len(weight), tensors).dequantized(torch.float32)
-            return {k: t for k, t in tensors.items() if k == "bias"} | {"weight": _cut(plain, 1, start, n)}
-        groups = math.ceil(n / new)
-        first = start // old
-        spread = (start + torch.arange(groups) * new) // old - first
-        cut = {key: _cut(tensors[key], 1, first, int(spread[-1]) + 1)[:, spread] for key in ("scales", "zeros")}
-        return {**tensors, **cut, "weight": _cut(weight, 1, start // 2, groups * new // 2)}
+            return {k: t for k, t in tensors.items() if k == "bias"} | {"weight": _cut(plain, 1, part)}
+        n = math.ceil(len(part) / new)
+        group = ((part.start + torch.arange(n) * new) // old).clamp(max=scales.shape[1] - 1)  # of old, for each new one
+        cut = _cut(weight, 1, range(part.start // 2, (part.start + n * new) // 2))
+        return {**tensors, "weight": cut, "scales": scales[:, group], "zeros": tensors["zeros"][:, group]}
 
     def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
         """Rows of an embedding of which `table` (n, C) is this rank's part: (B, S) int64 -> (B, S, C)."""
@@ -127,23 +117,19 @@ class TensorParallel:
         return x if self.world == 1 else exchange(x, None, True, self.rank, self.world)[..., :size]
 
     def share(self, value):
-        """Rank 0's value (anything JSON holds) on every rank. The others wait for it as long as it takes."""
-        if self.world == 1:
-            return value
-        key = f"shared {next(self.turns)}"
-        if self.rank == 0:
-            self.store.set(key, json.dumps(value))
-            return value
-        self.store.wait([key], timedelta(days=365))
-        return json.loads(self.store.get(key))
+        """Rank 0's value on every rank. The others wait for it."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
 
 
-def _cut(t: Tensor, dim: int, start: int, n: int) -> Tensor:
-    """t[start : start + n] along dim (0, or 1 of 2), contiguous, with zeros where it reaches past the end."""
-    start = min(start, t.shape[dim])
-    have = t.narrow(dim, start, min(n, t.shape[dim] - start))
-    missing = n - have.shape[dim]
-    return F.pad(have, (0, 0) * (t.ndim - 1 - dim) + (0, missing)) if missing else have.contiguous()
+def _cut(t: Tensor, dim: int, *parts: range) -> Tensor:
+    """These parts of t along dim (0, or 1 of 2), contiguous, with zeros where the last reaches past the end."""
+    pieces = [t[part.start : part.stop] if dim == 0 else t[:, part.start : part.stop] for part in parts]
+    whole = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]  # one piece of a mapped file needs no copy
+    missing = sum(map(len, parts)) - whole.shape[dim]
+    return F.pad(whole, (0, 0) * (t.ndim - 1 - dim) + (0, missing)) if missing else whole.contiguous()
 
 
 @contextmanager
@@ -151,68 +137,66 @@ def session() -> Iterator[TensorParallel]:
     """Join the processes that torchrun started, for as long as the context lasts; without torchrun, stay alone.
 
     Only rank 0 prints. A rank that fails says so (the first one of a machine, if several do) and ends at once, whatever
-    the others wait for; these are ended by torchrun or, on another machine, when they miss its heartbeat.
+    the others wait for; these are ended by torchrun or, on another machine, when they miss it.
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield TensorParallel()
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # _watch receives them: the main thread may be waiting in C
     for name, value in (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")):
         os.environ.setdefault(name, value)  # NVLink multicast is not needed, and not everywhere safe
-    store, rank, world = next(rendezvous("env://"))
-    done = threading.Event()
-    threading.Thread(target=_watch, args=(rank, world, store.clone(), done), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # before any thread starts
+    try:
+        store, rank, world = next(rendezvous("env://"))
+        end = functools.partial(_end, rank, store.clone())
+        # A thread waits for Ctrl-C, since the main one may be waiting in C.
+        threading.Thread(target=lambda: end("interrupted", 128 + signal.sigwait({signal.SIGINT})), daemon=True).start()
+        store.set(f"rank {rank}", "here")
+        store.wait([f"rank {other}" for other in range(world)], ARRIVAL)
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        done, group = threading.Event(), dist.new_group(backend="gloo", timeout=SILENCE)
+    except dist.DistError as error:
+        raise UserError(f"cannot reach the other ranks: {str(error).splitlines()[0]}") from None
+    watch = threading.Thread(target=_watch, args=(group, done, end), daemon=True)
+    watch.start()
     local = int(os.environ.get("LOCAL_RANK", rank))
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)
     try:
-        with ExitStack() as quiet:
-            if rank > 0:
-                nowhere = quiet.enter_context(Path(os.devnull).open("w"))
-                quiet.enter_context(redirect_stdout(nowhere))
-                quiet.enter_context(redirect_stderr(nowhere))
-            dist.init_process_group(store=store, rank=rank, world_size=world)
-            yield TensorParallel(rank, world, store)
-        dist.all_reduce(torch.zeros(1))  # whoever ends early would be missed
+        with (
+            Path(os.devnull).open("w") as nowhere,
+            redirect_stdout(nowhere if rank else sys.stdout),
+            redirect_stderr(nowhere if rank else sys.stderr),
+        ):
+            yield TensorParallel(rank, world)
+    except UserError as error:
+        end(f"error: {error}", 2)
+    except Exception:
+        watch.join(2)  # if the reason is that another rank has gone, _watch says so
+        end(traceback.format_exc(), 1)
+    finally:  # also after argparse's SystemExit, which is the same on all ranks
         done.set()
+        watch.join()
         gc.collect()  # NCCL ends only after the CUDA graphs that hold its calls
         dist.destroy_process_group()
-    except SystemExit:  # argparse's: the same on all ranks
-        raise
-    except UserError as error:
-        _end(f"error: {error}", 2, rank, store)
-    except dist.DistError as error:
-        _end(f"error: cannot reach the other ranks: {str(error).splitlines()[0]}", 1, rank, store)
-    except BaseException:
-        _end(traceback.format_exc(), 1, rank, store)
 
 
-def _watch(rank: int, world: int, store: dist.Store, done: threading.Event) -> None:
-    """End this process on Ctrl-C and when another rank is gone: a GPU that waits for that one would wait forever."""
-    seen = {other: (0, time.monotonic()) for other in range(world) if other != rank}
+def _watch(group: dist.ProcessGroup, done: threading.Event, end: Callable[[str, int], None]) -> None:
+    """Meet the other ranks every second until all are done, and end this process when one does not come: a GPU that
+    waits for that one would wait forever."""
+    all_done = torch.zeros(1)
     try:
-        while not done.is_set():
-            if received := signal.sigtimedwait(SIGNALS, 1):
-                interrupted = received.si_signo == signal.SIGINT
-                message = "interrupted" if interrupted else "error: ended by torchrun, because another process has"
-                _end(message, 128 + received.si_signo, rank, store)
-            store.add(f"heartbeats of {rank}", 1)
-            for other, (beats, since) in seen.items():
-                if (now := store.add(f"heartbeats of {other}", 0)) != beats:
-                    seen[other] = now, time.monotonic()
-                elif beats and time.monotonic() - since > HEARTBEAT_SECONDS and not done.is_set():
-                    _end(f"error: rank {other} has stopped", 1, rank, store)
-    except RuntimeError:
-        if not done.is_set():
-            _end("error: the machine of rank 0 cannot be reached any more", 1, rank, store)
+        while not all_done:
+            all_done.fill_(done.wait(1))
+            dist.all_reduce(all_done, dist.ReduceOp.MIN, group)
+    except RuntimeError as error:
+        end(f"error: another rank has stopped or is out of reach: {str(error).splitlines()[0]}", 1)
 
 
-def _end(message: str, status: int, rank: int, store: dist.Store) -> None:
+def _end(rank: int, store: dist.Store, message: str, status: int) -> None:
     """Say why, unless another rank of this machine has, and end at once: a regular exit would wait for the others."""
-    try:
+    first = True
+    with suppress(RuntimeError):  # the store may be gone, too
         first = store.add(f"ended on {os.environ.get('GROUP_RANK', 0)}", 1) == 1
-    except RuntimeError:  # the store has gone, too
-        first = True
     if first:
         print(message if rank == 0 else f"[rank {rank}] {message}", file=sys.__stderr__, flush=True)
     sys.__stdout__.flush()
@@ -232,20 +216,6 @@ def exchange(x: Tensor, tokens: Tensor | None, gather: bool, rank: int, world: i
     words = (tokens.numel() * x.shape[1] if tokens is not None else x.numel()) * x.element_size() // 4
     if x.is_cuda and words <= MAX_WORDS and x.shape[-1] * x.element_size() % 4 == 0 and (box := _mailbox(x.device)):
         return exchange_triton(x.contiguous(), tokens, gather, rank, world, *box[:2])
-    try:
-        return _exchange_by_library(x, tokens, gather, rank, world)
-    except RuntimeError as error:
-        raise UserError(f"cannot reach the other ranks: {str(error).splitlines()[0]}") from None
-
-
-@exchange.register_fake
-def exchange_fake(x, tokens, gather, rank, world):
-    if tokens is not None:
-        return x.new_empty((*tokens.shape, x.shape[1]))
-    return x.new_empty((*x.shape[:-1], x.shape[-1] * (world if gather else 1)))
-
-
-def _exchange_by_library(x: Tensor, tokens: Tensor | None, gather: bool, rank: int, world: int) -> Tensor:
     if gather:
         parts = [torch.empty_like(x) for _ in range(world)]
         dist.all_gather(parts, x.contiguous())
@@ -259,8 +229,15 @@ def _exchange_by_library(x: Tensor, tokens: Tensor | None, gather: bool, rank: i
     return total.to(x.dtype)
 
 
+@exchange.register_fake
+def exchange_fake(x, tokens, gather, rank, world):
+    if tokens is not None:
+        return x.new_empty((*tokens.shape, x.shape[1]))
+    return x.new_empty((*x.shape[:-1], x.shape[-1] * (world if gather else 1)))
+
+
 @functools.cache
-def _mailbox(device: torch.device) -> tuple[Tensor, Tensor, object] | None:
+def _mailbox(device: torch.device) -> tuple[Tensor, ...] | None:
     """The address of each rank's mailbox, int64 (world,), and the number of exchanges each program has done; None where
     GPUs cannot reach each other's memory. Every rank must call it. A mailbox has two places for a word of each rank.
     """
@@ -269,19 +246,17 @@ def _mailbox(device: torch.device) -> tuple[Tensor, Tensor, object] | None:
         return None
     if not all(torch.cuda.can_device_access_peer(i, j) for i in range(world) for j in range(i)):
         return None
-    ready, keep, addresses = torch.ones((), device=device), None, [0] * world
+    addresses = torch.zeros(world, dtype=torch.int64, device=device)
     try:
         box = symm_mem.empty(2 * world * MAX_WORDS, dtype=torch.int64, device=device).zero_()
-        keep = box, symm_mem.rendezvous(box, dist.group.WORLD)
-        addresses = keep[1].buffer_ptrs
+        handle = symm_mem.rendezvous(box, dist.group.WORLD)
+        addresses += torch.tensor(handle.buffer_ptrs, device=device)
     except RuntimeError as error:
         print(f"NCCL serves: no memory is shared between GPUs ({str(error).splitlines()[0]})", file=sys.stderr)
-        ready.zero_()
-    dist.all_reduce(ready, dist.ReduceOp.MIN)
-    if not ready.item():  # also waits until every mailbox is empty
-        return None
-    addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
-    return addresses, torch.zeros(MAX_WORDS // BLOCK, dtype=torch.int64, device=device), keep
+    ready = addresses.amin()
+    dist.all_reduce(ready, dist.ReduceOp.MIN)  # also waits until every mailbox is empty
+    counts = torch.zeros(MAX_WORDS // BLOCK, dtype=torch.int64, device=device)
+    return (addresses, counts, box, handle) if ready.item() else None
 
 
 def exchange_triton(x, tokens, gather, rank, world, boxes, counts):

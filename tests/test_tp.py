@@ -328,7 +328,7 @@ def test_all_ranks_end_together(how, tmp_path):
     status, _, err = finish(process, 30)
     assert time.monotonic() - begin < 30
     assert status != 0
-    assert ("error: " if how == "killed rank" else "interrupted") in err
+    assert ("rank      : 1 " if how == "killed rank" else "interrupted") in err, err
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
