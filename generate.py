@@ -157,7 +157,7 @@ class Engine:
             inductor = not (self.device.type == "cuda" and kernels.fits(self.model.norm.weight[None]))
             capture = _cuda_graph if self.device.type == "cuda" else None
             if decode:
-                step = torch.compile(self._eager_step, fullgraph=True) if inductor else self._eager_step
+                step = torch.compile(self._eager_step, fullgraph=True, dynamic=False) if inductor else self._eager_step
                 step()
                 self._step = capture(step) if capture else step
                 if capture:

@@ -27,6 +27,7 @@ another kernel writes, before it waits for the previous one. Weights must not co
 import functools
 import math
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -94,12 +95,11 @@ def rotate(x: Tensor, positions: Tensor, rope: Tensor) -> Tensor:
 
     Rotates the first R dimensions and passes the rest (Su et al., arXiv:2104.09864, in gpt-fast's pairing).
     """
-    table = rope[positions.clamp(max=rope.shape[0] - 1)].unsqueeze(2)  # (B, S, 1, R/2, 2)
-    cos, sin = table.unbind(-1)
+    turns = torch.view_as_complex(rope[positions.clamp(max=rope.shape[0] - 1)]).unsqueeze(2)  # (B, S, 1, R/2)
     rotary = 2 * rope.shape[1]
-    even, odd = x[..., :rotary].float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((turned.to(x.dtype), x[..., rotary:]), dim=-1)
+    pairs = torch.view_as_complex(x[..., :rotary].float().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    return turned if rotary == x.shape[-1] else torch.cat((turned, x[..., rotary:]), dim=-1)
 
 
 def attend_reference(
@@ -107,36 +107,46 @@ def attend_reference(
 ):
     B, S, _ = qkv.shape
     _, Hkv, T, D = k_cache.shape
-    q, k, v = qkv.view(B, S, -1, D).split((n_head, Hkv, Hkv), dim=2)  # (B, S, heads, D)
+    qk, v = qkv.view(B, S, -1, D).split((n_head + Hkv, Hkv), dim=2)  # (B, S, heads, D)
     if q_norm is not None:
-        q = rms_norm(q, q_norm, eps)
-    if k_norm is not None:
-        k = rms_norm(k, k_norm, eps)
+        q, k = qk.split((n_head, Hkv), dim=2)
+        qk = torch.cat((rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)), dim=2)
     positions = input_pos[:, None] + torch.arange(S, device=qkv.device)  # (B, S)
     if rope is not None:
-        q, k = rotate(q, positions, rope), rotate(k, positions, rope)
-    _write_cache(k_cache, k, input_pos)
-    _write_cache(v_cache, v, input_pos)
-    if qkv.is_cpu:
-        context = int(input_pos.max()) + S  # reading it costs nothing here
+        qk = rotate(qk, positions, rope)
+    q, k = qk.split((n_head, Hkv), dim=2)
+    starts = input_pos.tolist() if qkv.is_cpu else None  # reading them costs nothing here
+    context = max(starts) + S if starts else context
+    _write_cache(k_cache, k, input_pos, starts)
+    _write_cache(v_cache, v, input_pos, starts)
     live = min(context or T, T)
-    j = torch.arange(live, device=qkv.device)
-    visible = j <= positions[..., None]  # (B, S, live)
-    if window > 0:
-        visible &= j > positions[..., None] - window
     keys, values = k_cache[:, :, :live].to(q.dtype), v_cache[:, :, :live].to(q.dtype)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), keys, values, attn_mask=visible[:, None], scale=scale, enable_gqa=n_head != Hkv
-    )
-    return out.transpose(1, 2).reshape(B, S, n_head * D)
+    if len(positions) == S == 1 and starts and not window:
+        mask = None  # a token that sees all
+    else:
+        j = torch.arange(live, device=qkv.device)
+        mask = j <= positions[..., None]  # (B, S, live)
+        if window > 0:
+            mask &= j > positions[..., None] - window
+        mask = mask[:, None, :, None].expand(-1, -1, -1, n_head // Hkv, -1).flatten(2, 3)  # (B, 1, S G, live)
+    # Query heads that share a key become rows beside each other: PyTorch's own grouping, with a mask, is slow.
+    q = q.unflatten(2, (Hkv, -1)).transpose(1, 2).flatten(2, 3)  # (B, Hkv, S G, D)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+    return out.unflatten(2, (S, -1)).transpose(1, 2).reshape(B, S, n_head * D)
 
 
-def _write_cache(cache: Tensor, new: Tensor, input_pos: Tensor) -> None:
-    """Put new (B, S, Hkv, D) at positions input_pos + s of the cache (B, Hkv, T, D); what lies beyond T is dropped."""
+def _write_cache(cache: Tensor, new: Tensor, input_pos: Tensor, starts: list[int] | None = None) -> None:
+    """Put new (B, S, Hkv, D) at positions input_pos + s of the cache (B, Hkv, T, D); what lies beyond T is dropped.
+
+    starts: input_pos, if the host knows it.
+    """
     B, S, _, _ = new.shape
     T = cache.shape[2]
-    if S > T:
-        new, S = new[:, :T], T
+    if starts is not None:
+        for row, start in enumerate(starts):
+            cache[row, :, start : start + S] = new[row, : max(T - start, 0)].transpose(0, 1)
+        return
+    new, S = new[:, :T], min(S, T)
     # The S slots from min(pos, T - S) on always exist; those before pos keep what they hold. No host sync is needed.
     slot = input_pos.clamp(max=T - S)[:, None] + torch.arange(S, device=new.device)  # (B, S)
     batch = torch.arange(B, device=new.device)[:, None]
@@ -909,7 +919,19 @@ def fits(x: Tensor) -> bool:
     return triton is not None and x.is_cuda and x.element_size() == 2 and x.numel() <= MAX_ROWS * x.shape[-1]
 
 
-@torch.library.custom_op("gptfast::linear", mutates_args=())
+def _op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Make a function the op gptfast::name. torch.library.custom_op would add what only training needs: 60 us a call."""
+
+    def register(function: Callable) -> Callable:
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        torch.library.define(f"gptfast::{name}", schema, tags=[torch.Tag.pt2_compliant_tag])
+        torch.library.impl(f"gptfast::{name}", "CompositeExplicitAutograd", function)
+        return getattr(torch.ops.gptfast, name).default
+
+    return register
+
+
+@_op("linear")
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -933,12 +955,12 @@ def linear(
     return y.view(*x.shape[:-1], -1)
 
 
-@linear.register_fake
+@torch.library.register_fake("gptfast::linear")
 def _(x, weight, scales=None, zeros=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None):
     return x.new_empty((*x.shape[:-1], _out_features(weight)), dtype=out_dtype or x.dtype)
 
 
-@torch.library.custom_op("gptfast::gated_linear", mutates_args=())
+@_op("gated_linear")
 def gated_linear(
     x: Tensor,
     w1: Tensor,
@@ -960,7 +982,7 @@ def gated_linear(
     return y.view(*x.shape[:-1], -1)
 
 
-@gated_linear.register_fake
+@torch.library.register_fake("gptfast::gated_linear")
 def _(x, w1, w3, s1=None, s3=None, z1=None, z3=None, norm=None, eps=0.0, act="silu"):
     return x.new_empty((*x.shape[:-1], _out_features(w1)))
 
@@ -979,7 +1001,7 @@ def _takes(x: Tensor, weight: Tensor, norm: Tensor | None) -> bool:
     )
 
 
-@torch.library.custom_op("gptfast::attend", mutates_args=("k_cache", "v_cache"))
+@_op("attend", mutates=("k_cache", "v_cache"))
 def attend(
     qkv: Tensor,
     k_cache: Tensor,
@@ -1013,7 +1035,7 @@ def attend(
     )
 
 
-@attend.register_fake
+@torch.library.register_fake("gptfast::attend")
 def _(
     qkv, k_cache, v_cache, input_pos, rope, q_norm=None, k_norm=None, *,
     eps=0.0, n_head, window=0, context=0, scale=None,
@@ -1021,7 +1043,7 @@ def _(
     return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))
 
 
-@torch.library.custom_op("gptfast::sample", mutates_args=("rng",))
+@_op("sample", mutates=("rng",))
 def _sample(logits: Tensor, temperature: float, top_k: int, min_p: float, rng: Tensor) -> Tensor:
     if triton is None or not logits.is_cuda:
         token = sample_reference(logits, temperature, top_k, min_p, rng)
@@ -1030,7 +1052,7 @@ def _sample(logits: Tensor, temperature: float, top_k: int, min_p: float, rng: T
     return sample_triton(logits.float().contiguous(), temperature, top_k, min_p, rng)
 
 
-@_sample.register_fake
+@torch.library.register_fake("gptfast::sample")
 def _(logits, temperature, top_k, min_p, rng):
     return logits.new_empty(logits.shape[:1], dtype=torch.int64)
 

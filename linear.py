@@ -52,9 +52,6 @@ class Linear(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """W x for x (..., K), in plain PyTorch."""
-        if self.widen and _rows(x) == 1 and torch.compiler.is_compiling():
-            # Inductor makes one threaded, vectorised loop of this, which reads the half-precision weight once.
-            return (self.dequantized(torch.float32) * x.view(-1).float()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
         if self.widen and _rows(x) > 8:
             return F.linear(x.float(), self.dequantized(torch.float32)).to(x.dtype)
         return F.linear(x, self.dequantized(x.dtype))

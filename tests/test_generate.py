@@ -107,6 +107,14 @@ def test_compiled_equals_eager_and_never_recompiles(tiny, prefill):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
+def test_models_of_different_shapes_compile_in_one_process(tiny, tmp_path):
+    write_checkpoint(tmp_path, hidden_size=96, intermediate_size=64)
+    for path in (tiny[0], tmp_path):
+        options = {"device": "cpu", "precision": "fp32", "sampler": GREEDY, "max_seq_length": 48}
+        eager, compiled = (load(path / "model.pth", **options, compile=compile) for compile in (False, True))
+        assert list(generate(compiled, [9, 8, 7], 9, is_stop=never)) == list(generate(eager, [9, 8, 7], 9, is_stop=never))
+
+
 def test_seed_repeats_a_run(tiny):
     llm = tiny_engine(tiny, sampler=Sampler(temperature=1.5, top_k=None))
     runs = []
