@@ -9,8 +9,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
@@ -43,58 +42,58 @@ class Source:
 
     config: dict
     tensors: Mapping[str, Lazy]
-    names: dict[str, tuple[str, ...]]  # our name -> the source's names, whose rows are stacked
-    halves: dict[str, tuple[str, int]]  # our name -> a fused tensor of the source, and which half of its rows
+    names: dict[str, list[str]]  # our name -> the source's names, whose rows are stacked
     interleaved: bool  # RoPE pairs are (2i, 2i+1) already, as in gpt-fast; else (i, i + D/2)
+    files: Mapping[str, str] = field(default_factory=dict)  # what it holds beside weights, as Hugging Face's files
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
-# Ours: (Hugging Face's, Meta's and llama2.c's, GGUF's). Several names are stacked along the rows.
-_LAYER = {
-    "attention.wqkv": (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("attention.wq", "attention.wk", "attention.wv"),
-        ("attn_q", "attn_k", "attn_v"),
-    ),
-    "attention.wo": (("self_attn.o_proj",), ("attention.wo",), ("attn_output",)),
-    "attention.q_norm": (("self_attn.q_norm",), (), ("attn_q_norm",)),
-    "attention.k_norm": (("self_attn.k_norm",), (), ("attn_k_norm",)),
-    "feed_forward.w1": (("mlp.gate_proj",), ("feed_forward.w1",), ("ffn_gate",)),
-    "feed_forward.w3": (("mlp.up_proj",), ("feed_forward.w3",), ("ffn_up",)),
-    "feed_forward.w2": (("mlp.down_proj",), ("feed_forward.w2",), ("ffn_down",)),
-    "attention_norm": (("input_layernorm",), ("attention_norm",), ("attn_norm",)),
-    "ffn_norm": (("post_attention_layernorm",), ("ffn_norm",), ("ffn_norm",)),
-}
-_FUSED = {"attention.wqkv": ("self_attn.qkv_proj", None, "attn_qkv")}
-_FUSED_HALVES = {
-    "feed_forward.w1": (("mlp.gate_up_proj", None, "ffn_up"), 0),
-    "feed_forward.w3": (("mlp.gate_up_proj", None, "ffn_up"), 1),
-}
+HF, META, GGUF = 0, 1, 2  # columns of the tables below; Meta's names are llama2.c's, too
+_LAYERS = ("model.layers", "layers", "blk")
 _TOP = {
     "tok_embeddings": ("model.embed_tokens", "tok_embeddings", "token_embd"),
     "norm": ("model.norm", "norm", "output_norm"),
     "output": ("lm_head", "output", "output"),
 }
-_LAYER_PREFIX = ("model.layers", "layers", "blk")
+_LAYER = {  # several names are stacked along the rows
+    "attention.wqkv": (
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "attention.wq attention.wk attention.wv",
+        "attn_q attn_k attn_v",
+    ),
+    "attention.wo": ("self_attn.o_proj", "attention.wo", "attn_output"),
+    "attention.q_norm": ("self_attn.q_norm", "", "attn_q_norm"),
+    "attention.k_norm": ("self_attn.k_norm", "", "attn_k_norm"),
+    "feed_forward.w1": ("mlp.gate_proj", "feed_forward.w1", "ffn_gate"),
+    "feed_forward.w3": ("mlp.up_proj", "feed_forward.w3", "ffn_up"),
+    "feed_forward.w2": ("mlp.down_proj", "feed_forward.w2", "ffn_down"),
+    "attention_norm": ("input_layernorm", "attention_norm", "attn_norm"),
+    "ffn_norm": ("post_attention_layernorm", "ffn_norm", "ffn_norm"),
+}
+_FUSED = (("self_attn.qkv_proj", "mlp.gate_up_proj"), None, ("attn_qkv", "ffn_up"))  # Phi-3's: wqkv, and w1 above w3
 # Tensors that say nothing a config does not: rotary tables of old exports.
 _IGNORED = ("rotary_emb.inv_freq", "rope.freqs", "freqs_cos", "freqs_sin", "rope_freqs.weight")
 
 
-def _name_maps(style: int, n_layer: int, fused: bool) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, int]]]:
-    """Names of the tensors of one style (0 Hugging Face, 1 Meta, 2 GGUF), for weights and biases."""
-    names = {f"{ours}.weight": (f"{theirs[style]}.weight",) for ours, theirs in _TOP.items()}
-    halves = {}
-    for layer, (ours, theirs), kind in itertools.product(range(n_layer), _LAYER.items(), ("weight", "bias")):
-        target, prefix = f"layers.{layer}.{ours}.{kind}", f"{_LAYER_PREFIX[style]}.{layer}"
-        if fused and ours in _FUSED:
-            names[target] = (f"{prefix}.{_FUSED[ours][style]}.{kind}",)
-        elif fused and ours in _FUSED_HALVES:
-            alias, half = _FUSED_HALVES[ours]
-            halves[target] = (f"{prefix}.{alias[style]}.{kind}", half)
-        else:
-            names[target] = tuple(f"{prefix}.{name}.{kind}" for name in theirs[style])
-    return names, halves
+def _source(style: int, config: dict, tensors: dict[str, Lazy], interleaved: bool, **more) -> Source:
+    """Name the weights and biases of a source in one of the styles."""
+    names = {f"{ours}.weight": [f"{theirs[style]}.weight"] for ours, theirs in _TOP.items()}
+    qkv, gate_up = _FUSED[style] or ("", "")
+    fused = qkv and any(f".{qkv}." in name for name in tensors)
+    for layer, kind in itertools.product(range(ModelConfig.from_hf(config).n_layer), ("weight", "bias")):
+        our_layer, their_layer = f"layers.{layer}", f"{_LAYERS[style]}.{layer}"
+        for ours, theirs in _LAYER.items():
+            names[f"{our_layer}.{ours}.{kind}"] = [f"{their_layer}.{name}.{kind}" for name in theirs[style].split()]
+        if fused:
+            names[f"{our_layer}.attention.wqkv.{kind}"] = [f"{their_layer}.{qkv}.{kind}"]
+            whole = tensors.pop(name := f"{their_layer}.{gate_up}.{kind}", None)
+            for half, ours in enumerate(("w1", "w3")):
+                names[f"{our_layer}.feed_forward.{ours}.{kind}"] = [f"{name}[{half}]"]
+                if whole:
+                    shape = (whole.shape[0] // 2, *whole.shape[1:])
+                    tensors[f"{name}[{half}]"] = Lazy(shape, lambda t=whole, half=half: t.read().chunk(2)[half])
+    return Source(config, tensors, names, interleaved, **more)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -108,58 +107,43 @@ def open_source(directory: Path, model_name: str | None = None) -> Source:
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory")
     if files := sorted(directory.glob("*.safetensors")):
-        return _hugging_face(_listed(directory, files, "model.safetensors.index.json"), _safetensors, model_name)
+        return _hugging_face(_listed(files, "model.safetensors"), _safetensors, model_name)
     if files := sorted(directory.glob("pytorch_model*.bin")):
-        return _hugging_face(_listed(directory, files, "pytorch_model.bin.index.json"), _torch_file, model_name)
+        return _hugging_face(_listed(files, "pytorch_model.bin"), _torch_file, model_name)
     for folder in (directory, directory / "original"):
         if files := sorted(folder.glob("consolidated.*.pth")):
             return _meta(folder, files)
-    if files := sorted(directory.glob("stories*.pt")):
-        return _llama2c(_only(files))
-    if files := sorted(directory.glob("*.gguf")):
-        return _gguf(_only(files))
+    for pattern, reader in (("stories*.pt", _llama2c), ("*.gguf", _gguf)):
+        if files := sorted(directory.glob(pattern)):
+            if len(files) > 1:
+                raise UserError(f"{directory} holds several models: {', '.join(f.name for f in files)}; keep one")
+            return reader(files[0])
     raise UserError(
         f"{directory} holds no weights to convert; accepted: *.safetensors, pytorch_model*.bin, consolidated.*.pth, "
         "stories*.pt, *.gguf"
     )
 
 
-def _only(files: list[Path]) -> Path:
-    if len(files) > 1:
-        raise UserError(f"{files[0].parent} holds several models: {', '.join(f.name for f in files)}; keep one")
-    return files[0]
-
-
-def _listed(directory: Path, files: list[Path], index_name: str) -> list[Path]:
-    """The shards an index names (files beside them, such as Meta's consolidated.safetensors, do not count)."""
-    if not (directory / index_name).exists():
-        return _prefer_model(files)
-    weight_map = read_json(directory / index_name).get("weight_map")
+def _listed(files: list[Path], name: str) -> list[Path]:
+    """The file of that name or its shards in an index; files beside them (consolidated.safetensors) do not count."""
+    directory, index = files[0].parent, files[0].with_name(f"{name}.index.json")
+    if not index.exists():
+        return [file for file in files if file.name == name] or files
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise UserError(f"{directory / index_name} has no weight_map")
-    shards = [directory / name for name in sorted(set(weight_map.values()))]
+        raise UserError(f"{index} has no weight_map")
+    shards = [directory / shard for shard in sorted(set(weight_map.values()))]
     if absent := [shard.name for shard in shards if not shard.exists()]:
-        raise UserError(f"{directory} lacks {', '.join(absent)}, which {index_name} names; download again")
+        raise UserError(f"{directory} lacks {', '.join(absent)}, which {index.name} names; download again")
     return shards
-
-
-def _prefer_model(files: list[Path]) -> list[Path]:
-    return [file for file in files if file.name in ("model.safetensors", "pytorch_model.bin")] or files
 
 
 def _hugging_face(files: list[Path], reader: Callable[[Path], dict[str, Lazy]], model_name: str | None) -> Source:
     config = BUILTIN[model_name] if model_name else read_json(files[0].parent / "config.json")
-    tensors: dict[str, Lazy] = {}
-    for file in files:
-        tensors.update(reader(file))
-    if tensors and not any(name.startswith("model.") for name in tensors):  # saved from the bare decoder
+    tensors = {name: tensor for file in files for name, tensor in reader(file).items()}
+    if not any(name.startswith("model.") for name in tensors):  # saved from the bare decoder
         tensors = {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in tensors.items()}
-    fused = any(name.endswith("qkv_proj.weight") for name in tensors)
-    return Source(config, tensors, *_name_maps(0, _layers(config), fused), interleaved=False)
-
-
-def _layers(config: dict) -> int:
-    return ModelConfig.from_hf(config).n_layer
+    return _source(HF, config, tensors, interleaved=False)
 
 
 def _safetensors(path: Path) -> dict[str, Lazy]:
@@ -172,9 +156,8 @@ def _safetensors(path: Path) -> dict[str, Lazy]:
 
 
 def _torch_file(path: Path) -> dict[str, Lazy]:
-    return {
-        name: Lazy(tuple(t.shape), lambda name=name: torch_load(path)[name]) for name, t in torch_load(path).items()
-    }
+    tensors = torch_load(path)  # not kept: of files that cannot be mapped, torch_load keeps but the latest
+    return {name: Lazy(tuple(t.shape), lambda name=name: torch_load(path)[name]) for name, t in tensors.items()}
 
 
 def _meta(folder: Path, files: list[Path]) -> Source:
@@ -187,8 +170,7 @@ def _meta(folder: Path, files: list[Path]) -> Source:
         raise UserError("missing tensors: norm.weight")
     dim = shards[0]["norm.weight"].shape[0]
     tensors = {name: _join(name, [shard[name] for shard in shards], dim) for name in shards[0]}
-    config = _meta_config(params, {name: tensor.shape for name, tensor in tensors.items()})
-    return Source(config, tensors, *_name_maps(1, config["num_hidden_layers"], False), interleaved=True)
+    return _source(META, _meta_config(params, tensors), tensors, interleaved=True)
 
 
 def _join(name: str, parts: list[Lazy], dim: int) -> Lazy:
@@ -202,28 +184,27 @@ def _join(name: str, parts: list[Lazy], dim: int) -> Lazy:
     return Lazy(tuple(shape), lambda: torch.cat([part.read() for part in parts], axis))
 
 
-def _meta_config(params: dict, shapes: dict[str, tuple[int, ...]]) -> dict:
+def _meta_config(params: dict, tensors: dict[str, Lazy]) -> dict:
     """config.json's terms for Meta's params.json or llama2.c's model_args; tensors tell the sizes they leave out."""
     try:
-        vocab_size, dim = shapes["tok_embeddings.weight"]
+        vocab_size, dim = tensors["tok_embeddings.weight"].shape
         config = {
             "model_type": "llama",
             "hidden_size": dim,
             "num_hidden_layers": params["n_layers"],
             "num_attention_heads": params["n_heads"],
             "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
-            "intermediate_size": shapes["layers.0.feed_forward.w1.weight"][0],
+            "intermediate_size": tensors["layers.0.feed_forward.w1.weight"].shape[0],
             "vocab_size": vocab_size,
             "max_position_embeddings": params.get("max_seq_len") or params.get("max_position_embeddings", 4096),
             "rms_norm_eps": params.get("norm_eps", 1e-5),
             "rope_theta": params.get("rope_theta", 10000.0),
-            "tie_word_embeddings": "output.weight" not in shapes,
+            "tie_word_embeddings": "output.weight" not in tensors,
         }
     except KeyError as error:
         raise UserError(f"the checkpoint's parameters or tensors lack {error}") from None
     if params.get("use_scaled_rope"):
-        factor = float(params.get("rope_scaling_factor", 8.0))
-        config["rope_scaling"] = llama3_scaling(factor)
+        config["rope_scaling"] = llama3_scaling(float(params.get("rope_scaling_factor", 8.0)))
         config["max_position_embeddings"] = 131072
     return config
 
@@ -233,14 +214,11 @@ def _llama2c(path: Path) -> Source:
     if not isinstance(checkpoint.get("model"), dict) or not isinstance(checkpoint.get("model_args"), dict):
         raise UserError(f"{path} is not a llama2.c checkpoint: it lacks 'model' or 'model_args'")
     weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
-    tied = torch.equal(
-        weights.get("output.weight", torch.empty(0)), weights.get("tok_embeddings.weight", torch.empty(0))
-    )
-    if tied:  # llama2.c stores the shared matrix twice
-        weights.pop("output.weight")
+    shared = [weights.get(f"{name}.weight", torch.empty(0)) for name in ("output", "tok_embeddings")]
+    if torch.equal(*shared):  # llama2.c stores a tied matrix twice
+        weights.pop("output.weight", None)
     tensors = {name: Lazy(tuple(t.shape), lambda t=t: t) for name, t in weights.items()}
-    config = _meta_config(checkpoint["model_args"], {name: lazy.shape for name, lazy in tensors.items()})
-    return Source(config, tensors, *_name_maps(1, config["num_hidden_layers"], False), interleaved=True)
+    return _source(META, _meta_config(checkpoint["model_args"], tensors), tensors, interleaved=True)
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------
@@ -255,57 +233,46 @@ _GGUF = {
 }
 
 
-@lru_cache(maxsize=1)  # parsing a vocabulary takes seconds
-def _gguf_reader(path: Path) -> tuple[gguf.GGUFReader, dict]:
+def _gguf(path: Path) -> Source:
     try:
         reader = gguf.GGUFReader(path)
-        return reader, {key: field.contents() for key, field in reader.fields.items()}
+        meta = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, OSError, IndexError, KeyError, OverflowError) as error:
         raise UserError(f"{path} is truncated or not a GGUF file ({error})") from None
-
-
-def _gguf(path: Path) -> Source:
-    reader, meta = _gguf_reader(path)
     arch = meta.get("general.architecture")
     if arch not in _GGUF:
         raise UserError(f"GGUF architecture {arch!r} is not supported; supported: {', '.join(sorted(_GGUF))}")
     model_type, interleaved = _GGUF[arch]
-
-    def get(key: str, default: object = None) -> object:
-        value = meta.get(f"{arch}.{key}", default)
-        if value is None:
-            raise UserError(f"{path} lacks the key {arch}.{key}")
-        return value
-
+    files = gguf_tokenizer_files(meta)
+    meta = {key.removeprefix(f"{arch}."): value for key, value in meta.items()}
     tensors = {}
     for tensor in reader.tensors:
         shape = tuple(int(n) for n in reversed(tensor.shape))
         tensors[tensor.name] = Lazy(shape, lambda t=tensor, shape=shape: _dequantize(t, shape))
-    heads, dim = get("attention.head_count"), get("embedding_length")
-    head_dim = get("attention.key_length", dim // heads)
-    config = {
-        "model_type": model_type,
-        "hidden_size": dim,
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "intermediate_size": get("feed_forward_length"),
-        "vocab_size": tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 0,
-        "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "rope_theta": get("rope.freq_base", 10000.0),
-        "partial_rotary_factor": get("rope.dimension_count", head_dim) / head_dim,
-        "tie_word_embeddings": "output.weight" not in tensors,
-    }
-    if window := meta.get(f"{arch}.attention.sliding_window"):
-        config["sliding_window"] = window
-    if model_type == "llama" and "blk.0.attn_q.bias" in tensors:
-        config["attention_bias"] = True
-    if scaling := _gguf_rope_scaling(path, arch, meta, tensors, config):
-        config["rope_scaling"] = scaling
-    fused = "blk.0.attn_qkv.weight" in tensors
-    return Source(config, tensors, *_name_maps(2, config["num_hidden_layers"], fused), interleaved)
+    try:
+        heads, dim = meta["attention.head_count"], meta["embedding_length"]
+        head_dim = meta.get("attention.key_length", dim // heads)
+        config = {
+            "model_type": model_type,
+            "hidden_size": dim,
+            "num_hidden_layers": meta["block_count"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": meta.get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "intermediate_size": meta["feed_forward_length"],
+            "vocab_size": tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 0,
+            "max_position_embeddings": meta["context_length"],
+            "rms_norm_eps": meta["attention.layer_norm_rms_epsilon"],
+            "rope_theta": meta.get("rope.freq_base", 10000.0),
+            "partial_rotary_factor": meta.get("rope.dimension_count", head_dim) / head_dim,
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "attention_bias": model_type == "llama" and "blk.0.attn_q.bias" in tensors,
+            "sliding_window": meta.get("attention.sliding_window"),
+        }
+    except KeyError as error:
+        raise UserError(f"{path} lacks the key {arch}.{error.args[0]}") from None
+    config["rope_scaling"] = _gguf_rope_scaling(path, meta, tensors, config)
+    return _source(GGUF, config, tensors, interleaved, files=files)
 
 
 def _dequantize(tensor: gguf.ReaderTensor, shape: tuple[int, ...]) -> Tensor:
@@ -316,11 +283,10 @@ def _dequantize(tensor: gguf.ReaderTensor, shape: tuple[int, ...]) -> Tensor:
         raise UserError(f"{tensor.name} has GGUF type {kind}, which the gguf package cannot dequantise") from None
 
 
-def _gguf_rope_scaling(path: Path, arch: str, meta: dict, tensors: dict[str, Lazy], config: dict) -> dict | None:
-    kind = meta.get(f"{arch}.rope.scaling.type", "none")
-    factor = meta.get(f"{arch}.rope.scaling.factor")
-    original = meta.get(f"{arch}.rope.scaling.original_context_length")
+def _gguf_rope_scaling(path: Path, meta: dict, tensors: dict[str, Lazy], config: dict) -> dict | None:
+    kind, factor = meta.get("rope.scaling.type"), meta.get("rope.scaling.factor")
     if kind == "yarn":
+        original = meta.get("rope.scaling.original_context_length")
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
@@ -355,75 +321,52 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
         config = ModelConfig.from_hf({**source.config, "tie_word_embeddings": False})
     shapes = model_shapes(config)
     _check(source, config, shapes)
-    side_files = _side_files(directory, source)  # before the long work, since a vocabulary may be refused
     with new_state_dict(directory / "model.pth", {name: (shape, dtype) for name, shape in shapes.items()}) as target:
         for name, tensor in tqdm(target.items(), desc="converting", unit="tensor", disable=None):
-            value = _convert_tensor(source, config, name)
+            value = torch.cat([source.tensors[n].read() for n in source.names[name]])
             if not value.isfinite().all():
-                raise UserError(f"{' + '.join(_sources(source, name))} holds NaN or infinite weights")
-            tensor.copy_(value)
-    for name, text in side_files.items():
-        if not (directory / name).exists():
-            _atomic_text(directory / name, text)
+                raise UserError(f"{' + '.join(source.names[name])} holds NaN or infinite weights")
+            tensor.copy_(value if source.interleaved else _interleave(value, config, name))
+    for name, text in {"config.json": json.dumps(source.config, indent=2), **source.files}.items():
+        if not (path := directory / name).exists():
+            partial = path.with_name(f"{name}.tmp")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
     return directory / "model.pth"
 
 
 def _untied(source: Source) -> bool:
     """Whether a source that calls its output tied stores another one (some fine-tunes do)."""
-    output, embedding = (source.tensors.get(source.names[f"{name}.weight"][0]) for name in ("output", "tok_embeddings"))
+    output, embedding = (source.tensors.get(*source.names[f"{name}.weight"]) for name in ("output", "tok_embeddings"))
     return output is not None and embedding is not None and not torch.equal(output.read(), embedding.read())
 
 
-def _sources(source: Source, name: str) -> tuple[str, ...]:
-    return (source.halves[name][0],) if name in source.halves else source.names.get(name, ())
-
-
 def _check(source: Source, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
-    missing = [n for name in shapes for n in _sources(source, name) or (name,) if n not in source.tensors]
-    if missing:
-        raise UserError(f"missing tensors: {abridged(sorted(set(missing)))}")
-    used = {n for name in shapes for n in _sources(source, name)}
-    tied_copy = set(source.names["output.weight"]) if config.tied else set()
-    unexpected = [n for n in source.tensors if n not in used | tied_copy and not n.endswith(_IGNORED)]
-    if unexpected:
+    needed = {name: source.names.get(name) or [name] for name in shapes}
+    used = set(itertools.chain.from_iterable(needed.values()))
+    if missing := used - source.tensors.keys():
+        raise UserError(f"missing tensors: {abridged(sorted(missing))}")
+    if config.tied:
+        used.update(source.names["output.weight"])
+    if unexpected := [n for n in source.tensors if n not in used and not n.endswith(_IGNORED)]:
         raise UserError(f"unexpected tensors: {abridged(sorted(unexpected))}")
     for name, shape in shapes.items():
-        parts = [source.tensors[n] for n in _sources(source, name)]
-        rows = sum(part.shape[0] for part in parts) // (2 if name in source.halves else 1)
-        found = (rows, *parts[0].shape[1:])
-        if found != shape or any(part.shape[1:] != shape[1:] for part in parts):
-            detail = ", ".join(f"{n} {list(source.tensors[n].shape)}" for n in _sources(source, name))
+        parts = [source.tensors[n].shape for n in needed[name]]
+        if (sum(part[0] for part in parts), *shape[1:]) != shape or any(part[1:] != shape[1:] for part in parts):
+            detail = ", ".join(f"{n} {list(part)}" for n, part in zip(needed[name], parts))
             raise UserError(f"wrongly shaped tensor: {detail}; {name} needs {list(shape)}")
 
 
-def _convert_tensor(source: Source, config: ModelConfig, name: str) -> Tensor:
-    value = torch.cat([source.tensors[n].read() for n in _sources(source, name)])
-    if name in source.halves:
-        value = value.chunk(2)[source.halves[name][1]]
-    rotates = ".wqkv." in name or name.endswith(("q_norm.weight", "k_norm.weight"))
-    if source.interleaved or not rotates:
+def _interleave(value: Tensor, config: ModelConfig, name: str) -> Tensor:
+    """Hugging Face rotates (i, i + rotary/2), gpt-fast (2i, 2i+1): reorder the rows of each query and key head."""
+    if ".wqkv." not in name and not name.endswith(("q_norm.weight", "k_norm.weight")):
         return value
-    # Hugging Face rotates (i, i + rotary/2); gpt-fast rotates (2i, 2i+1): reorder the rows of each query and key head.
     heads = config.n_head + config.n_local_heads if ".wqkv." in name else 1
     D, rotary = config.head_dim, config.rotary_dim or config.head_dim
     order = torch.arange(D)
     order[:rotary] = torch.arange(rotary).view(2, rotary // 2).t().flatten()
     rotated = value[: heads * D].view(heads, D, *value.shape[1:])[:, order].flatten(0, 1)
     return torch.cat((rotated, value[heads * D :]))
-
-
-def _side_files(directory: Path, source: Source) -> dict[str, str]:
-    """What the source keeps beside or inside its weights, as the files of a Hugging Face directory: name -> text."""
-    files = {"config.json": json.dumps(source.config, indent=2)}
-    if ggufs := sorted(directory.glob("*.gguf")):
-        files |= gguf_tokenizer_files(_gguf_reader(ggufs[0])[1])
-    return files
-
-
-def _atomic_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def main() -> None:
