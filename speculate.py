@@ -8,10 +8,10 @@ A round (draft, verify, accept, resample, advance) runs on the device alone, fro
 new position and tokens; one CUDA graph holds it whole. The host reads what came of it while the next one runs.
 """
 
+import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -24,8 +24,8 @@ from model import KVCache, Transformer
 
 PROMPT_LOOKUP = "prompt_lookup"
 MAX_K = 15  # a verify pass has k + 1 rows; the decode kernels take 16
-AUTO = (1, 2, 3, 5, 8, 12)  # what `auto` chooses from, besides plain decoding
-NAPS = (16, 64)  # plain steps before `auto` tries again where speculation did not pay: at first, and at most
+AUTO = (0, 1, 2, 3, 5, 8, 12)  # what `auto` chooses from; 0 is plain decoding
+RECENT = 32  # rounds that `auto` goes by; when plain ones have pushed the others out, it tries again
 NGRAM = 6  # the longest match that prompt lookup looks for
 CHUNK = 512  # tokens a row that a draft reads at once
 
@@ -42,9 +42,7 @@ class PromptLookup:
         """Where in each row its last tokens occurred before, and how many of them match (0: none): int64 (B,) both."""
         history, pos = self.llm.history, self.llm.pos[:, None]
         width = history.shape[1]
-        windows = F.pad(history, (NGRAM - 1, 0), value=-1).unfold(
-            1, NGRAM, 1
-        )  # (B, width, NGRAM), by their last position
+        windows = F.pad(history, (NGRAM - 1, 0), value=-1).unfold(1, NGRAM, 1)  # (B, width, NGRAM), by last position
         last = windows.gather(1, pos[..., None].expand(-1, -1, NGRAM))
         length = (windows == last).flip(2).cumprod(2).sum(2)
         at = torch.arange(width, device=history.device)
@@ -112,20 +110,18 @@ class Speculator:
         self.draft = PromptLookup(llm) if draft == PROMPT_LOOKUP else DraftModel(llm, draft)
         self.model = self.draft.model
         self.limit = torch.zeros_like(llm.pos)  # the last position that each row may reach
-        self.result = torch.zeros(llm.batch_size, MAX_K + 3, dtype=torch.int64, device=llm.device)
-        self.step, self.capture = llm._step, lambda step: step  # these three are replaced by compiled ones
-        self.forward, self.accept = self._forward, self._accept
-        self.rounds: dict[int, Callable[[], None]] = {}
+        self.step, self.forward, self.capture = llm._step, self._forward, lambda step: step  # compile replaces these
+        self.rounds: dict[int, Callable[[], Tensor]] = {
+            i: partial(self._round, i) for i in (AUTO if k == "auto" else (0, k))
+        }
         self.seconds: dict[int, float] = {}  # what a round of k guesses takes
-        self.counts: Counter[tuple[int, int]] = Counter()  # (k, accepted) of this generation's rounds
+        self.outcomes: list[tuple[int, int]] = []  # k and guesses accepted, of this generation's rounds
         self.stale = 0  # latest plain rounds, whose tokens the draft has not read
-        self.nap, self.napping = NAPS[0], 0
-        self._forget()
 
-    # --- a round ------------------------------------------------------------------------------------------------------
-
-    def _round(self, k: int) -> None:
-        """Draft, verify, accept, resample, advance. Of its tokens a row takes what its limit allows."""
+    def _round(self, k: int) -> Tensor:
+        """Draft, verify, accept, resample, advance. Returns int64 (B, k + 3): how many tokens a row takes, which its
+        limit bounds; how many guesses hold; the tokens.
+        """
         llm = self.llm
         begin = llm.pos.clone()
         index = begin[:, None] + torch.arange(k + 1, device=begin.device)
@@ -139,13 +135,12 @@ class Speculator:
             llm.history.scatter_(1, index + 1, following)
         taken = torch.minimum(accepted + 1, self.limit - begin)
         llm.pos.copy_(begin + taken)
-        self.result[:, 0], self.result[:, 1] = taken, accepted
-        self.result[:, 2 : k + 3] = llm.history.gather(1, index + 1)
+        return torch.cat((taken[:, None], accepted[:, None], llm.history.gather(1, index + 1)), 1)
 
     def _forward(self, tokens: Tensor, pos: Tensor) -> Tensor:
         return self.llm.model(tokens, pos, self.llm.cache, all_logits=True)
 
-    def _accept(self, logits: Tensor, guesses: Tensor, draft_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    def accept(self, logits: Tensor, guesses: Tensor, draft_logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Judge guesses int64 (B, k) by the target's logits fp32 (B, k + 1, V). draft_logits: fp32 (B, k, V) that they
         were drawn from; None if they were not drawn. Returns how many hold (B,), and the tokens (B, k + 1) that follow:
         the guesses that hold, the target's own one, and rubbish.
@@ -172,8 +167,6 @@ class Speculator:
         own = own.view(B, k + 1)
         return (own[:, :k] == guesses).cumprod(1).sum(1), own
 
-    # --- compiling and timing -----------------------------------------------------------------------------------------
-
     def compile(self, step: Callable[[], None], inductor: bool, capture: Callable | None) -> None:
         """Prepare all rounds, by torch.compile, as CUDA graphs, or both. step: the engine's, before it is captured."""
         self.step, self.capture = step, capture or self.capture
@@ -181,43 +174,30 @@ class Speculator:
             self.forward = torch.compile(self.forward, fullgraph=True, dynamic=self.k == "auto")
             if self.model:
                 self.draft.step = torch.compile(self.draft.step, fullgraph=True)
-        for k in self._choices():
-            self.prepare(k)
+        self.llm.pos.fill_(1)  # a draft looks back by one
+        self.rounds = {k: self.capture(round) for k, round in self.rounds.items()}
+        self._time_rounds()
 
-    def _choices(self) -> tuple[int, ...]:
-        return (0, *AUTO) if self.k == "auto" else (self.k,)
-
-    def prepare(self, k: int) -> Callable[[], None]:
-        """The round of k guesses, captured and timed on its first use."""
-        if k not in self.rounds:
-            with self.frozen():
-                self.rounds[k] = self.capture(partial(self._round, k))
-                self.seconds[k] = self.time(self.rounds[k])
-        return self.rounds[k]
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Rounds leave no trace in here: no row may advance, and what lies beyond its position counts for nothing."""
-        limit, rng = self.limit.clone(), self.llm.rng.clone()
-        self.llm.pos.clamp_(min=1)  # a draft looks back by one
-        self.limit.copy_(self.llm.pos)
-        yield
-        self.limit.copy_(limit)
-        self.llm.rng.copy_(rng)
+    def _time_rounds(self) -> None:
+        self.seconds = {k: self.time(round) for k, round in self.rounds.items()}
 
     def time(self, step: Callable[[], object]) -> float:
-        """Seconds that a step takes, of some runs the fastest; with several ranks, on the first."""
+        """Seconds that a step takes, the median of five looks; with several ranks, the first one's. It leaves no trace:
+        no row may advance, and what lies beyond its position counts for nothing.
+        """
+        limit, rng = self.limit.clone(), self.llm.rng.clone()
+        self.limit.copy_(self.llm.pos)
         repeats, times = 10 if self.llm.device.type == "cuda" else 1, []
-        for _ in range(3):
+        for _ in range(5):
             self.llm.synchronize()
             start = time.perf_counter()
             for _ in range(repeats):
                 step()
             self.llm.synchronize()
             times.append((time.perf_counter() - start) / repeats)
-        return self.llm.model.tp.share(min(times))
-
-    # --- decoding -----------------------------------------------------------------------------------------------------
+        self.limit.copy_(limit)
+        self.llm.rng.copy_(rng)
+        return self.llm.model.tp.share(statistics.median(times))
 
     def prefill(self, start: int, end: int) -> None:
         """Let a draft model read the prompts' positions start..end, and what it has missed before them."""
@@ -230,26 +210,21 @@ class Speculator:
     def decode(self, steps: int, live: list[bool]) -> Iterator[list[int]]:
         """As Engine.decode. Rows accept different lengths: a step's tokens come when all live rows have theirs."""
         llm = self.llm
-        self.counts.clear()
+        self.outcomes = []
         self.limit.copy_(llm.pos + steps)
         queues = [deque(row) for row in llm.history.gather(1, llm.pos[:, None]).tolist()]
-        missing = [steps] * len(queues)
         pending: deque[tuple[int, Tensor, Callable[[], None]]] = deque()
         ahead = 2 if llm.device.type == "cuda" else 1  # one round runs while the host reads the one before
         for _ in range(steps + 1):
             while not all(queue or not alive for queue, alive in zip(queues, live)):
-                most = max(
-                    n for n, alive in zip(missing, live) if alive
-                )  # what the pending rounds bring at least is less
-                while len(pending) < min(ahead, most):
+                while len(pending) < ahead:
                     pending.append(self._launch())
                 k, result, wait = pending.popleft()
                 wait()
-                for row, (taken, accepted, *tokens) in enumerate(result.tolist()):
+                for queue, (taken, accepted, *tokens) in zip(queues, result.tolist()):
+                    queue.extend(tokens[:taken])
                     if taken:
-                        self._learn(k, accepted)
-                    queues[row].extend(tokens[:taken])
-                    missing[row] -= taken
+                        self.outcomes.append((k, accepted))
             yield [queue.popleft() if queue else 0 for queue in queues]
 
     def _launch(self) -> tuple[int, Tensor, Callable[[], None]]:
@@ -261,94 +236,61 @@ class Speculator:
         elif k and self.stale:
             self.draft.read((self.llm.pos - self.stale - 1).clamp(min=0), self.stale)
         self.stale = 0 if k else self.stale + 1
-        self.prepare(k)()
-        return k, *self.llm.to_host(self.result)
+        return k, *self.llm.to_host(self.rounds[k]())
 
     def _choose(self) -> int:
-        """The k that promises most tokens a second by the acceptance and the costs measured; 0 is plain decoding."""
+        """The k that promises most tokens a second by the acceptance and the costs measured."""
         if self.k != "auto":
             return self.k
-        if self.napping:
-            self.napping -= 1
-            return 0
-        best = max(self._choices(), key=lambda k: (self.prepare(k), self._expected(k) / self.seconds[k])[1])
-        if best:
-            self.nap = max(NAPS[0], self.nap - 1)
-        else:
-            self.napping, self.nap = self.nap, min(2 * self.nap, NAPS[1])
-            self._forget()  # so that waking up is trying again
-        return best
-
-    def _expected(self, k: int) -> float:
-        """Tokens that a round of k brings. A position not tried lately is thought to be as good as the one before."""
-        chance, reach, tokens = 0.9, 1.0, 1.0
-        for tried, held in zip(self.tried[:k], self.held):
-            chance = (held + chance) / (tried + 1)
+        if not self.seconds:
+            self._time_rounds()
+        recent = self.outcomes[-RECENT * self.llm.batch_size :]
+        chance, reach, tokens = 0.9, 1.0, [1.0]  # tokens that a round of k brings, by k
+        for i in range(MAX_K):
+            held, failed = sum(n > i for _, n in recent), sum(k > i == n for k, n in recent)
+            chance = (held + chance) / (held + failed + 1)  # a place not tried lately is as good as the one before
             reach *= chance
-            tokens += reach
-        return tokens
-
-    def _forget(self) -> None:
-        self.tried, self.held = [0.0] * MAX_K, [0.0] * MAX_K
-
-    def _learn(self, k: int, accepted: int) -> None:
-        self.counts[k, accepted] += 1
-        for i in range(min(accepted + 1, k)):
-            self.tried[i] = 0.9 * self.tried[i] + 1
-            self.held[i] = 0.9 * self.held[i] + (i < accepted)
-
-    # --- account ------------------------------------------------------------------------------------------------------
+            tokens.append(tokens[-1] + reach)
+        return max(self.rounds, key=lambda k: tokens[k] / self.seconds[k])
 
     def work_per_token(self) -> tuple[float, float]:
         """Passes of the target, and of the draft, for each token of the last generation."""
-        tokens = max(1, sum((accepted + 1) * n for (_, accepted), n in self.counts.items()))
-        return self.counts.total() / tokens, sum(k * n for (k, _), n in self.counts.items()) / tokens
+        tokens = max(1, sum(accepted + 1 for _, accepted in self.outcomes))
+        return len(self.outcomes) / tokens, sum(k for k, _ in self.outcomes) / tokens
 
     @torch.inference_mode()
     def report(self, tokens_per_second: float) -> dict:
         """What speculation did in the last generation, which made so many tokens a second a row, and what it was worth.
 
-        Times plain decoding over the last tokens, at most 64, and the parts of a round where the text ends now.
+        Times plain decoding and the parts of a round where the text ends now.
         """
-        llm, counts = self.llm, self.counts
-        by_k = Counter()  # rounds
-        for (k, _), n in counts.items():
-            by_k[k] += n
-        tries = [sum(n for k, n in by_k.items() if k > i) for i in range(max(by_k, default=0))]
-        holds = [sum(n for (_, accepted), n in counts.items() if accepted > i) for i in range(len(tries))]
-        plain_rate = self._plain_rate()
-        usual = max((k for k in by_k if k), key=by_k.get, default=self._choices()[-1])
-        with self.frozen():
-            fed = llm.history.gather(1, llm.pos[:, None] + torch.arange(usual + 1, device=llm.device))
-            draft = self.capture(partial(self.draft.propose, usual))
-            verify = self.capture(partial(self.forward, fed, llm.pos))
-            parts = {"round": self.prepare(usual), "draft": draft, "verify": verify, "plain": self.prepare(0)}
-            ms = {f"{name}_ms": 1e3 * self.time(step) for name, step in parts.items()}
+        llm = self.llm
+        used = Counter(k for k, _ in self.outcomes)
+        tries = [sum(k > i for k, _ in self.outcomes) for i in range(max(used, default=0))]
+        holds = [sum(accepted > i for _, accepted in self.outcomes) for i in range(len(tries))]
+        usual = max((k for k in used if k), key=used.get, default=max(self.rounds))
+
+        def plain() -> None:
+            llm._step()
+            llm.pos.sub_(1)
+
+        fed = llm.history.gather(1, llm.pos[:, None] + torch.arange(usual + 1, device=llm.device))
+        draft = self.capture(partial(self.draft.propose, usual))
+        verify = self.capture(partial(self.forward, fed, llm.pos))
+        parts = {"plain": plain, "round": self.rounds[usual], "draft": draft, "verify": verify}
+        ms = {f"{name}_ms": 1e3 * self.time(step) for name, step in parts.items()}
         return {
             "k": self.k,
-            "rounds_by_k": dict(sorted(by_k.items())),
-            "tokens_per_round": 1 / self.work_per_token()[0] if counts else 0.0,
+            "rounds_by_k": dict(sorted(used.items())),
+            "tokens_per_round": 1 / self.work_per_token()[0] if used else 0.0,
             "mean_accepted": sum(holds) / tries[0] if tries else 0.0,
             "acceptance_by_position": [held / tried for held, tried in zip(holds, tries)],
             "timed_k": usual,
             **ms,
             "overhead_ms": ms["round_ms"] - ms["draft_ms"] - ms["verify_ms"],
-            "plain_tokens_per_second": plain_rate,
-            "speedup": tokens_per_second / plain_rate,
+            "plain_tokens_per_second": 1e3 / ms["plain_ms"],
+            "speedup": tokens_per_second * ms["plain_ms"] / 1e3,
         }
-
-    def _plain_rate(self) -> float:
-        """Tokens a second a row of plain decoding, over the last tokens anew."""
-        pos, steps = self.llm.pos.clone(), min(64, int(self.llm.pos.min()) - 1)
-        self.llm.pos.sub_(steps)
-        self.llm.synchronize()
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.llm._step()
-        self.llm.synchronize()
-        seconds = time.perf_counter() - start
-        self.llm.pos.copy_(pos)
-        return steps / max(seconds, 1e-9)
 
 
 def summary(r: dict) -> str:
