@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,6 @@ texts = (
     | st.text(alphabet=TRICKY, max_size=40)
     | st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
 )
-SLOW = settings(max_examples=40, deadline=None)
 
 
 def write(folder: Path, **files) -> Path:
@@ -91,24 +91,6 @@ def byte_level_json() -> str:
 
 
 @pytest.fixture(scope="session")
-def llama2_json(llama2_model) -> str:
-    """The tokenizer of `llama2_model` in the shape of Llama 2's tokenizer.json, by way of a GGUF's metadata."""
-    return gguf_tokenizer_files(sentencepiece_metadata(llama2_model))["tokenizer.json"]
-
-
-@pytest.fixture(scope="session")
-def metaspace_json() -> str:
-    """Unigram with a Metaspace decoder and no byte fallback: another decoder shape."""
-    tok = tokenizers.Tokenizer(models.Unigram())
-    tok.normalizer = normalizers.NFKC()
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    special = ["<unk>", "<eos>"]
-    trainer = trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=special, show_progress=False)
-    tok.train_from_iterator(CORPUS, trainer)
-    return tok.to_str()
-
-
-@pytest.fixture(scope="session")
 def tiktoken_ranks(byte_level_json) -> bytes:
     """The ranks file of the same BPE as `byte_level_json`."""
     vocab = json.loads(byte_level_json)["model"]["vocab"]
@@ -116,70 +98,72 @@ def tiktoken_ranks(byte_level_json) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def every(tmp_path_factory, llama2_model, llama2_json, byte_level_json, metaspace_json, tiktoken_ranks):
+def every(tmp_path_factory, llama2_model, byte_level_json, tiktoken_ranks):
     """One tokenizer of every kind, by name."""
-    root = tmp_path_factory.mktemp("tokenizers")
-    config = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
-    folders = {
-        "sentencepiece-bpe": write(root / "sp", tokenizer_model=llama2_model),
-        "sentencepiece-unigram": write(root / "uni", tokenizer_model=sentencepiece_model("unigram")),
-        "llama2-json": write(root / "l2", tokenizer_json=llama2_json, tokenizer_config_json=config),
-        "byte-level-json": write(root / "l3", tokenizer_json=byte_level_json),
-        "tiktoken": write(root / "tik", tokenizer_model=tiktoken_ranks),
-        "metaspace-json": write(root / "meta", tokenizer_json=metaspace_json),
+    metaspace = tokenizers.Tokenizer(models.Unigram())
+    metaspace.normalizer = normalizers.NFKC()
+    metaspace.pre_tokenizer, metaspace.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    options = {"unk_token": "<unk>", "special_tokens": ["<unk>", "<eos>"], "show_progress": False}
+    metaspace.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=300, **options))
+    files = {
+        "sentencepiece-bpe": {"tokenizer_model": llama2_model},
+        "sentencepiece-unigram": {"tokenizer_model": sentencepiece_model("unigram")},
+        "llama2-json": {
+            "tokenizer_json": gguf_tokenizer_files(sentencepiece_metadata(llama2_model))["tokenizer.json"],
+            "tokenizer_config_json": {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}},
+        },
+        "byte-level-json": {"tokenizer_json": byte_level_json},
+        "tiktoken": {"tokenizer_model": tiktoken_ranks},
+        "metaspace-json": {"tokenizer_json": metaspace.to_str()},
     }
-    return {name: load_tokenizer(folder) for name, folder in folders.items()}
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {kind: load_tokenizer(write(root / kind, **content)) for kind, content in files.items()}
 
 
-BYTE_KINDS = ("sentencepiece-bpe", "sentencepiece-unigram", "llama2-json", "byte-level-json", "tiktoken")
+LLAMA_KINDS = ("sentencepiece-bpe", "llama2-json", "byte-level-json", "tiktoken")
+BYTE_KINDS = (*LLAMA_KINDS, "sentencepiece-unigram")
 KINDS = (*BYTE_KINDS, "metaspace-json")  # the last cannot spell every text
+
+
+def over(kinds):
+    """The test for each of `kinds`, with texts or other data of Hypothesis."""
+    return lambda test: pytest.mark.parametrize("kind", kinds)(settings(max_examples=40, deadline=None)(test))
 
 
 # --- against the libraries --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-@SLOW
+@over(["sentencepiece-bpe", "sentencepiece-unigram"])
 @given(text=texts)
 def test_sentencepiece_agrees_with_the_library(kind, every, text):
-    tok = every[f"sentencepiece-{kind}"]
-    sp = tok.backend.library
-    assert tok.encode(text, special=False) == [sp.bos_id(), *sp.encode(text)]
-    assert tok.decode(sp.encode(text)) == sp.decode(sp.encode(text))
+    tok, library = every[kind], every[kind].backend.library
+    ids = library.encode(text)
+    assert tok.encode(text, special=False) == [library.bos_id(), *ids]
+    assert tok.decode(ids) == library.decode(ids)
 
 
-@pytest.mark.parametrize("kind", ["llama2-json", "byte-level-json", "metaspace-json"])
-@SLOW
+@over(["llama2-json", "byte-level-json", "metaspace-json"])
 @given(text=texts)
 def test_tokenizer_json_agrees_with_the_library(kind, every, text):
-    tok = every[kind]
-    library = tok.backend.library
-    body = tok.encode(text, bos=False, special=True)
-    library.encode_special_tokens = False
+    tok, library = every[kind], every[kind].backend.library
+    body = tok.encode(text, bos=False)
     assert body == library.encode(text, add_special_tokens=False).ids
     assert tok.decode(body, skip_special=True) == library.decode(body, skip_special_tokens=True)
     assert tok.encode(text) == library.encode(text).ids
 
 
-@SLOW
+@over([("tiktoken", "byte-level-json"), ("llama2-json", "sentencepiece-bpe")])
 @given(text=texts)
-def test_tiktoken_agrees_with_tokenizers_on_the_same_merges(every, text):
-    tik, hf = every["tiktoken"], every["byte-level-json"]
-    ids = tik.encode(text, bos=False, special=False)
-    assert ids == hf.encode(text, bos=False, special=False) or "<tool>" in text
-    assert tik.decode(ids) == tik.backend.library.decode(ids) == text
-
-
-@SLOW
-@given(text=texts)
-def test_gguf_sentencepiece_gives_the_same_ids_as_sentencepiece(every, text):
-    if "<s>" not in text and "</s>" not in text and "<unk>" not in text:
-        ids = every["sentencepiece-bpe"].backend.library.encode(text)
-        assert every["llama2-json"].encode(text, bos=False, special=False) == ids
+def test_two_libraries_agree_on_the_same_merges(kind, every, text):
+    one, other = every[kind[0]], every[kind[1]]
+    text = re.sub("<(tool|/?s|unk)>", "", text)
+    ids = one.encode(text, bos=False, special=False)
+    assert ids == other.encode(text, bos=False, special=False)
+    assert one.decode(ids) == one.backend.library.decode(ids) == other.backend.library.decode(ids)
 
 
 def test_lone_surrogates_become_replacement_characters(every):
-    for tok in every.values():
+    for tok in every.values():  # Python's reading of invalid UTF-8 on a command line
         assert tok.encode("a\udc80b") == tok.encode("a\ufffdb")
         assert tok.encode("\ud83d\ude00") == tok.encode("\U0001f600")  # a pair is its character
 
@@ -187,22 +171,18 @@ def test_lone_surrogates_become_replacement_characters(every):
 # --- decoding and streaming -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@SLOW
-@given(data=st.data())
-def test_streamed_pieces_join_to_decode(kind, every, data):
+@over(KINDS)
+@given(data=st.data(), skip=st.booleans())
+def test_streamed_pieces_join_to_decode(kind, every, data, skip):
     tok = every[kind]
-    ids = data.draw(st.lists(st.integers(0, tok.vocab_size - 1), max_size=30))
-    skip = data.draw(st.booleans())
-    stream = StreamDecoder(tok, skip_special=skip)
-    pieces = [stream.put(i) for i in ids]
-    assert "".join(pieces) + stream.flush() == tok.decode(ids, skip_special=skip)
-    several = StreamDecoder(tok, skip_special=skip)
-    assert several.put(ids) + several.flush() == tok.decode(ids, skip_special=skip)
+    ids = data.draw(st.lists(st.integers(-1, tok.vocab_size), max_size=30))
+    one_by_one, at_once = StreamDecoder(tok, skip_special=skip), StreamDecoder(tok, skip_special=skip)
+    assert "".join(map(one_by_one.put, ids)) + one_by_one.flush() == tok.decode(ids, skip_special=skip)
+    assert at_once.put(ids) + at_once.flush() == tok.decode(ids, skip_special=skip)
+    assert tok.decode([tok.vocab_size, -1]) == "\ufffd\ufffd"  # ids without a token are visible
 
 
-@pytest.mark.parametrize("kind", BYTE_KINDS)
-@SLOW
+@over(BYTE_KINDS)
 @given(text=texts)
 def test_round_trip_and_streaming_never_guesses(kind, every, text):
     tok = every[kind]
@@ -217,33 +197,24 @@ def test_round_trip_and_streaming_never_guesses(kind, every, text):
 
 
 def test_a_character_split_over_tokens_comes_whole(every):
-    for kind in ("sentencepiece-bpe", "llama2-json", "byte-level-json", "tiktoken"):
-        tok = every[kind]
+    for tok in map(every.get, LLAMA_KINDS):
         ids = tok.encode("🦜", bos=False)
         assert len(ids) >= 4  # not in the corpus: four byte tokens
         stream = StreamDecoder(tok)
         assert [stream.put(i) for i in ids][-5:] == [""] * (len(ids) - 1) + ["🦜"]
-        stream = StreamDecoder(tok)
-        stream.put(ids[:-1])
+        stream = StreamDecoder(tok, prompt=ids[:-1])
+        assert stream.put(ids[-1]) == "🦜"  # even where the prompt ends inside it
+        stream = StreamDecoder(tok, prompt=ids[:-1])
         assert stream.flush() == "\ufffd"
 
 
-def byte_ids(tok, data: bytes) -> list[int]:
-    by_bytes = {}
-    for i in reversed(range(tok.vocab_size)):
-        by_bytes[tok.backend.tokens[i]] = i
-    return [by_bytes[bytes([b])] for b in data]
-
-
-@pytest.mark.parametrize("kind", ["llama2-json", "byte-level-json", "tiktoken", "sentencepiece-bpe"])
-@SLOW
+@over(LLAMA_KINDS)
 @given(data=st.binary(max_size=12) | st.lists(st.sampled_from(b"a\xe4\xbd\xa0\xf0\x9f\xed\xff")).map(bytes))
 def test_invalid_byte_tokens_decode_as_python_does(kind, every, data):
     tok = every[kind]
-    ids = byte_ids(tok, b"x" + data)
-    stream = StreamDecoder(tok)
-    streamed = "".join([stream.put(i) for i in ids]) + stream.flush()
-    assert streamed == tok.decode(ids) == (b"x" + data).decode("utf-8", "replace")
+    by_bytes = {token: i for i, token in tok.backend.tokens.items() if len(token) == 1}
+    ids = [by_bytes[bytes([byte])] for byte in b"x" + data]
+    assert tok.decode(ids) == (b"x" + data).decode("utf-8", "replace")
     if kind in ("byte-level-json", "tiktoken"):  # these libraries define it the same way
         assert tok.decode(ids) == tok.backend.library.decode(ids)
 
@@ -261,18 +232,6 @@ def test_leading_space_depends_on_what_came_before(every):
         assert tok.decode(tok.encode("  two spaces", bos=False)) == "  two spaces"
 
 
-def test_a_stream_finishes_the_prompts_last_character(every):
-    tok = every["byte-level-json"]
-    ids = byte_ids(tok, "x🦜".encode())
-    assert StreamDecoder(tok, ids[:-1]).put(ids[-1]) == "🦜"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_ids_without_a_token_are_visible(kind, every):
-    tok = every[kind]
-    assert tok.decode([tok.vocab_size + 5, -1]) == "\ufffd\ufffd"
-
-
 # --- BOS, special tokens, stops ---------------------------------------------------------------------------------------
 
 
@@ -286,27 +245,21 @@ def test_bos_comes_once(kind, every):
     assert tok.encode("") == [tok.bos_id] and tok.encode("", bos=False) == []
 
 
-@pytest.mark.parametrize("post_processor", [True, False])
 @pytest.mark.parametrize("add", [True, False, None])
-def test_the_post_processor_decides_about_bos_as_in_transformers(tmp_path, byte_level_json, add, post_processor):
-    spec = json.loads(byte_level_json)
-    if not post_processor:
-        spec["post_processor"] = None
+def test_who_decides_about_bos(tmp_path, llama2_model, byte_level_json, add):
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "add_bos_token": add}
-    tok = load_tokenizer(write(tmp_path, tokenizer_json=spec, tokenizer_config_json=config))
-    assert tok.encode("Lily") == AutoTokenizer.from_pretrained(tmp_path)("Lily").input_ids
-    assert tok.add_bos is post_processor and tok.bos_id == tok.backend.added["<|begin_of_text|>"]
+    for post_processor in (True, False):  # of a tokenizer.json, as in transformers
+        spec = json.loads(byte_level_json) | ({} if post_processor else {"post_processor": None})
+        tok = load_tokenizer(write(tmp_path, tokenizer_json=spec, tokenizer_config_json=config))
+        assert tok.encode("Lily") == AutoTokenizer.from_pretrained(tmp_path)("Lily").input_ids
+        assert tok.add_bos is post_processor and tok.bos_id == tok.backend.added["<|begin_of_text|>"]
 
-
-@pytest.mark.parametrize("add", [None, True, False])
-def test_add_bos_token_decides_for_sentencepiece(tmp_path, llama2_model, add):
-    config = {} if add is None else {"add_bos_token": add}
-    tok = load_tokenizer(write(tmp_path, tokenizer_model=llama2_model, tokenizer_config_json=config))
+    config = {} if add is None else {"add_bos_token": add}  # of a SentencePiece model
+    tok = load_tokenizer(write(tmp_path / "sp", tokenizer_model=llama2_model, tokenizer_config_json=config))
     assert (tok.encode("dog")[0] == 1) is (add is not False)
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece-bpe", "llama2-json", "byte-level-json", "tiktoken"])
-@SLOW
+@over(LLAMA_KINDS)
 @given(data=st.data())
 def test_special_tokens_in_text(kind, every, data):
     tok = every[kind]
@@ -388,20 +341,6 @@ def test_stop_strings_hold_back_no_more_than_needed():
     assert stop.put("\nUs") == ("", False)
     assert stop.put("er: hi") == ("", True)
     assert stop.put("more") == ("", True) and stop.flush() == ""
-
-
-def test_stop_string_over_tokens(every):
-    tok = every["byte-level-json"]
-    stream, stop, shown = StreamDecoder(tok), StopStrings(["lazy dog"]), ""
-    for i in tok.encode("over the lazy dog and", bos=False):
-        more, stopped = stop.put(stream.put(i))
-        shown += more
-        if stopped:
-            break
-    assert stopped and shown == "over the "
-
-
-def test_an_empty_stop_string_is_refused():
     with pytest.raises(UserError, match="stop string is empty"):
         StopStrings(["a", ""])
 
@@ -427,35 +366,22 @@ message['role'] + '<|end_header_id|>
 {% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>
 
 ' }}{% endif %}""",
-    "qwen2.5": """{%- if tools %}
-    {{- '<tools>' }}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}
-{%- elif messages[0]['role'] == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
-{%- else %}
-    {{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}
-{%- endif %}
+    "features": """{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}
 {%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "assistant" and not message.tool_calls) %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-    {%- elif message.role == "system" %}{%- continue %}
-    {%- endif %}
+    {%- if message.role == "system" %}{%- continue %}{% endif %}
+    {% generation %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endgeneration -%}
 {%- endfor %}
-{% generation %}{{ '' }}{% endgeneration %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think></think>' }}{%- endif %}
-{%- endif %}
+    {%- generation %} a {% endgeneration %}
+{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}
 {{ {"é": "<&>'"} | tojson }}
 """,
 }
 CHATS = [
     [{"role": "user", "content": "Hi"}],
     [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": ' Why <b>? & "é"\n'}],
-    [
-        {"role": "user", "content": "One"},
-        {"role": "assistant", "content": " Two "},
-        {"role": "user", "content": "Three"},
-    ],
+    [{"role": role, "content": text} for role, text in (("user", "One"), ("assistant", " Two "), ("user", "Three"))],
 ]
 ROLES = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
 
@@ -473,7 +399,7 @@ def test_chat_templates_render_as_in_transformers(tmp_path, byte_level_json, nam
     assert tok.encode_chat(chat, generation_prompt) == ids
     if name == "llama3":
         assert tok.encode(expected) == ids and ids.count(tok.bos_id) == 1
-    if name == "qwen2.5":
+    if name == "features":
         extra = {"enable_thinking": False, "tools": [{"name": "f"}]}
         assert tok.render_chat(chat, **extra) == reference(tokenize=False, add_generation_prompt=True, **extra)
 
@@ -507,7 +433,7 @@ def test_llama2_chat_is_encoded_by_turns_as_in_metas_reference(every):
         tok.render_chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
 
 
-def test_where_the_chat_template_comes_from(tmp_path, byte_level_json):
+def test_where_the_chat_template_comes_from(tmp_path, byte_level_json, every):
     def render(name, template, **files):
         files |= {"tokenizer_json": byte_level_json, "tokenizer_config_json": {"chat_template": template}}
         return load_tokenizer(write(tmp_path / name, **files)).render_chat([])
@@ -519,6 +445,8 @@ def test_where_the_chat_template_comes_from(tmp_path, byte_level_json):
     for n, wrong in enumerate([[named[0], named[0]], 7, [{"name": "default"}], {"default": "x"}]):
         with pytest.raises(UserError, match="chat_template must be"):
             render(f"wrong{n}", wrong)
+    with pytest.raises(UserError, match="has no chat template"):
+        every["metaspace-json"].render_chat(CHATS[0])
 
 
 @pytest.mark.parametrize(
@@ -527,12 +455,10 @@ def test_where_the_chat_template_comes_from(tmp_path, byte_level_json):
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
         "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-        "{% set ns = namespace(x=1) %}{{ ns.__class__.__init__.__globals__ }}",
         "{{ '{0.__class__.__base__.__subclasses__}'.format(1)() }}",
         "{{ range(10**9) | list }}",
         "{% if %}",
         "{{ raise_exception('not\nthis') }}",
-        "{{ 1 / 0 }}",
         "{{ messages[0]['content'] + 1 }}",
         "{{ nothing.at.all }}",
         "{% include 'file' %}",
@@ -545,40 +471,36 @@ def test_bad_and_hostile_templates_end_in_one_line(tmp_path, byte_level_json, te
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
-def test_no_chat_template(every):
-    with pytest.raises(UserError, match="has no chat template"):
-        every["metaspace-json"].render_chat(CHATS[0])
-
-
 # --- bad files --------------------------------------------------------------------------------------------------------
 
 
-def test_no_tokenizer(tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match=r"no tokenizer in .*; expected tokenizer\.json, or tokenizer\.model"):
-            load_tokenizer(folder)
+BAD = [
+    ("nothing_txt", b"", "no tokenizer in"),
+    ("tokenizer_model", b"", "is not a tokenizer"),
+    ("tokenizer_model", b"version https://git-lfs.github.com/spec/v1\n", "begins with b'version"),
+    ("tokenizer_json", b"<!DOCTYPE html>", "is not a tokenizer"),
+    ("tokenizer_json", b'{"model": 1}', "damaged or not supported"),
+    ("tokenizer_json", b'{"version": "1.0", "added', "damaged or not supported"),
+    ("tokenizer_json", b'{"version": "\xff"}', "damaged or not supported"),
+    ("tokenizer_model", b"\n\x05garbage", "damaged or not supported"),
+    ("tokenizer_model", b"AA== 0\nAQ==\n", "1 lines of 'base64 rank'"),
+    ("tokenizer_model", b"AA== 0\nA*== 1\n", "1 lines of 'base64 rank'"),
+    ("tokenizer_model", b"AA== 0\nAQ== 7\n", "have gaps"),
+    ("tokenizer_config_json", b"{", "is not valid JSON"),
+    ("tokenizer_config_json", b"[]", "holds a list"),
+    ("config_json", b"\xff\xfe", "is not valid JSON"),
+    ("config_json", {"eos_token_id": [1, None]}, "eos_token_id is [1, None]"),
+    ("generation_config_json", {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+]
 
 
-BAD = {
-    "empty": ("tokenizer_model", b"", "is not a tokenizer"),
-    "git-lfs pointer": ("tokenizer_model", b"version https://git-lfs.github.com/spec/v1\n", "begins with b'version"),
-    "html": ("tokenizer_json", b"<!DOCTYPE html>", "is not a tokenizer"),
-    "json of something else": ("tokenizer_json", b'{"model": 1}', "damaged or not supported"),
-    "json cut short": ("tokenizer_json", b'{"version": "1.0", "added', "damaged or not supported"),
-    "json not utf-8": ("tokenizer_json", b'{"version": "\xff"}', "damaged or not supported"),
-    "protobuf of nothing": ("tokenizer_model", b"\n\x05garbage", "damaged or not supported"),
-    "rank missing": ("tokenizer_model", b"AA== 0\nAQ==\n", "1 lines of 'base64 rank'"),
-    "not base64": ("tokenizer_model", b"AA== 0\nA*== 1\n", "1 lines of 'base64 rank'"),
-    "ranks with gaps": ("tokenizer_model", b"AA== 0\nAQ== 7\n", "have gaps"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_tokenizer_files(tmp_path, case):
-    name, content, message = BAD[case]
+@pytest.mark.parametrize(("name", "content", "message"), BAD)
+def test_bad_files(tmp_path, byte_level_json, name, content, message):
+    good = {"tokenizer_json": byte_level_json} if "config" in name else {}
     with pytest.raises(UserError) as error:
-        load_tokenizer(write(tmp_path, **{name: content}))
-    assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+        load_tokenizer(write(tmp_path, **good, **{name: content}))
+    path = tmp_path if name == "nothing_txt" else tmp_path / name.replace("_json", ".json").replace("_model", ".model")
+    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_files_cut_short(tmp_path, llama2_model, byte_level_json, tiktoken_ranks):
@@ -602,38 +524,16 @@ def test_unsupported_decoder(tmp_path, byte_level_json):
         load_tokenizer(write(tmp_path, tokenizer_json=spec))
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("tokenizer_config_json", "{", "is not valid JSON"),
-        ("tokenizer_config_json", "[]", "holds a list"),
-        ("generation_config_json", {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
-        ("config_json", {"eos_token_id": [1, None]}, "eos_token_id is [1, None]"),
-        ("config_json", b"\xff\xfe", "is not valid JSON"),
-    ],
-)
-def test_bad_config_files(tmp_path, byte_level_json, name, content, message):
-    with pytest.raises(UserError) as error:
-        load_tokenizer(write(tmp_path, tokenizer_json=byte_level_json, **{name: content}))
-    assert message in str(error.value) and name.replace("_json", ".json") in str(error.value)
-
-
 # --- GGUF -------------------------------------------------------------------------------------------------------------
 
 
-def sentencepiece_metadata(model: bytes) -> dict:
+def sentencepiece_metadata(model: bytes, **extra) -> dict:
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-    ids = range(sp.get_piece_size())
-    keys = {
-        "model": "llama",
-        "tokens": [sp.id_to_piece(i) for i in ids],
-        "scores": [sp.get_score(i) for i in ids],
-        "token_type": [2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1 for i in ids],
-        "bos_token_id": sp.bos_id(),
-        "eos_token_id": sp.eos_id(),
-        "unknown_token_id": sp.unk_id(),
-    }
-    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    ids = list(range(sp.get_piece_size()))
+    types = [2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1 for i in ids]
+    lists = {"tokens": sp.id_to_piece(ids), "scores": sp.get_score(ids), "token_type": types}
+    roles = {"bos_token_id": sp.bos_id(), "eos_token_id": sp.eos_id(), "unknown_token_id": sp.unk_id()}
+    return {f"tokenizer.ggml.{key}": value for key, value in {"model": "llama", **lists, **roles, **extra}.items()}
 
 
 def byte_level_metadata(byte_level_json: str, **extra) -> dict:
@@ -641,16 +541,10 @@ def byte_level_metadata(byte_level_json: str, **extra) -> dict:
     added = {token["id"]: token for token in spec["added_tokens"]}
     names = {i: t for t, i in spec["model"]["vocab"].items()} | {i: token["content"] for i, token in added.items()}
     bos, eos, _, _, eot, _ = sorted(added)
-    keys = {
-        "model": "gpt2",
-        "pre": "llama-bpe",
-        "tokens": [names[i] for i in sorted(names)],
-        "token_type": [1 if i not in added else 3 if added[i]["special"] else 4 for i in sorted(names)],
-        "merges": [" ".join(pair) for pair in spec["model"]["merges"]],
-        "bos_token_id": bos,
-        "eos_token_id": eos,
-        "eot_token_id": eot,
-    }
+    keys = {"model": "gpt2", "pre": "llama-bpe", "bos_token_id": bos, "eos_token_id": eos, "eot_token_id": eot}
+    keys["tokens"] = [names[i] for i in sorted(names)]
+    keys["token_type"] = [1 if i not in added else 3 if added[i]["special"] else 4 for i in sorted(names)]
+    keys["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
     metadata = {f"tokenizer.ggml.{key}": value for key, value in (keys | extra).items() if value is not None}
     return metadata | {"tokenizer.chat_template": "{{ bos_token }}T"}
 
@@ -667,12 +561,9 @@ def test_gguf_byte_level(tmp_path, every, byte_level_json):
     assert rebuilt.eos_ids == {added["<|end_of_text|>"], added["<|eot_id|>"]}
     assert rebuilt.render_chat([]) == "<|begin_of_text|>T"
 
-    @SLOW
-    @given(text=texts, special=st.booleans())
-    def gives_the_same_ids(text, special):
-        assert rebuilt.encode(text, special=special) == original.encode(text, special=special)
-
-    gives_the_same_ids()
+    for text in (*CORPUS, TRICKY, "".join(added)):
+        for special in (True, False):
+            assert rebuilt.encode(text, special=special) == original.encode(text, special=special)
 
 
 def test_gguf_files_serve_transformers_too(tmp_path, byte_level_json, llama2_model):
@@ -703,17 +594,14 @@ def test_gguf_pre_tokenizers(byte_level_json, pre, text, words):
     assert [word for word, _ in split] == words
 
 
-@pytest.mark.parametrize(
-    ("pre", "add", "expected"),
-    [("llama-bpe", None, True), ("qwen2", None, False), ("qwen2", True, True), ("llama-bpe", False, False)],
-)
-def test_gguf_bos(tmp_path, byte_level_json, pre, add, expected):
-    tok = from_gguf(tmp_path, byte_level_metadata(byte_level_json, pre=pre, add_bos_token=add))
-    assert (tok.encode("dog")[0] == tok.bos_id) is expected
+def test_gguf_bos(tmp_path, byte_level_json):
+    for pre, add, expected in (("llama-bpe", None, 1), ("qwen2", None, 0), ("qwen2", True, 1), ("llama-bpe", False, 0)):
+        tok = from_gguf(tmp_path, byte_level_metadata(byte_level_json, pre=pre, add_bos_token=add))
+        assert tok.encode("dog").count(tok.bos_id) == expected
 
 
 def test_gguf_sentencepiece_without_space_prefix(tmp_path, llama2_model, every):
-    tok = from_gguf(tmp_path, sentencepiece_metadata(llama2_model) | {"tokenizer.ggml.add_space_prefix": False})
+    tok = from_gguf(tmp_path, sentencepiece_metadata(llama2_model, add_space_prefix=False))
     assert tok.decode(tok.encode(" the dog", bos=False)) == " the dog"
     assert tok.encode(" the") == every["sentencepiece-bpe"].encode("the")
 
@@ -757,12 +645,8 @@ def test_smollm2_reproduces_the_oracle(smollm2_dir):
 def test_smollm2_agrees_with_transformers(smollm2_dir):
     tok, reference = load_tokenizer(smollm2_dir), AutoTokenizer.from_pretrained(smollm2_dir)
     rng = random.Random(0)
-    samples = [*CORPUS, *("".join(rng.choices(TRICKY + CORPUS[4], k=30)) for _ in range(200))]
-    for text in samples:
+    for text in (*CORPUS, *("".join(rng.choices(TRICKY + CORPUS[4], k=30)) for _ in range(200))):
         assert tok.encode(text) == reference(text).input_ids
         assert tok.decode(tok.encode(text)) == text
     for chat in CHATS:
         assert tok.render_chat(chat) == reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        assert tok.encode_chat(chat) == reference.apply_chat_template(
-            chat, add_generation_prompt=True, return_dict=False
-        )
