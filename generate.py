@@ -147,16 +147,19 @@ class Engine:
             self.compile_seconds = time.perf_counter() - start
 
     def _compile(self, decode: bool, prefill: bool) -> None:
-        with torch.inference_mode():
+        # Where every hot operation is a kernel of ours, the CUDA graph alone is what torch.compile would add.
+        inductor = not (self.device.type == "cuda" and kernels.fits(self.model.norm.weight[None]))
+        # Engines share the limit on compilations of a function, each of which is wanted.
+        limit = torch._dynamo.config.patch(recompile_limit=1000) if inductor or prefill else nullcontext()
+        with torch.inference_mode(), limit:
             if prefill:
                 self._prefill = torch.compile(self._eager_prefill, fullgraph=True, dynamic=True)
                 for n in (2, 5, 10, 20, 40):  # layers choose by the number of rows: visit each choice
                     tokens = self.history[:, : min(n, self.cache.length)].clone()
                     self._prefill(tokens, torch.zeros_like(self.pos), torch.zeros_like(self.pos))
-            # Where every hot operation is a kernel of ours, the CUDA graph alone is what torch.compile would add.
-            inductor = not (self.device.type == "cuda" and kernels.fits(self.model.norm.weight[None]))
             capture = _cuda_graph if self.device.type == "cuda" else None
             if decode:
+                # Static: automatic dynamic shapes, as a second model would set off, break nested regions.
                 step = torch.compile(self._eager_step, fullgraph=True, dynamic=False) if inductor else self._eager_step
                 step()
                 self._step = capture(step) if capture else step

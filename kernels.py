@@ -920,7 +920,7 @@ def fits(x: Tensor) -> bool:
 
 
 def _op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Make a function the op gptfast::name. torch.library.custom_op would add what only training needs: 60 us a call."""
+    """Make a function the op gptfast::name. (torch.library.custom_op adds what training needs, 60 us a call.)"""
 
     def register(function: Callable) -> Callable:
         schema = torch.library.infer_schema(function, mutates_args=mutates)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,9 @@ if not torch.cuda.is_available():  # before anything imports Triton, which then 
 
 REPO = Path(__file__).resolve().parent.parent
 SMOLLM2 = Path(os.environ.get("GPTFAST_SMOLLM2", REPO / "checkpoints" / "SmolLM2-135M-Instruct"))
+
+# A shell's background jobs ignore Ctrl-C, and so would the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

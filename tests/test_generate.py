@@ -112,7 +112,9 @@ def test_models_of_different_shapes_compile_in_one_process(tiny, tmp_path):
     for path in (tiny[0], tmp_path):
         options = {"device": "cpu", "precision": "fp32", "sampler": GREEDY, "max_seq_length": 48}
         eager, compiled = (load(path / "model.pth", **options, compile=compile) for compile in (False, True))
-        assert list(generate(compiled, [9, 8, 7], 9, is_stop=never)) == list(generate(eager, [9, 8, 7], 9, is_stop=never))
+        assert list(generate(compiled, [9, 8, 7], 9, is_stop=never)) == list(
+            generate(eager, [9, 8, 7], 9, is_stop=never)
+        )
 
 
 def test_seed_repeats_a_run(tiny):
