@@ -301,6 +301,24 @@ class Transformer(nn.Module):
         if config.tied:
             self.output.weight = self.tok_embeddings.weight
 
+    def hidden(self, tokens: Tensor, input_pos: Tensor, cache: "KVCache", *, context: int = 0) -> Tensor:
+        """What the output layer reads of new tokens (before the last norm), whose keys and values enter the cache.
+
+        Positions past a row's end may hold padding: what it writes is overwritten before a real token can see it.
+
+        tokens: (B, S) int, the new tokens of each row; input_pos: (B,) int, the position of each row's first new token;
+        context: an upper bound of the positions in use after this call when the host knows one (0: it does not),
+        which spares reading it from the device. Returns (B, S, C).
+        """
+        x = self.tp.embed(tokens, self.tok_embeddings.weight)
+        for layer, k, v in zip(self.layers, cache.k, cache.v):
+            x = layer(x, input_pos, k, v, cache.rope, context)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The output layer: (..., C) -> fp32 (..., V)."""
+        return self.tp.gather(self.output(x, norm=self.norm, fp32=True), self.config.vocab_size)
+
     def forward(
         self,
         tokens: Tensor,
@@ -311,21 +329,14 @@ class Transformer(nn.Module):
         all_logits: bool = False,
         context: int = 0,
     ) -> Tensor:
-        """Logits of new tokens, whose keys and values enter the cache. Positions past a row's end may hold padding:
-        what padding writes is overwritten before a real token can see it.
+        """Logits of new tokens, arguments as `hidden`'s: fp32 (B, 1, V), or (B, S, V) with all_logits.
 
-        tokens: (B, S) int, the new tokens of each row; input_pos: (B,) int, the position of each row's first new token;
-        last: (B,) int, the index in S whose logits are wanted, by default the last; all_logits: every index instead;
-        context: an upper bound of the positions in use after this call when the host knows one (0: it does not),
-        which spares reading it from the device.
-        Returns fp32 (B, 1, V), or (B, S, V) with all_logits.
+        last: (B,) int, the index in S whose logits are wanted, by default the last.
         """
-        x = self.tp.embed(tokens, self.tok_embeddings.weight)  # (B, S, C)
-        for layer, k, v in zip(self.layers, cache.k, cache.v):
-            x = layer(x, input_pos, k, v, cache.rope, context)
+        x = self.hidden(tokens, input_pos, cache, context=context)
         if not all_logits:
             x = x[:, -1:] if last is None else x[torch.arange(len(x), device=x.device), last].unsqueeze(1)
-        return self.tp.gather(self.output(x, norm=self.norm, fp32=True), self.config.vocab_size)
+        return self.logits(x)
 
 
 class KVCache:
