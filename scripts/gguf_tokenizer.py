@@ -76,28 +76,18 @@ def gguf_tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
         for i, (token, t) in enumerate(zip(tokens, types))
         if t in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(add_bos)}
-    config |= {role: tokens[i] for role, i in ids.items()}
+    names = {role: tokens[i] for role, i in ids.items()}
+    post = _bos_post_processor(names["bos_token"], ids["bos_token"]) if add_bos else None
+    shape = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "post_processor": post}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(add_bos), **names}
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata["tokenizer.chat_template"]
-    post = {"post_processor": _bos_post_processor(tokens[ids["bos_token"]], ids["bos_token"]) if add_bos else None}
-    ends = [given.get(f"{key}_token_id") for key in ("eos", "eot", "eom")]
-    generation = {"eos_token_id": sorted({int(i) for i in ends if i is not None})}
+    ends = {int(given[key]) for key in ("eos_token_id", "eot_token_id", "eom_token_id") if given.get(key) is not None}
+    generation = {"eos_token_id": sorted(ends)}
     if "bos_token" in ids:
         generation["bos_token_id"] = int(ids["bos_token"])
-    files = {
-        "tokenizer.json": {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            **pipeline,
-            **post,
-        },
-        "tokenizer_config.json": config,
-        "generation_config.json": generation,
-    }
-    return {name: json.dumps(content, ensure_ascii=False, indent=1) + "\n" for name, content in files.items()}
+    files = {"tokenizer": shape | pipeline, "tokenizer_config": config, "generation_config": generation}
+    return {f"{name}.json": json.dumps(value, ensure_ascii=False, indent=1) + "\n" for name, value in files.items()}
 
 
 def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: _PreTokenizer) -> dict:
