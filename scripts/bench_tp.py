@@ -14,7 +14,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -55,76 +54,61 @@ def main() -> None:
         return
     if torch.cuda.device_count() < max(args.gpus):
         raise UserError(f"--gpus {max(args.gpus)}: this machine has {torch.cuda.device_count()}")
-    start = time.perf_counter()
     # Every number of GPUs has kernels of its own, whose compilation none of the others need wait for.
     for process in [_torchrun(args, n, "--layers", "1", "--runs", "1", "--max_new_tokens", "9") for n in args.gpus]:
         _finish(process, args.timeout)
-    results = {"compiled_ahead_seconds": time.perf_counter() - start, "gpus": {}}
+    results = {}
     for n in args.gpus:
-        start = time.perf_counter()
-        error = _finish(_torchrun(args, n), args.timeout)
-        part = _part(args, n)
-        found = json.loads(part.read_text()) if part.exists() else {}
-        results["gpus"][n] = found | {"error": error, "seconds": time.perf_counter() - start}
-        part.unlink(missing_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    print(_table(results["gpus"]))
-
-
-def _part(args: argparse.Namespace, n: int) -> Path:
-    return args.json.with_suffix(f".{n}.json")
+        results[n] = _finish(_torchrun(args, n), args.timeout)
+        args.json.write_text(json.dumps({"gpus": results}, indent=1) + "\n")
+    print(_table(results))
 
 
 def _torchrun(args: argparse.Namespace, n: int, *more: str) -> subprocess.Popen:
     models = [m for m in args.models if m != LARGE or n == max(args.gpus) > 1] or args.models
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1"]
-    command += [f"--nproc_per_node={n}", __file__]
-    command += [args.json, "--rank", "--gpus", n, "--models", *models, "--modes", *args.modes]
+    command += [f"--nproc_per_node={n}", __file__, args.json, "--rank", "--models", *models, "--modes", *args.modes]
     command += ["--runs", args.runs, "--max_new_tokens", args.max_new_tokens, *more]
-    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def _finish(process: subprocess.Popen, timeout: float) -> str:
-    """What went wrong, if anything did."""
+def _finish(process: subprocess.Popen, timeout: float) -> dict:
+    """What rank 0 found, with all rows in a list, and what went wrong, if anything did."""
+    late = ""
     try:
-        _, errors = process.communicate(timeout=timeout)
+        out, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun ends its ranks
-        _, errors = process.communicate()
-        return f"more than {timeout} seconds: {errors[-2000:]}"
-    if process.returncode:
-        print(errors[-4000:], file=sys.stderr)
-    return errors[-4000:] if process.returncode else ""
+        out, errors = process.communicate()
+        late = f"more than {timeout} seconds\n"
+    found = {"error": late + errors[-4000:] if process.returncode else "", "rows": []}
+    print(found["error"], end="", file=sys.stderr)
+    for item in (json.loads(line) for line in out.splitlines() if line.startswith("{")):
+        if "mode" in item:
+            found["rows"].append(item)
+        else:
+            found |= item
+    return found
 
 
 def _rank(args: argparse.Namespace, tp: TensorParallel) -> None:
+    """Measure, and print a line of JSON for whatever is found as soon as it is."""
     device = pick_device("cuda")
-    torch.cuda.set_device(device)
     bandwidth = kernels.read_bandwidth(device)
-    results = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "read_bandwidth": bandwidth}
-    results["rows"] = []
-
-    def save() -> None:
-        if tp.rank == 0 and not args.layers:
-            _part(args, tp.world).write_text(json.dumps(results))
-
+    name = torch.cuda.get_device_name(device)
+    print(json.dumps({"device": name, "torch": torch.__version__, "read_bandwidth": bandwidth}), flush=True)
+    if tp.world > 1 and not args.layers:
+        print(json.dumps({"all_reduce_us": all_reduce_times(tp, device)}), flush=True)
     settings = argparse.Namespace(**vars(args), prompt_length=5, temperature=0.8, top_k=200, rows=[])
-    for name in args.models:
-        config = ModelConfig.from_name(name)
+    for model_name, mode in itertools.product(args.models, args.modes):
+        config = ModelConfig.from_name(model_name)
         config = replace(config, n_layer=args.layers or config.n_layer)
-        for mode in args.modes:
-            begin = time.perf_counter()
-            model = bench.random_model(config, mode, device, torch.bfloat16, tp)
-            row = asdict(bench.measure(name, mode, model, settings, bandwidth))
-            results["rows"].append(row | {"seconds": time.perf_counter() - begin})
-            save()
-            del model
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        if tp.world > 1 and not args.layers and "all_reduce_us" not in results:
-            results["all_reduce_us"] = all_reduce_times(tp, device)
-            save()
+        model = bench.random_model(config, mode, device, torch.bfloat16, tp)
+        print(json.dumps(asdict(bench.measure(model_name, mode, model, settings, bandwidth))), flush=True)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def all_reduce_times(tp: TensorParallel, device: torch.device) -> dict[str, dict[str, float]]:
@@ -175,18 +159,16 @@ def _graph_time(step: Callable[[], object], calls: int = 100, replays: int = 10)
 def _table(gpus: dict[int, dict]) -> str:
     lines = ["| model | weights | GPUs | tok/s (min-max) | x one GPU | of read bandwidth | step ms | prefill ms |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    alone = {(r["model"], r["mode"]): r["tokens_per_second"] for r in gpus.get(1, {}).get("rows", [])}
-    for n, part in gpus.items():
-        for r in part.get("rows", []):
-            one = alone.get((r["model"], r["mode"]))
-            gain = f"{r['tokens_per_second'] / one:.2f}" if one else ""
-            lines.append(
-                f"| {r['model']} | {r['mode']} | {n} | {r['tokens_per_second']:.1f} "
-                f"({r['spread'][0]:.1f}-{r['spread'][1]:.1f}) | {gain} "
-                f"| {r['fraction']:.3f} | {r['step_ms']:.3f} | {r['prefill_ms']:.1f} |"
-            )
-    for n, part in gpus.items():
-        for size, ways in part.get("all_reduce_us", {}).items():
+    alone = {(r["model"], r["mode"]): r["tokens_per_second"] for r in gpus.get(1, {"rows": []})["rows"]}
+    for n, r in ((n, r) for n, found in gpus.items() for r in found["rows"]):
+        one = alone.get((r["model"], r["mode"]))
+        gain = f"{r['tokens_per_second'] / one:.2f}" if one else ""
+        lines.append(
+            f"| {r['model']} | {r['mode']} | {n} | {r['tokens_per_second']:.1f} ({r['spread'][0]:.1f}-"
+            f"{r['spread'][1]:.1f}) | {gain} | {r['fraction']:.3f} | {r['step_ms']:.3f} | {r['prefill_ms']:.1f} |"
+        )
+    for n, found in gpus.items():
+        for size, ways in found.get("all_reduce_us", {}).items():
             lines.append(f"all-reduce of {size}, {n} GPUs: " + ", ".join(f"{w} {t:.2f} us" for w, t in ways.items()))
     return "\n".join(lines)
 
