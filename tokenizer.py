@@ -310,7 +310,8 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     go on in silence would hide a broken download. Raises UserError that names the file and what is accepted.
     """
     folder = Path(checkpoint_dir)
-    config = read_json(folder / "tokenizer_config.json", missing={})
+    names = ("special_tokens_map.json", "tokenizer_config.json")
+    config = {key: value for name in names for key, value in read_json(folder / name, missing={}).items()}
     backend = _load_backend(folder, config)
     roles = {"bos_token": "", "eos_token": ""} | backend.roles
     roles |= {key: token for key, value in config.items() if key.endswith("_token") and (token := _token_text(value))}

@@ -51,18 +51,16 @@ def write(folder: Path, **files) -> Path:
     return folder
 
 
-def sentencepiece_model(kind: str, **options) -> bytes:
+def sentencepiece_model(kind: str) -> bytes:
     """A small model with Llama 2's options."""
     out = io.BytesIO()
-    defaults = {
+    options = {
         "byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity", "num_threads": 1,
         "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "minloglevel": 2, "vocab_size": 480,
-        "hard_vocab_limit": False, "character_coverage": 0.98,
+        "hard_vocab_limit": False, "character_coverage": 0.98, "model_type": kind,
     }  # fmt: skip
     lines = [line for text in CORPUS * 3 for line in text.split("\n") if line]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=out, model_type=kind, **(defaults | options)
-    )
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, **options)
     return out.getvalue()
 
 
@@ -285,9 +283,9 @@ def test_sentencepiece_added_tokens_beyond_the_model(tmp_path, llama2_model, eve
 
 
 def test_stop_ids_are_the_union(tmp_path, byte_level_json):
-    config = {"eos_token": {"content": "<|end_of_text|>"}, "bos_token": "<|begin_of_text|>"}
-    ends = {"generation_config_json": {"eos_token_id": [7, 8]}, "config_json": {"eos_token_id": 9}}
-    tok = load_tokenizer(write(tmp_path, tokenizer_json=byte_level_json, tokenizer_config_json=config, **ends))
+    files = {"special_tokens_map_json": {"eos_token": {"content": "<|end_of_text|>"}}}
+    files |= {"generation_config_json": {"eos_token_id": [7, 8]}, "config_json": {"eos_token_id": 9}}
+    tok = load_tokenizer(write(tmp_path, tokenizer_json=byte_level_json, tokenizer_config_json={}, **files))
     assert tok.eos_ids == {7, 8, 9, tok.backend.added["<|end_of_text|>"]}
     assert tok.stop_ids == tok.eos_ids | {tok.backend.added["<|eot_id|>"]}
 
