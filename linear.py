@@ -48,7 +48,7 @@ class Linear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight as the matrix (N, K) it stands for."""
-        return self.weight.to(dtype)
+        return kernels.dequantize(self.weight, self.scales, self.zeros, dtype)[:, : self.in_features]
 
     def matmul(self, x: Tensor) -> Tensor:
         """W x for x (..., K), in plain PyTorch."""
@@ -62,19 +62,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, norm=None, residual: Tensor | None = None, fp32: bool = False) -> Tensor:
         """x (..., K) -> (..., N) in x's dtype, or fp32 if asked."""
-        if kernels.fits(x):
-            out = kernels.linear(
-                x.flatten(0, -2),
-                self.weight,
-                self.scales,
-                self.zeros,
-                bias=self.bias,
-                norm=None if norm is None else norm.weight,
-                eps=0.0 if norm is None else norm.eps,
-                residual=None if residual is None else residual.flatten(0, -2),
-                out_dtype=torch.float32 if fp32 else x.dtype,
-            )
-            return out.view(*x.shape[:-1], self.out_features)
+        gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        if kernels.takes(x, self.weight, gain):
+            dtype = torch.float32 if fp32 else x.dtype
+            return kernels.linear(x, self.weight, self.scales, self.bias, gain, eps, residual, dtype)
         y = self.matmul(x if norm is None else norm(x))
         if self.bias is not None:
             y = y + self.bias
@@ -85,19 +76,8 @@ class Linear(nn.Module):
 
 def gated(w1: Linear, w3: Linear, x: Tensor, norm) -> Tensor:
     """silu(w1 norm(x)) * (w3 norm(x)) for x (..., K)."""
-    if kernels.fits(x) and w1.bias is None:
-        out = kernels.gated_linear(
-            x.flatten(0, -2),
-            w1.weight,
-            w3.weight,
-            w1.scales,
-            w3.scales,
-            w1.zeros,
-            w3.zeros,
-            norm=norm.weight,
-            eps=norm.eps,
-        )
-        return out.view(*x.shape[:-1], w1.out_features)
+    if kernels.takes(x, w1.weight, norm.weight) and w1.weight.dtype == w3.weight.dtype and w1.bias is None:
+        return kernels.linear(x, w1.weight, w1.scales, norm=norm.weight, eps=norm.eps, w3=w3.weight, s3=w3.scales)
     x = norm(x)
     return F.silu(w1(x)) * w3(x)
 
@@ -112,9 +92,6 @@ class Int8Linear(Linear):
         scales = (weight.abs().amax(1) / 127.5).clamp(min=torch.finfo(torch.float32).eps)
         q = (weight / scales[:, None]).round().clamp(-128, 127)
         return {"weight": q.to(torch.int8), "scales": scales.bfloat16()}
-
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        return (self.weight.to(dtype) * self.scales[:, None]).to(dtype)  # fp16 alone would not hold small scales
 
     def matmul(self, x: Tensor) -> Tensor:
         # PyTorch's CPU kernel reads past the end of rows that are not a multiple of its vectors.
@@ -134,10 +111,6 @@ class FP8Linear(Linear):
         scales = (weight.abs().amax(1) / top).clamp(min=torch.finfo(torch.float32).eps).bfloat16()
         q = (weight / scales.float()[:, None]).clamp(-top, top)  # the scale may have been rounded down
         return {"weight": q.to(torch.float8_e4m3fn), "scales": scales}
-
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        weight = self.weight.to(dtype)
-        return weight if self.scales is None else (weight * self.scales[:, None]).to(dtype)
 
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().pack(dtype)
@@ -179,19 +152,14 @@ class Int4Linear(Linear):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         if self.packed_for_cpu:  # the layout depends on the CPU: let its kernel undo it
             return self.matmul(torch.eye(self.in_features, dtype=torch.bfloat16)).t().to(dtype)
-        weight, scales, zeros = self.weight, self.scales, self.zeros
-        if weight.dtype is torch.int32:
-            weight, scales, zeros = kernels.unpack_int4(weight, scales)
-        offsets = _nibbles(weight).to(dtype).unflatten(1, (scales.shape[1], -1)) - 8
-        matrix = torch.addcmul(zeros[..., None], offsets, scales[..., None]).to(dtype)  # one rounding, not two
-        return matrix.flatten(1)[:, : self.in_features]
+        return super().dequantized(dtype)
 
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().pack(dtype)
         if dtype.itemsize == 2 and self.weight.is_cuda and self.out_features % 8 == 0:
             weight, scales = kernels.pack_int4(self.weight, self.scales, self.zeros)
         elif dtype is torch.bfloat16 and self.weight.is_cpu and self.out_features % 16 == 0:
-            weight = torch._convert_weight_to_int4pack_for_cpu(_nibbles(self.weight).int(), 1)
+            weight = torch._convert_weight_to_int4pack_for_cpu(kernels.nibbles(self.weight).int(), 1)
             scales = torch.stack((self.scales.t(), self.zeros.t()), -1).contiguous()  # (K'/G, N, 2)
             self.packed_for_cpu = True
         else:
@@ -253,11 +221,6 @@ def linear_from_tensors(in_features: int, out_features: int, tensors: dict[str, 
     raise UserError(
         f"{name or 'a linear layer'} needs a plain, int8, fp8 or int4 weight for {[N, K]}; found {found or 'none'}"
     )
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """uint8 (N, K/2), low nibble first -> uint8 (N, K)."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
 
 
 def _rows(x: Tensor) -> int:

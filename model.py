@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+from attention import attend
 from errors import UserError
 from linear import Linear, gated
 from tp import TensorParallel
@@ -233,7 +233,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, norm: RMSNorm, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor, context: int
     ) -> Tensor:
-        y = kernels.attend(
+        y = attend(
             self.project_in(x, norm),
             k,
             v,

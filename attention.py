@@ -1,0 +1,298 @@
+"""Causal attention of new tokens over a static cache, RoPE and cache write included, as the torch op gptfast::attend.
+
+For 1 to 16 new tokens on an NVIDIA GPU it is one Triton kernel, otherwise the plain PyTorch reference beside it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import MAX_ROWS, is_hopper, op, rms_norm, tl, tlx, triton, zeros
+
+
+def rotate(x: Tensor, positions: Tensor, rope: Tensor) -> Tensor:
+    """RoPE on interleaved pairs (2i, 2i + 1) of x (B, S, heads, D) at positions (B, S); rope (P, R/2, 2) of (cos, sin).
+
+    Rotates the first R dimensions and passes the rest (Su et al., arXiv:2104.09864, in gpt-fast's pairing).
+    """
+    turns = torch.view_as_complex(rope[positions.clamp(max=rope.shape[0] - 1)]).unsqueeze(2)  # (B, S, 1, R/2)
+    rotary = 2 * rope.shape[1]
+    pairs = torch.view_as_complex(x[..., :rotary].float().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    return turned if rotary == x.shape[-1] else torch.cat((turned, x[..., rotary:]), dim=-1)
+
+
+def attend_reference(
+    qkv, k_cache, v_cache, input_pos, rope, q_norm=None, k_norm=None, eps=0.0, n_head=1, window=0, context=0, scale=None
+):
+    B, S, _ = qkv.shape
+    _, Hkv, T, D = k_cache.shape
+    qk, v = qkv.view(B, S, -1, D).split((n_head + Hkv, Hkv), dim=2)  # (B, S, heads, D)
+    if q_norm is not None:
+        q, k = qk.split((n_head, Hkv), dim=2)
+        qk = torch.cat((rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)), dim=2)
+    positions = input_pos[:, None] + torch.arange(S, device=qkv.device)  # (B, S)
+    if rope is not None:
+        qk = rotate(qk, positions, rope)
+    q, k = qk.split((n_head, Hkv), dim=2)
+    starts = input_pos.tolist() if qkv.is_cpu else None  # reading them costs nothing here
+    context = max(starts) + S if starts else context
+    _write_cache(k_cache, k, input_pos, starts)
+    _write_cache(v_cache, v, input_pos, starts)
+    live = min(context or T, T)
+    keys, values = k_cache[:, :, :live].to(q.dtype), v_cache[:, :, :live].to(q.dtype)
+    if len(positions) == S == 1 and starts and not window:
+        mask = None  # a token that sees all
+    else:
+        j = torch.arange(live, device=qkv.device)
+        mask = j <= positions[..., None]  # (B, S, live)
+        if window > 0:
+            mask &= j > positions[..., None] - window
+        mask = mask[:, None, :, None].expand(-1, -1, -1, n_head // Hkv, -1).flatten(2, 3)  # (B, 1, S G, live)
+    # Query heads that share a key become rows beside each other: PyTorch's own grouping, with a mask, is slow.
+    q = q.unflatten(2, (Hkv, -1)).transpose(1, 2).flatten(2, 3)  # (B, Hkv, S G, D)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+    return out.unflatten(2, (S, -1)).transpose(1, 2).reshape(B, S, n_head * D)
+
+
+def _write_cache(cache: Tensor, new: Tensor, input_pos: Tensor, starts: list[int] | None = None) -> None:
+    """Put new (B, S, Hkv, D) at positions input_pos + s of the cache (B, Hkv, T, D); what lies beyond T is dropped.
+
+    starts: input_pos, if the host knows it.
+    """
+    B, S, _, _ = new.shape
+    T = cache.shape[2]
+    if starts is not None:
+        for row, start in enumerate(starts):
+            cache[row, :, start : start + S] = new[row, : max(T - start, 0)].transpose(0, 1)
+        return
+    new, S = new[:, :T], min(S, T)
+    # The S slots from min(pos, T - S) on always exist; those before pos keep what they hold. No host sync is needed.
+    slot = input_pos.clamp(max=T - S)[:, None] + torch.arange(S, device=new.device)  # (B, S)
+    batch = torch.arange(B, device=new.device)[:, None]
+    source = slot - input_pos[:, None]
+    fresh = new[batch, source.clamp(min=0)].to(cache.dtype)
+    cache[batch, :, slot] = torch.where((source >= 0)[..., None, None], fresh, cache[batch, :, slot])
+
+
+if triton is not None:
+
+    @triton.jit
+    def _heads(
+        at, valid, positions, rope, norm, eps, max_position, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr
+    ):  # fmt: skip
+        """Heads (R, DP) at pointers `at` (R,), normalised if asked and rotated to `positions` (R,); zeros past D."""
+        d = tl.arange(0, DP)[None, :]
+        heads = tl.load(at[:, None] + d, mask=valid[:, None] & (d < D), other=0.0)
+        x = heads.to(tl.float32)
+        if norm is not None:
+            gain = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+            x = (x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None] * gain).to(heads.dtype).to(tl.float32)
+        if rope is not None:
+            table = rope + tl.minimum(positions, max_position)[:, None] * ROTARY + d
+            turn = tl.load(table, mask=valid[:, None] & (d < ROTARY), other=0.0)
+            even, odd = tl.split(x.reshape(x.shape[0], DP // 2, 2))
+            cos, sin = tl.split(turn.reshape(x.shape[0], DP // 2, 2))
+            turned = tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(x.shape[0], DP)
+            x = tl.where(d < ROTARY, turned, x)
+        return x.to(heads.dtype)
+
+    @triton.jit
+    def _attend_kernel(
+        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, arrived,
+        S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h, stride_t,
+        G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
+        W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """ROWS query rows (new token s, head g) of one key head, on one part of the keys; KEYS a warp and step.
+
+        The keys in the cache are cut into parts of at least SHARE, at most SPLITS; programs without one leave at once.
+        The last part's program first writes the new keys and values. Whichever program of these rows is the last to
+        finish combines the parts (flash decoding without a second launch). As in the linear kernel, tiles of keys
+        and values are loaded as fragments, by permuting what the dot products sum over or, for values, the features.
+        """
+        X: tl.constexpr = DP // 32
+        Y: tl.constexpr = KEYS // 8
+        Z: tl.constexpr = DP // (8 * W)  # a lane's neighbouring features of a value
+        STEP: tl.constexpr = W * KEYS
+        head = tl.program_id(0)  # (b, hkv)
+        split = tl.program_id(1)
+        block = tl.program_id(2)
+        b = head // Hkv
+        h = head % Hkv
+        if PDL:
+            tlx.gdc_launch_dependents()
+            tlx.gdc_wait()
+        pos = tl.load(input_pos + b).to(tl.int32)
+        first = tl.where(window > 0, tl.maximum(pos - window + 1, 0), 0)
+        old = tl.minimum(pos, T) - first
+        share = tl.maximum(tl.cdiv(old, SPLITS), SHARE)
+        parts = tl.maximum(tl.cdiv(old, share), 1)
+        if split >= parts:
+            return
+
+        keys = k_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        values = v_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        width = (Hkv * (G + 2)) * D
+        base = qkv + b.to(tl.int64) * S * width
+        begin = first + split * share
+        end = tl.minimum(begin + share, pos)
+        if split == parts - 1:
+            n = tl.arange(0, NEW)
+            k_rows = base + n * width + (Hkv * G + h) * D
+            k = _heads(k_rows, n < S, pos + n, rope, k_norm, eps, max_position, D, DP, ROTARY)
+            v = _heads(k_rows + Hkv * D, n < S, pos + n, None, None, eps, max_position, D, DP, ROTARY)
+            to = (pos + n).to(tl.int64)[:, None] * stride_t + tl.arange(0, DP)[None, :]
+            written = ((n < S) & (pos + n < T))[:, None] & (tl.arange(0, DP) < D)[None, :]
+            tl.store(keys + to, k.to(k_cache.dtype.element_ty), mask=written)
+            tl.store(values + to, v.to(v_cache.dtype.element_ty), mask=written)
+            end = pos + S
+            tl.debug_barrier()  # before they are read back
+        end = tl.minimum(end, T)
+
+        row = block * ROWS + tl.arange(0, ROWS)
+        q_rows = base + row // G * width + (h * G + row % G) * D
+        q = _heads(q_rows, row < S * G, pos + row // G, rope, q_norm, eps, max_position, D, DP, ROTARY)
+        # K as its fragments have it: (X, ul, j, uh, e) for feature 32 X + 8 j + 4 uh + 2 ul + e
+        q = q.reshape(ROWS, X, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5).reshape(1, ROWS, DP)
+        q = tl.broadcast_to(q, (W, ROWS, DP))
+
+        j = tl.arange(0, 4)[:, None, None, None, None, None]
+        i = tl.arange(0, 8)[None, :, None, None, None, None]
+        warp = tl.arange(0, W)[None, None, :, None, None, None]
+        key_of_k = warp * KEYS + tl.arange(0, Y)[None, None, None, :, None, None] * 8 + i
+        d_of_k = tl.arange(0, X)[None, None, None, None, :, None] * 32 + j * 8
+        d_of_k += tl.arange(0, 8)[None, None, None, None, None, :]
+        pair = tl.arange(0, STEP // 4)[None, None, None, :, None, None]
+        key_of_v = pair // 2 * 8 + j * 2 + pair % 2
+        d_of_v = (warp * 8 + i) * Z + tl.arange(0, Z)[None, None, None, None, None, :]
+        key_of_p = tl.arange(0, W)[:, None, None] * KEYS + tl.arange(0, KEYS)[None, None, :]
+        last = pos + (block * ROWS + tl.arange(0, ROWS)[None, :, None]) // G  # the last key that a row sees
+
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, DP), tl.float32)
+        for t0 in range(begin, end, STEP):
+            t = t0 + key_of_k
+            k = tl.load(keys + t.to(tl.int64) * stride_t + d_of_k, mask=(t < end) & (d_of_k < D), other=0.0)
+            t = t0 + key_of_v
+            v = tl.load(values + t.to(tl.int64) * stride_t + d_of_v, mask=(t < end) & (d_of_v < D), other=0.0)
+            k = k.reshape(4, 8, W, Y, X, 2, 2, 2).permute(2, 4, 6, 0, 5, 7, 3, 1).reshape(W, DP, KEYS)
+            scores = tl.dot(q, k.to(q.dtype)) * scale  # (W, ROWS, KEYS), in units of log2 e
+            t = t0 + key_of_p
+            scores = tl.where((t < end) & (t <= last) & ((window <= 0) | (t > last - window)), scores, float("-inf"))
+            # online softmax (Milakov and Gimelshein, arXiv:1805.02867)
+            new_top = tl.maximum(top, tl.max(tl.max(scores, 2), 0))
+            safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+            p = tl.exp2(scores - safe[None, :, None])
+            fade = tl.exp2(top - safe)
+            total = total * fade + tl.sum(tl.sum(p, 2), 0)
+            top = new_top
+            p = p.to(q.dtype).permute(1, 0, 2).reshape(ROWS, STEP)
+            # (j i W, Y of keys, 2 of keys, Z) -> (keys: Y j 2, features: Z W i)
+            v = v.reshape(4, 8, W, STEP // 8, 2, Z).permute(3, 0, 4, 5, 2, 1).reshape(STEP, DP)
+            acc = tl.dot(p, v.to(q.dtype), acc * fade[:, None])
+
+        n = tl.arange(0, DP)
+        d = n % (8 * W) * Z + n // (8 * W)  # acc's order of features
+        if parts > 1:
+            group = head * tl.num_programs(2) + block
+            r = tl.arange(0, ROWS)
+            slots = partial + group.to(tl.int64) * (SPLITS * ROWS * (DP + 2))
+            slot = slots + split * (ROWS * (DP + 2))
+            tl.store(slot + r[:, None] * DP + n[None, :], acc)
+            tl.store(slot + ROWS * DP + r, top)
+            tl.store(slot + ROWS * (DP + 1) + r, total)
+            tl.debug_barrier()  # all of this program's stores before its arrival
+            if tl.atomic_add(arrived + group, 1, sem="acq_rel") != parts - 1:
+                return
+            tl.debug_barrier()
+            tl.store(arrived + group, 0)
+            top = tl.full((ROWS,), float("-inf"), tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)
+            acc = tl.zeros((ROWS, DP), tl.float32)
+            for part in range(parts):
+                slot = slots + part * (ROWS * (DP + 2))
+                part_acc = tl.load(slot + r[:, None] * DP + n[None, :], cache_modifier=".cg")
+                part_top = tl.load(slot + ROWS * DP + r, cache_modifier=".cg")
+                part_total = tl.load(slot + ROWS * (DP + 1) + r, cache_modifier=".cg")
+                new_top = tl.maximum(top, part_top)
+                safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+                fade = tl.exp2(top - safe)
+                gain = tl.exp2(part_top - safe)
+                acc = acc * fade[:, None] + part_acc * gain[:, None]
+                total = total * fade + part_total * gain
+                top = new_top
+        to = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + d[None, :]
+        acc = acc / total[:, None]
+        tl.store(out + to, acc.to(out.dtype.element_ty), mask=(row < S * G)[:, None] & (d < D)[None, :])
+
+
+ATTEND = (8, 16, 128)  # warps, keys of a warp in a step, keys that one program takes before there are more
+
+
+def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale):
+    """One launch of the attention kernel: qkv (B, S, (H + 2 Hkv) D) contiguous, S <= 16."""
+    B, S, _ = qkv.shape
+    _, Hkv, T, D = k_cache.shape
+    hopper = is_hopper(qkv.device)
+    G, DP = n_head // Hkv, max(64, triton.next_power_of_2(D))
+    rows = 8 if S * G <= 8 else 16
+    blocks = triton.cdiv(S * G, rows)
+    splits = max(1, min(64, 264 // (B * Hkv)))
+    out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
+    partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
+    W, keys, share = ATTEND
+    _attend_kernel[(B * Hkv, splits, blocks)](
+        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial,
+        zeros(qkv.device, max(4096, B * Hkv * blocks)),
+        S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
+        *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
+        ROWS=rows, NEW=triton.next_power_of_2(S), W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
+        num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
+    )  # fmt: skip
+    return out
+
+
+@op("attend", mutates=("k_cache", "v_cache"))
+def attend(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    rope: Tensor | None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    n_head: int,
+    window: int = 0,
+    context: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of S new tokens a row, whose keys and values enter the cache: -> (B, S, H D).
+
+    qkv (B, S, (H + 2 Hkv) D), heads of q, k, v in this order; caches (B, Hkv, T, D); input_pos (B,), the position of
+    each row's first new token; rope fp32 (positions, R/2, 2), see `rotate`, or None; q_norm, k_norm (D,), gains of a
+    per-head RMSNorm before RoPE. Position p sees keys j <= p and, with a window w > 0, j > p - w. Nothing is written at
+    T or beyond. `context`, if not 0, is an upper bound of the positions in use afterwards; scale is 1/sqrt(D) unless
+    given.
+    """
+    scale = k_cache.shape[-1] ** -0.5 if scale is None else scale
+    if triton is None or not qkv.is_cuda or qkv.element_size() != 2 or qkv.shape[1] > MAX_ROWS:
+        return attend_reference(
+            qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale
+        )
+    return attend_triton(
+        qkv.contiguous(), k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale
+    )
+
+
+@torch.library.register_fake("gptfast::attend")
+def _(
+    qkv, k_cache, v_cache, input_pos, rope, q_norm=None, k_norm=None, *,
+    eps=0.0, n_head, window=0, context=0, scale=None,
+):  # fmt: skip
+    return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))
