@@ -3,9 +3,11 @@
 scripts/convert_hf_checkpoint.py makes them from other formats.
 """
 
-import json
 import mmap
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,45 +17,33 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from errors import UserError
-from linear import Linear, linear_from_tensors, quantize_linear
+from errors import UserError, read_json
+from linear import Linear, linear_from_tensors, quantize_linear, quantizer
 from model import ModelConfig, Transformer
 from tp import TensorParallel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CHUNK = 1 << 21  # weights quantised at a time
 
 
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}; an object is needed")
-    return value
+def torch_load(path: Path) -> dict:
+    """A .pth, .pt or .bin file, memory-mapped where its format allows. Only tensors and containers are accepted."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; scripts/prepare.sh makes checkpoints")
+    stat = path.stat()
+    return _load_version(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
 
 
 @lru_cache(maxsize=2)  # a file in the old format cannot be mapped: then one shard is resident at a time
-def torch_load(path: Path) -> dict:
-    """A .pth, .pt or .bin file, memory-mapped where its format allows. Only tensors and containers are accepted."""
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except Exception as error:  # the unpickler's and the zip reader's errors have no common base
-        if "mmap can only be used" not in str(error):
-            raise UserError(_unreadable(path, error)) from None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(_unreadable(path, error)) from None
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    detail = " ".join(str(error).split())[:120] or type(error).__name__
-    return f"{path} is truncated or not a file of weights ({detail})"
+def _load_version(path: Path, version: tuple[int, ...]) -> dict:
+    for mapped in (True, False):
+        try:
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        except Exception as error:  # the unpickler's and the zip reader's errors have no common base
+            detail = " ".join(str(error).split())[:120] or type(error).__name__
+            if "mmap can only be used" not in detail:
+                break
+    raise UserError(f"{path} is truncated or not a file of weights ({detail})")
 
 
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -71,10 +61,13 @@ def abridged(names: list[str], most: int = 6) -> str:
 def new_state_dict(path: Path, spec: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Iterator[dict[str, Tensor]]:
     """Write a state dict larger than memory: yields its tensors, mapped from a temporary file, to be filled in place.
 
-    spec: name -> (shape, dtype). On success the file takes its name at once; on any error nothing is left behind.
-    The result is an ordinary torch.save file. Raises UserError when the disk is full or the directory not writable.
+    spec: name -> (shape, dtype). On success the file takes its name at once; on any error, Ctrl-C or SIGTERM nothing is
+    left behind. The result is an ordinary torch.save file. Raises UserError when the disk is full or the directory not
+    writable.
     """
     partial = path.with_name(path.name + ".tmp")
+    main = threading.current_thread() is threading.main_thread()  # which alone receives signals
+    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if main else None
     try:
         with FakeTensorMode():
             fakes = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in spec.items()}
@@ -91,6 +84,8 @@ def new_state_dict(path: Path, spec: dict[str, tuple[tuple[int, ...], torch.dtyp
         raise UserError(f"cannot write {path}: {reason}") from None
     finally:
         partial.unlink(missing_ok=True)
+        if main:
+            signal.signal(signal.SIGTERM, previous)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -114,51 +109,60 @@ def load_model(
 ) -> Transformer:
     """Load a model*.pth of any kind (told from its tensors), ready to run on `device` with activations of `dtype`.
 
-    quantize: "int8", "int4", "int4:64", "fp8", ... to quantise a full-precision checkpoint on the way.
-    tp: read and load this rank's part only.
+    quantize: "int8", "int4", "int4:64", "fp8", ... to quantise a full-precision checkpoint on the way, each tensor on
+    `device`: what quantize.py would have written. tp: read and load this rank's part only.
     Raises UserError for a missing or damaged file and for missing, unexpected or wrongly shaped tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; scripts/prepare.sh makes it")
+    state = dict(torch_load(path))
     config = config or read_config(path.parent)
     with torch.device("meta"):
         whole, model = Transformer(config), Transformer(config, tp)
-    state = dict(torch_load(path))
     tied = config.tied and not any(name.startswith("output.") for name in state)
+    if tied and quantize and "tok_embeddings.weight" in state:
+        state["output.weight"], tied = state["tok_embeddings.weight"], False
+
+    def placed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of a module's tensors, where and as they are to be."""
+        return {
+            name: t.to(device, dtype if name in ("weight", "bias") and t.dtype in DTYPES.values() else None)
+            for name, t in model.tp.shard(prefix, tensors, config).items()
+        }
+
     for prefix, module in whole.named_modules():
-        own = {name: state.pop(f"{prefix}.{name}") for name in _own(state, prefix)}
-        if isinstance(module, Linear) and not (tied and prefix == "output"):
-            if quantize:
-                own = quantize_linear(quantize, own, prefix)
+        part = model.get_submodule(prefix)
+        if prefix == "output" and tied:
+            part.weight = model.tok_embeddings.weight
+        elif isinstance(module, Linear):
+            own = {n.rpartition(".")[2]: state.pop(n) for n in list(state) if n.rpartition(".")[0] == prefix}
             linear_from_tensors(module.in_features, module.out_features, own, prefix)  # raises what is wrong with them
-            own = {
-                k: v.to(device, dtype if v.dtype in DTYPES.values() and k in ("weight", "bias") else None)
-                for k, v in model.tp.shard(prefix, own, config).items()
-            }
-            part = model.get_submodule(prefix)
+            own = placed(prefix, quantized(quantize, own, prefix, device) if quantize else own)
             model.set_submodule(prefix, linear_from_tensors(part.in_features, part.out_features, own, prefix))
         else:
             for name, parameter in module.named_parameters(recurse=False):
-                if prefix == "output" and tied:
-                    continue
-                value = own.pop(name, None)
+                value = state.pop(f"{prefix}.{name}", None)
                 if value is None or value.shape != parameter.shape:
                     found = "nothing" if value is None else list(value.shape)
                     raise UserError(f"{path}: {prefix}.{name} needs shape {list(parameter.shape)}; found {found}")
-                value = model.tp.shard(prefix, {name: value}, config)[name].to(device, dtype)
-                setattr(model.get_submodule(prefix), name, torch.nn.Parameter(value, requires_grad=False))
+                setattr(part, name, torch.nn.Parameter(placed(prefix, {name: value})[name], requires_grad=False))
     if state:
         raise UserError(f"{path}: unexpected tensors: {abridged(sorted(state))}")
-    if tied:
-        model.output.weight = model.tok_embeddings.weight
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack(dtype)
     return model.eval()
 
 
-def _own(state: dict[str, Tensor], prefix: str) -> list[str]:
-    """Names of the tensors that belong to the module `prefix` itself."""
-    start = f"{prefix}."
-    return [name[len(start) :] for name in state if name.startswith(start) and "." not in name[len(start) :]]
+def quantized(
+    mode: str, tensors: dict[str, Tensor], name: str, device: torch.device | str, out: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """quantize_linear's result, or `out` filled with it; made on `device` some rows at a time, since fp32 copies of a
+    large output would not fit."""
+    weight, rows = tensors["weight"], max(1, CHUNK // tensors["weight"].shape[1])
+    layout = quantizer(mode)(weight.to("meta"))
+    out = out or {**tensors, **{key: torch.empty_like(t, device=device) for key, t in layout.items()}}
+    for start in range(0, len(weight), rows):
+        part = quantize_linear(mode, {**tensors, "weight": weight[start : start + rows].to(device)}, name)
+        for key in layout:
+            out[key][start : start + rows].copy_(part[key])
+    return out

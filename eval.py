@@ -6,6 +6,7 @@ python eval.py --checkpoint_path checkpoints/$MODEL_REPO/model_int8.pth --perple
 
 import argparse
 import difflib
+import itertools
 import json
 import math
 import platform
@@ -13,21 +14,24 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import kernels
 from checkpoint import DTYPES, load_model
 from errors import UserError, run_cli
-from generate import DEFAULT_CHECKPOINT, MAX_DEFAULT_CONTEXT, Engine, Sampler, generate, pick_device
-from model import KVCache, Transformer, TransformerBlock
-from tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from generate import DEFAULT_CHECKPOINT, MAX_DEFAULT_CONTEXT, Engine, Sampler, answer, pick_device
+from model import KVCache, Transformer
+from tokenizer import Tokenizer, load_tokenizer
 from tp import TensorParallel, session
 
 try:
@@ -42,6 +46,7 @@ MAX_LOGITS = 2**25  # fp32 logits held at a time, 128 MiB: long continuations ar
 MAX_SLICE = 512  # tokens a row and forward pass: bounds the score matrix of attention
 BUILTIN_CHARACTERS = 100_000  # of the built-in text: some 25,000 tokens
 TEXT_WINDOW = 2048  # the most tokens of context for a text's perplexity
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # generation_kwargs that tasks may set
 
 
 class LanguageModel(TemplateLM or object):
@@ -50,7 +55,7 @@ class LanguageModel(TemplateLM or object):
     Log-likelihoods are computed in batches sorted by length. Continuations of one context share its prefill: a batch's
     distinct contexts are read once each, and their rows of the cache copied to the continuations.
     batch_size: rows at most, fewer where they are long. max_length: the most tokens in an input, by default the model's
-    context, up to MAX_DEFAULT_CONTEXT. compile: the decode step, and a transformer block for all else.
+    context, up to MAX_DEFAULT_CONTEXT. compile: the decode step, and the model's blocks for all else.
     """
 
     def __init__(
@@ -61,9 +66,9 @@ class LanguageModel(TemplateLM or object):
         self.batch_size, self.compile = batch_size, compile
         self.max_length = max_length or min(model.config.block_size, MAX_DEFAULT_CONTEXT)
         self._device, self._dtype = model.norm.weight.device, model.norm.weight.dtype
-        # Symbolic sizes: the graph of a block serves all layers and lengths, and all numbers of rows but one.
-        self._block = torch.compile(_block, fullgraph=True, dynamic=True) if compile else _block
-        self._traced: set[bool] = set()
+        if compile:  # with symbolic sizes: one graph serves all layers and lengths, and all numbers of rows but one
+            for layer in model.layers:
+                layer.compile(fullgraph=True, dynamic=True)
 
     @property
     def eot_token_id(self) -> int:
@@ -130,7 +135,8 @@ class LanguageModel(TemplateLM or object):
     def _score_batch(self, rows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[float, bool]]:
         contexts = {context: row for row, context in enumerate(dict.fromkeys(context for context, _ in rows))}
         length = max(8, *(len(context) + len(target) - 1 for context, target in rows))  # the last is never fed
-        cache = self._cache(len(contexts), length)
+        options = {"dtype": self._dtype, "device": self._device, "shards": self.model.tp.world}
+        cache = KVCache(self.model.config, len(contexts), length, **options)
         # A context's last token predicts the first that is scored, so it belongs to the continuation.
         for _ in self._feed([context[:-1] for context in contexts], [0] * len(contexts), cache):
             pass
@@ -144,8 +150,7 @@ class LanguageModel(TemplateLM or object):
         inputs, start = [(context[-1], *target[:-1]) for context, target in rows], [len(c) - 1 for c, _ in rows]
         for a, x in self._feed(inputs, start, cache):
             for part, target in zip(x.split(step, 1), targets[:, a : a + x.shape[1]].split(step, 1)):
-                logits = self.model.output(part, norm=self.model.norm, fp32=True)
-                logits = self.model.tp.gather(logits, self.model.config.vocab_size)  # (B, step, V)
+                logits = self.model.logits(part)  # (B, step, V)
                 logprobs.append(logits.gather(-1, target[..., None])[..., 0] - logits.logsumexp(-1))
                 greedy.append(logits.argmax(-1) == target)
         logprobs, greedy = torch.cat(logprobs, 1).cpu().double(), torch.cat(greedy, 1).cpu()  # (B, S)
@@ -160,26 +165,11 @@ class LanguageModel(TemplateLM or object):
         for a in range(0, tokens.shape[1], MAX_SLICE):
             part = tokens[:, a : a + MAX_SLICE]
             n = part.shape[1]
-            end = min(max(start) + a + n, cache.length)
-            yield a, self._hidden(F.pad(part, (0, max(0, least - n))), pos + a, cache, end)[:, :n]
-
-    def _hidden(self, tokens: Tensor, pos: Tensor, cache: KVCache, end: int) -> Tensor:
-        """Transformer.forward up to the output layer, of which a slice at a time fits into memory: -> (B, S, C)."""
-        if self.compile:
-            end = 0  # not known, or it would be one more size
-            if (single := len(tokens) == 1) not in self._traced:
-                # Sizes that are equal when a graph is traced are one symbol in it: trace with sizes that seldom are.
-                self._traced.add(single)
-                other = self._cache(1 if single else 11, 37)
-                self._hidden(tokens.new_zeros(other.batch_size, 23), pos.new_zeros(other.batch_size), other, 0)
-        x = self.model.tp.embed(tokens, self.model.tok_embeddings.weight)
-        for layer, k, v in zip(self.model.layers, cache.k, cache.v):
-            x = self._block(layer, x, pos, k, v, cache.rope, end)
-        return x
-
-    def _cache(self, rows: int, length: int) -> KVCache:
-        config, shards = self.model.config, self.model.tp.world
-        return KVCache(config, rows, length, dtype=self._dtype, device=self._device, shards=shards)
+            end = 0 if self.compile else min(max(start) + a + n, cache.length)  # one more size to compile for
+            # Sizes that happen to be equal when a graph is made must not count as one.
+            with torch.fx.experimental._config.patch(use_duck_shape=False):
+                x = self.model.hidden(F.pad(part, (0, max(0, least - n))), pos + a, cache, context=end)
+            yield a, x[:, :n]
 
     def _padded(self, rows: list[tuple[int, ...]]) -> Tensor:
         """Token ids (B, longest), shorter rows padded at their end."""
@@ -190,64 +180,47 @@ class LanguageModel(TemplateLM or object):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
-        groups: dict[str, list[int]] = {}  # requests that sample and stop alike
-        for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-            groups.setdefault(json.dumps(requests[i].args[1], sort_keys=True), []).append(i)
+        options = [json.dumps(request.args[1], sort_keys=True) for request in requests]
         results = [""] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: (options[i], -len(prompts[i])))
         with tqdm(total=len(requests), desc="generating", disable=disable_tqdm) as bar:
-            for group in groups.values():
-                texts = self._generate([prompts[i] for i in group], requests[group[0]].args[1])
-                for i, text in zip(group, texts):
+            for same, group in itertools.groupby(order, options.__getitem__):
+                group = list(group)
+                for i, text in zip(group, self._generate([prompts[i] for i in group], json.loads(same))):
                     results[i] = text
                     bar.update()
         return results
 
     def _generate(self, prompts: list[list[int]], options: dict) -> Iterator[str]:
         """A text for each prompt, as lm-eval's generation_kwargs say. The longest prompt comes first."""
-        options = normalize_gen_kwargs(options)
-        end = self.text_tokenizer.decode([self.eot_token_id])
-        until = [string for string in handle_stop_sequences(options.pop("until", None), end) if string]
+        tokenizer, options = self.text_tokenizer, normalize_gen_kwargs(options)
+        until = handle_stop_sequences(options.pop("until", None), tokenizer.decode([self.eot_token_id]))
+        until = [string for string in until if string]
         budget = options.pop("max_gen_toks")
         options.pop("do_sample")  # the temperature says the same
-        known = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        if unknown := sorted(set(options) - set(known)):
-            raise UserError(f"generation_kwargs {', '.join(unknown)} are not supported; supported: {', '.join(known)}")
+        if unknown := sorted(set(options) - set(SAMPLING)):
+            raise UserError(
+                f"generation_kwargs {', '.join(unknown)} are not supported; supported: {', '.join(SAMPLING)}"
+            )
         if not 0 < budget < self.max_length:
             raise UserError(f"max_gen_toks is {budget}; accepted: 1 to {self.max_length - 1} (--max_seq_length)")
         prompts = [prompt[-(self.max_length - budget) :] for prompt in prompts]
         length = len(prompts[0]) + budget
+        size = max(1, min(self.batch_size, len(prompts), MAX_BATCH_TOKENS // length))
         llm = Engine(
             self.model,
-            self.text_tokenizer,
-            batch_size=max(1, min(self.batch_size, len(prompts), MAX_BATCH_TOKENS // length)),
+            replace(tokenizer, stop_ids=tokenizer.eos_ids or tokenizer.stop_ids),
+            batch_size=size,
             max_seq_length=length,
             sampler=Sampler(**{"temperature": 0.0, "top_k": None, **options}),
             compile=self.compile,
         )
-        for a in range(0, len(prompts), llm.batch_size):
-            yield from self._generate_batch(llm, prompts[a : a + llm.batch_size], until, budget)
-
-    def _generate_batch(self, llm: Engine, prompts: list[list[int]], until: list[str], budget: int) -> Iterator[str]:
-        ends = self.text_tokenizer.eos_ids or self.text_tokenizer.stop_ids
-        decoders = [StreamDecoder(self.text_tokenizer) for _ in prompts]  # of special tokens, too: tasks stop at some
-        texts, answers = [""] * len(prompts), [[] for _ in prompts]
-
-        def is_stop(row: int, token: int) -> bool:
-            if row >= len(prompts):
-                return True
-            answers[row].append(token)
-            texts[row] += decoders[row].put(token)
-            return token in ends or any(string in texts[row] for string in until)
-
-        idle = [[self.prefix_token_id]] * (llm.batch_size - len(prompts))
-        for _ in generate(llm, prompts + idle, budget, is_stop=is_stop):
-            pass
-        for answer in answers:
-            yield postprocess_generated_text(self.text_tokenizer.decode(answer, skip_special=True), until, None)
-
-
-def _block(layer: TransformerBlock, *args) -> Tensor:
-    return layer(*args)
+        for a in range(0, len(prompts), size):
+            batch = prompts[a : a + size]
+            full = batch + batch[-1:] * (size - len(batch))
+            answers, _ = answer(llm, full, budget, stop_strings=tuple(until), continues=False)
+            for reply in answers[: len(batch)]:
+                yield postprocess_generated_text(tokenizer.decode(reply.tokens, skip_special=True), until, None)
 
 
 def rolling_windows(tokens: list[int], prefix: int, length: int) -> list[tuple[list[int], list[int]]]:
@@ -263,20 +236,19 @@ def rolling_windows(tokens: list[int], prefix: int, length: int) -> list[tuple[l
 # --- perplexity -------------------------------------------------------------------------------------------------------
 
 
-def read_text(path: str | None) -> tuple[str, str]:
-    """A text and where it is from; without a path, what every Python brings: the start of its language reference."""
+def read_text(path: Path | None = None) -> str:
+    """A UTF-8 text file, or what every Python brings: the start of its language reference."""
     if path is None:
         from pydoc_data.topics import topics  # half a megabyte that nothing else needs
 
-        text = "\n\n".join(topics[name] for name in sorted(topics))[:BUILTIN_CHARACTERS]
-        return text, f"built-in text (pydoc_data.topics of Python {platform.python_version()})"
+        return "\n\n".join(topics[name] for name in sorted(topics))[:BUILTIN_CHARACTERS]
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as UTF-8 text: {error}") from None
     if not text:
         raise UserError(f"{path} is empty; a text of at least one token is needed")
-    return text, path
+    return text
 
 
 def perplexity(lm: LanguageModel, text: str, *, window: int = TEXT_WINDOW, max_tokens: int | None = None) -> dict:
@@ -321,31 +293,26 @@ def load_tasks(names: list[str], include_path: Path | None = None) -> dict:
     for name in names:
         if not manager.match_tasks([name]):
             close = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=5)) or "none"
-            raise UserError(f"--tasks: there is no task {name!r}; close names: {close}")
+            raise UserError(f"lm-eval has no task {name!r}; close names: {close}")
     try:
         if include_path:
             _anchor_data_files(manager, include_path.resolve())
         return manager.load([match for name in names for match in manager.match_tasks([name])])
     except Exception as error:  # a task is YAML, code and data of others, and can raise anything
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"--tasks: cannot load {', '.join(names)}: {reason}") from error
+        raise UserError(f"cannot load lm-eval's {', '.join(names)}: {reason}") from error
 
 
 def _anchor_data_files(manager, root: Path) -> None:
     """In the manager's index, make data files absolute that lie beside the YAML which names them."""
     from lm_eval.tasks._yaml_loader import load_yaml  # the index holds functions unresolved
 
-    def absolute(files, folder: Path):
-        if isinstance(files, dict):
-            return {split: absolute(value, folder) for split, value in files.items()}
-        if isinstance(files, list):
-            return [absolute(value, folder) for value in files]
-        return str(folder / files) if (folder / files).exists() else files
-
     for entry in manager.task_index.values():
         options = (entry.cfg or {}).get("dataset_kwargs") or {}
         if "data_files" in options and entry.yaml_path and root in entry.yaml_path.resolve().parents:
-            data_files = absolute(options["data_files"], entry.yaml_path.resolve().parent)
+            folder = entry.yaml_path.resolve().parent
+            beside = lambda file, folder=folder: str(folder / file) if (folder / file).exists() else file  # noqa: E731
+            data_files = tree_map(beside, options["data_files"])  # a name, a list, or such for each split
             entry.cfg = {**load_yaml(entry.yaml_path), "dataset_kwargs": {**options, "data_files": data_files}}
             entry.yaml_path = None  # so that the config in the index counts
 
@@ -373,12 +340,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--tasks", nargs="+", default=[], help="lm-eval tasks, groups, tags or patterns")
     parser.add_argument("--perplexity", nargs="?", const="", metavar="FILE", help="of a text file, or a built-in text")
-    parser.add_argument("--limit", type=_positive, help="documents of each task, or tokens of the text, to stop after")
+    parser.add_argument("--limit", type=positive, help="documents of each task, or tokens of the text, to stop after")
     parser.add_argument("--num_fewshot", type=int, help="examples in each prompt, for tasks that do not fix it")
     parser.add_argument("--chat", action="store_true", help="put prompts in the model's chat template")
     parser.add_argument("--include_path", type=Path, help="a directory of your own tasks' YAML files")
-    parser.add_argument("--max_seq_length", type=_positive, help="longest input in tokens; text is cut on the left")
-    parser.add_argument("--batch_size", type=_positive, default=16, help="rows at most; long texts make fewer")
+    parser.add_argument("--max_seq_length", type=positive, help="longest input in tokens; text is cut on the left")
+    parser.add_argument("--batch_size", type=positive, default=16, help="rows at most; long texts make fewer")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of activations and plain weights")
     parser.add_argument("--quantize", metavar="KIND", help="quantise on load: int8, fp8, int4 or int4:GROUP")
     parser.add_argument("--compile", action="store_true", help="compile the model")
@@ -390,7 +357,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
@@ -398,37 +365,30 @@ def _positive(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     with session() as tp:
-        _run(parse_args(argv), tp)
+        run(parse_args(argv), tp)
 
 
-def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
-    device = pick_device(args.device)
+def run(args: argparse.Namespace, tp: TensorParallel) -> None:
+    device, path, length = pick_device(args.device), args.checkpoint_path, args.max_seq_length
     # Texts and tasks first: what is wrong with them shows before a large model is read.
-    text, source = ("", None) if args.perplexity is None else read_text(args.perplexity or None)
+    text = None if args.perplexity is None else read_text(Path(args.perplexity) if args.perplexity else None)
     tasks = load_tasks(args.tasks, args.include_path) if args.tasks else None
-    dtype = DTYPES[args.precision]
-    model = load_model(args.checkpoint_path, device=device, dtype=dtype, quantize=args.quantize, tp=tp)
-    tokenizer, context = load_tokenizer(args.checkpoint_path.parent), model.config.block_size
-    if args.max_seq_length and args.max_seq_length > context:
-        raise UserError(f"--max_seq_length {args.max_seq_length} exceeds the model's context of {context} tokens")
-    lm = LanguageModel(
-        model, tokenizer, batch_size=args.batch_size, max_length=args.max_seq_length, compile=args.compile
-    )
-    report = {"checkpoint": str(args.checkpoint_path), "device": str(device), "precision": args.precision}
-    report["quantize"] = args.quantize
+    model = load_model(path, device=device, dtype=DTYPES[args.precision], quantize=args.quantize, tp=tp)
+    if length and length > model.config.block_size:
+        raise UserError(f"--max_seq_length {length} exceeds the model's context of {model.config.block_size} tokens")
+    tokenizer, options = load_tokenizer(path.parent), {"batch_size": args.batch_size, "compile": args.compile}
+    lm = LanguageModel(model, tokenizer, max_length=length, **options)
+    report = {"checkpoint": str(path), "device": str(device), "precision": args.precision, "quantize": args.quantize}
     start = time.perf_counter()
     try:
-        if source:
-            window = args.max_seq_length or TEXT_WINDOW
-            measures = perplexity(lm, text, window=window, max_tokens=args.limit)
-            report["perplexity"] = {"text": source, **measures}
+        if text is not None:
+            name = args.perplexity or f"built-in text (pydoc_data.topics of Python {platform.python_version()})"
+            found = perplexity(lm, text, window=length or TEXT_WINDOW, max_tokens=args.limit)
+            print(name, "{tokens} tokens in windows of {window}, {bytes} bytes".format(**found), sep=": ")
             print(
-                f"{source}: {measures['tokens']} tokens in windows of {measures['window']}, {measures['bytes']} bytes"
+                "NLL: {nll:.2f} nats, perplexity: {perplexity:.4f}, bits per byte: {bits_per_byte:.4f}".format(**found)
             )
-            print(
-                f"NLL: {measures['nll']:.2f} nats, perplexity: {measures['perplexity']:.4f}, "
-                f"bits per byte: {measures['bits_per_byte']:.4f}"
-            )
+            report["perplexity"] = {"text": name, **found}
         if tasks:
             results = evaluate(lm, tasks, limit=args.limit, num_fewshot=args.num_fewshot, chat=args.chat)
             report |= {key: results[key] for key in ("results", "groups", "n-samples") if results.get(key)}

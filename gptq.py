@@ -3,11 +3,18 @@
 Knows nothing of models: a Hessian and a weight go in, integers, scales and zeros on Int4Linear's grid come out.
 """
 
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from errors import UserError
 from linear import Int4Linear
+
+SHRINKS = 21  # ranges that the search tries for a group: from the whole span of its weights down to 0.6 of it
+CHUNK = 1 << 25  # elements of a tensor that the search works on
 
 
 class Hessian:
@@ -27,45 +34,34 @@ class Hessian:
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    group: int,
-    *,
-    percdamp: float = 0.01,
-    blocksize: int = 128,
-    mse: bool = True,
+    weight: Tensor, hessian: Tensor, group: int, *, percdamp: float = 0.01, blocksize: int = 128, mse: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise weight (N, K) to 4 bits in groups along K, in fp32 on its device; hessian (K, K) is Hessian.mean.
 
-    percdamp: dampening, as a share of the Hessian's mean diagonal; blocksize: columns between two updates of the rest;
-    mse: search each group's range for the least loss, instead of spanning its weights.
+    percdamp: dampening, as a share of the Hessian's mean diagonal; blocksize: columns, at most a group's, between two
+    updates of the rest; mse: search each group's range for the least loss, instead of spanning its weights.
     Returns q uint8 (N, K'), scales and zeros fp32 (N, K'/group) that bf16 holds exactly; K' is K padded to the group.
     """
+    if not hessian.isfinite().all():
+        raise UserError("the calibration activations are not finite")
     # (K, N): a column of the weight is contiguous
     w = weight.t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     K, N = w.shape
-    if not hessian.isfinite().all():
-        raise UserError("the calibration activations are not finite")
     u = inverse_factor(hessian.to(w.device, torch.float32), percdamp)  # (K, K)
     importance = u.diagonal() ** -2  # the loss of an error in column k is importance[k] * error^2 / 2
+    u = u / u.diagonal()[:, None]  # row k: what an error of 1 in column k takes from the columns after it
     groups = -(-K // group)
     q = torch.full((groups * group, N), 8, dtype=torch.uint8, device=w.device)
     scales, zeros = torch.ones(2, groups, N, device=w.device)
-    for start in range(0, K, blocksize):
-        stop = min(start + blocksize, K)
-        errors = torch.zeros(stop - start, N, device=w.device)
-        for k in range(start, stop):
-            if k % group == 0:
-                g, end = k // group, min(k + group, K)
-                # Where the group reaches past the block, this block's errors have not arrived yet.
-                late = w[stop:end] - u[start:k, stop:end].t() @ errors[: k - start]
-                scales[g], zeros[g] = _grid(torch.cat((w[k : min(stop, end)], late)), importance[k:end], mse)
-            rounded = Int4Linear.round(w[k], scales[g], zeros[g])
-            q[k] = rounded.to(torch.uint8)
-            error = (w[k] - ((rounded - 8) * scales[g] + zeros[g])) / u[k, k]
-            w[k + 1 : stop].addr_(u[k, k + 1 : stop], error, alpha=-1)
-            errors[k - start] = error
-        w[stop:].addmm_(u[start:stop, stop:].t(), errors, alpha=-1)
+    for start, stop in pairwise(sorted({*range(0, K, group), *range(0, K, blocksize), K})):
+        g = start // group
+        if start % group == 0:
+            whole = slice(start, start + group)
+            scales[g], zeros[g] = _grid(w[whole], importance[whole], SHRINKS if mse else 1)
+        steps = (w[start:stop] - zeros[g]) / scales[g] + 8
+        codes, errors = _rounded(steps, u[start:stop, start:stop])
+        q[start:stop] = codes
+        w[stop:].addmm_(u[start:stop, stop:].t(), errors * scales[g], alpha=-1)
     return q.t().contiguous(), scales.t().contiguous(), zeros.t().contiguous()
 
 
@@ -88,18 +84,46 @@ def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
         damp = max(10 * damp, 1e-6 * diagonal.mean().item())
 
 
-def _grid(columns: Tensor, importance: Tensor, mse: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero (N,) for columns (G, N) of a group, by range or (mse) by the least weighted squared error."""
-    groups = columns.t()
-    scales, zeros = Int4Linear.grid(groups)
-    if not mse:
-        return scales[:, 0], zeros[:, 0]
-    best = torch.full_like(scales, float("inf"))
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    for shrink in torch.linspace(1, 0.6, 21).tolist():
-        s, z = Int4Linear.grid(torch.cat((low, high), -1) * shrink)
-        error = (Int4Linear.round(groups, s, z) - 8) * s + z - groups
-        loss = (error.square() * importance).sum(-1, keepdim=True)
-        scales, zeros = torch.where(loss < best, s, scales), torch.where(loss < best, z, zeros)
-        best = torch.minimum(best, loss)
-    return scales[:, 0], zeros[:, 0]
+def _grid(columns: Tensor, importance: Tensor, candidates: int) -> Iterable[Tensor]:
+    """Scale and zero (N,) for columns (G, N) of a group: those of the candidate range, the whole one first, that has
+    the least weighted squared error."""
+    shrinks, best = torch.linspace(1, 0.6, candidates, device=columns.device)[:, None, None], []
+    for part in columns.split(max(1, CHUNK // (candidates * len(columns))), 1):
+        groups = part.t().contiguous()  # (n, G)
+        scales, zeros = Int4Linear.grid(torch.stack(groups.aminmax(dim=1), 1) * shrinks)  # (candidates, n, 1)
+        error = (Int4Linear.round(groups, scales, zeros) - 8) * scales + zeros - groups  # (candidates, n, G)
+        index = (error.square() @ importance).argmin(0)[None, :, None]
+        best.append(torch.cat((scales, zeros), 2).take_along_dim(index, 0)[0])
+    return torch.cat(best).unbind(1)
+
+
+def _rounded(steps: Tensor, u: Tensor) -> Iterable[Tensor]:
+    """Round columns steps (n, N), in units of the grid's step and from its start, one after the other, each moving
+    those after it by its error and u (n, n). Returns codes 0..15 and errors, fp32 (n, N), valid until the next call."""
+    if steps.is_cuda:
+        graph, tensors = _captured(*steps.shape, steps.device)
+        for fixed, value in zip(tensors, (steps, u)):
+            fixed.copy_(value)
+        graph.replay()
+    else:
+        tensors = steps, u, *torch.empty(2, *steps.shape)
+        _round_columns(*tensors)
+    return tensors[2:]
+
+
+def _round_columns(steps: Tensor, u: Tensor, codes: Tensor, errors: Tensor) -> None:
+    for k in range(len(steps)):
+        torch.round(steps[k], out=codes[k]).clamp_(0, 15)
+        torch.sub(steps[k], codes[k], out=errors[k])
+        steps[k + 1 :].addr_(u[k, k + 1 :], errors[k], alpha=-1)
+
+
+@lru_cache(maxsize=8)  # a model has no more shapes
+def _captured(n: int, N: int, device: torch.device) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A CUDA graph of _round_columns, and its tensors. Each of its kernels takes less time than launching it would."""
+    tensors = [torch.zeros(shape, device=device) for shape in ((n, N), (n, n), (n, N), (n, N))]
+    _round_columns(*tensors)  # loads the kernels, which capturing must not do
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        _round_columns(*tensors)
+    return graph, tensors

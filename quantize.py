@@ -13,91 +13,64 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import model_shapes, new_state_dict, read_config, torch_load
+from checkpoint import model_shapes, new_state_dict, quantized, read_config, torch_load
 from errors import UserError, run_cli
+from eval import load_tasks, positive, read_text
 from generate import DEFAULT_CHECKPOINT, pick_device
 from gptq import Hessian, gptq
-from linear import GROUPS, Int4Linear, Linear, quantize_linear, quantizer
-from model import KVCache, ModelConfig, RMSNorm, Transformer, TransformerBlock
+from linear import GROUPS, Int4Linear, Linear, quantizer
+from model import KVCache, ModelConfig, RMSNorm, TransformerBlock
 from tokenizer import load_tokenizer
 from tp import TensorParallel
 
-CHUNK = 1 << 22  # weights quantised at a time: bounds the memory that the largest output layer takes
 SHORTEST = 32  # tokens of a calibration sequence
 
 
-def open_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The blueprint and the mapped full-precision tensors of a model.pth, a tied output under a name of its own.
-
-    Raises UserError when it is quantised already, and for missing, unexpected or wrongly shaped tensors.
+def open_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
+    """The blueprint of a model.pth, its mapped tensors, a tied output under a name of its own, and its linear layers'
+    names. Raises UserError when it is quantised already, and for missing, unexpected or wrongly shaped tensors.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; scripts/prepare.sh makes it")
-    config, state = read_config(path.parent), dict(torch_load(path))
+    state = dict(torch_load(path))
+    config = read_config(path.parent)
     if quantised := [n for n, t in state.items() if n.endswith(".scales") or t.dtype.itemsize < 2]:
         raise UserError(f"{path} is quantised already ({quantised[0]}); give the full-precision checkpoint")
-    shapes = model_shapes(config)
-    if config.tied and "output.weight" in state:
-        shapes["output.weight"] = shapes["tok_embeddings.weight"]
+    if config.tied and "tok_embeddings.weight" in state:
+        state.setdefault("output.weight", state["tok_embeddings.weight"])
+    shapes = {**model_shapes(config), "output.weight": (config.vocab_size, config.dim)}
     for name in sorted(shapes.keys() | state.keys()):
         expected, found = shapes.get(name), tuple(state[name].shape) if name in state else None
         if expected != found:
             raise UserError(f"{path}: {name} has shape {found} where config.json implies {expected}")
-    if config.tied:
-        state.setdefault("output.weight", state["tok_embeddings.weight"])
-    return config, state
-
-
-def linear_names(config: ModelConfig) -> list[str]:
-    with torch.device("meta"):
-        return [name for name, module in Transformer(config).named_modules() if isinstance(module, Linear)]
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2 and name != "tok_embeddings.weight"]
+    return config, state, [name.removesuffix(".weight") for name in matrices]
 
 
 @contextmanager
-def new_checkpoint(path: Path, config: ModelConfig, state: dict[str, Tensor], mode: str) -> Iterator[dict[str, Tensor]]:
+def new_checkpoint(path: Path, state: dict[str, Tensor], linears: list[str], mode: str) -> Iterator[dict[str, Tensor]]:
     """The tensors of the quantised file, to be filled: linear weights in `mode`'s layout, all else copied already."""
     spec = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
-    for name in linear_names(config):
-        weight = state[f"{name}.weight"].to("meta")
-        spec |= {f"{name}.{key}": (tuple(t.shape), t.dtype) for key, t in quantizer(mode)(weight).items()}
+    for name in linears:
+        layout = quantizer(mode)(state[f"{name}.weight"].to("meta"))
+        spec |= {f"{name}.{key}": (tuple(t.shape), t.dtype) for key, t in layout.items()}
     with new_state_dict(path, spec) as target:
-        for name in target.keys() & state.keys() - {f"{name}.weight" for name in linear_names(config)}:
+        for name in state.keys() - {f"{linear}.weight" for linear in linears}:
             target[name].copy_(state[name])
         yield target
 
 
 def quantize_checkpoint(source: Path, target: Path, mode: str, device: torch.device) -> None:
-    """Round a checkpoint's linear weights to `mode` (linear.quantizer's). In memory is a chunk of a tensor at a time.
+    """Round a checkpoint's linear weights to `mode` (linear.quantizer's). In memory is a tensor at a time.
 
     Raises UserError and leaves no file when the source is no full-precision checkpoint or holds NaN.
     """
-    config, state = open_model(source)
-    names = linear_names(config)
-    weights = sum(state[f"{name}.weight"].numel() for name in names)
-    with new_checkpoint(target, config, state, mode) as tensors, _progress(weights) as progress:
-        for name in names:
-            weight = state[f"{name}.weight"]
-            rows = max(1, CHUNK // weight.shape[1])
-            for start in range(0, len(weight), rows):
-                chunk = {"weight": weight[start : start + rows].to(device)}
-                for key, value in quantize_linear(mode, chunk, f"{source}: {name}").items():
-                    tensors[f"{name}.{key}"][start : start + rows].copy_(value)
-                progress.update(chunk["weight"].numel())
-
-
-def _progress(weights: int) -> tqdm:
-    return tqdm(total=weights, desc="quantising", unit="weight", unit_scale=True)
+    _, state, linears = open_model(source)
+    with new_checkpoint(target, state, linears, mode) as tensors:
+        for name in tqdm(linears, desc="quantising", unit="layer"):
+            out = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+            quantized(mode, {"weight": state[f"{name}.weight"]}, f"{source}: {name}", device, out)
 
 
 # --- GPTQ -------------------------------------------------------------------------------------------------------------
-
-
-class Recorder(Linear):
-    """A linear layer that accumulates its inputs' Hessian while it works."""
-
-    def forward(self, x: Tensor, norm: RMSNorm | None = None, **fused) -> Tensor:
-        self.hessian.add(x if norm is None else norm(x))
-        return super().forward(x, norm, **fused)
 
 
 def gptq_checkpoint(
@@ -112,65 +85,60 @@ def gptq_checkpoint(
 ) -> None:
     """Quantise a checkpoint by GPTQ, layer by layer, each calibrated on the output of the quantised ones before it.
 
-    sequences: calibration tokens, int (B, S) each; offload: keep activations in host memory; options: gptq.gptq's.
+    sequences: calibration tokens, int64 (B, S) each; offload: keep activations in host memory; options: gptq.gptq's.
     Raises UserError and leaves no file when the source is no full-precision checkpoint or activations are not finite.
     """
-    config, state = open_model(source)
+    config, state, linears = open_model(source)
     # CPUs without half-precision arithmetic calibrate faster in fp32, and no CPU worse.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     home = torch.device("cpu") if offload else device
-    embedding = state["tok_embeddings.weight"]
-    activations = [embedding[tokens.long()].to(home, dtype) for tokens in sequences]
-    pending = {name: state[f"{name}.weight"].numel() for name in linear_names(config)}
-    with (
-        new_checkpoint(target, config, state, f"int4:{group}") as tensors,
-        _progress(sum(pending.values())) as progress,
-    ):
-
-        def quantize(name: str, weight: Tensor, hessian: Hessian) -> Tensor:
-            """Quantise a layer into the file; returns what its weight has become."""
-            if not weight.isfinite().all():
+    activations = [state["tok_embeddings.weight"][tokens].to(home, dtype) for tokens in sequences]
+    pending, steps = set(linears), calibrated(config, state, activations, device, dtype)
+    with new_checkpoint(target, state, linears, f"int4:{group}") as tensors:
+        for name, linear, hessian in tqdm(steps, desc="quantising", total=len(linears), unit="layer"):
+            if not linear.weight.isfinite().all():
                 raise UserError(f"{source}: {name} holds NaN or infinite weights")
-            q, scales, zeros = gptq(weight, hessian.mean, group, **options)
-            packed = Int4Linear.tensors(q, scales, zeros)
-            for key, value in packed.items():
+            own = Int4Linear.tensors(*gptq(linear.weight, hessian.mean, group, **options))
+            for key, value in own.items():
                 tensors[f"{name}.{key}"].copy_(value)
-            progress.update(pending.pop(name))
-            return Int4Linear.from_tensors(weight.shape[1], weight.shape[0], packed).dequantized(dtype)
-
-        for i in range(config.n_layer):
-            prefix = f"layers.{i}."
-            own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-            quantize_block(config, i, own, activations, device, dtype, lambda n, w, h, p=prefix: quantize(p + n, w, h))
-        norm = RMSNorm(config.dim, config.norm_eps).to(device, dtype)
-        norm.weight.copy_(state["norm.weight"])
-        hessian = input_hessian(activations, norm, device)
-        quantize("output", state["output.weight"].to(device), hessian)
-        assert not pending, f"quantize_block knows nothing of {pending}"
+            int4 = Int4Linear.from_tensors(linear.in_features, linear.out_features, own)
+            linear.weight.data = int4.dequantized(dtype)
+            pending.remove(name)
+        assert not pending, f"`calibrated` knows nothing of {pending}"
 
 
-def quantize_block(
+def calibrated(
     config: ModelConfig,
-    layer: int,
     state: dict[str, Tensor],
     activations: list[Tensor],
     device: torch.device,
     dtype: torch.dtype,
-    quantize: Callable[[str, Tensor, Hessian], Tensor],
-) -> None:
-    """Quantise one block's linears in the order in which they run, and replace `activations` by the block's output."""
-    with torch.device("meta"):
-        block = TransformerBlock(config, layer, TensorParallel())
-    block.load_state_dict({name: t.to(device, dtype) for name, t in state.items()}, assign=True)
-    one = replace(config, n_layer=1)
-    caches = {
-        shape: KVCache(one, *shape, dtype=dtype, device=device) for shape in {tuple(x.shape[:2]) for x in activations}
-    }
+) -> Iterator[tuple[str, Linear, Hessian]]:
+    """The name of each linear layer, the layer, and the Hessian of its inputs, in the order in which they run. What the
+    caller makes of a layer's weight counts for the next ones. Only a block is resident; `activations` are consumed."""
+    for i in range(config.n_layer):
+        prefix = f"layers.{i}."
+        with torch.device("meta"):
+            block = TransformerBlock(config, i, TensorParallel())
+        own = {n.removeprefix(prefix): t.to(device, dtype) for n, t in state.items() if n.startswith(prefix)}
+        block.load_state_dict(own, assign=True)
+        for name, *rest in calibrated_block(config, block, activations, device):
+            yield prefix + name, *rest
+    norm = RMSNorm(config.dim, config.norm_eps).to(device, dtype)
+    norm.weight.copy_(state["norm.weight"])
+    output = Linear.from_tensors(config.dim, config.vocab_size, {"weight": state["output.weight"].to(device)})
+    yield "output", output, input_hessian(activations, norm)
+
+
+def calibrated_block(
+    config: ModelConfig, block: TransformerBlock, activations: list[Tensor], device: torch.device
+) -> Iterator[tuple[str, Linear, Hessian]]:
+    """`calibrated` for a block, whose output replaces its input in `activations`."""
 
     def attention(x: Tensor) -> Tensor:
-        B, S, _ = x.shape
-        start, cache = torch.zeros(B, dtype=torch.int32, device=device), caches[B, S]
-        return block.attention(x, block.attention_norm, start, cache.k[0], cache.v[0], cache.rope, S)
+        cache = KVCache(replace(config, n_layer=1), *x.shape[:2], dtype=x.dtype, device=device)
+        start = torch.zeros(len(x), dtype=torch.int32, device=device)
+        return block.attention(x, block.attention_norm, start, cache.k[0], cache.v[0], cache.rope, x.shape[1])
 
     def feed_forward(x: Tensor) -> Tensor:
         return block.feed_forward(x, block.ffn_norm)
@@ -179,27 +147,25 @@ def quantize_block(
         (attention, block.attention_norm, ("attention.wqkv",), "attention.wo"),
         (feed_forward, block.ffn_norm, ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2"),
     ):
-        hessian = input_hessian(activations, norm, device)
+        hessian = input_hessian(activations, norm)
         for name in first:
-            linear = block.get_submodule(name)
-            linear.weight.data = quantize(name, linear.weight, hessian)
+            yield name, block.get_submodule(name), hessian
         linear = block.get_submodule(last)
-        recorder = Recorder.from_tensors(linear.in_features, linear.out_features, dict(linear.named_parameters()))
-        recorder.hessian = Hessian(linear.in_features, device)
-        block.set_submodule(last, recorder)
+        hessian = Hessian(linear.in_features, device)
+        recorder = linear.register_forward_pre_hook(lambda _, inputs, hessian=hessian: hessian.add(inputs[0]))
         for x in activations:
             part(x.to(device))
-        block.set_submodule(last, linear)
-        linear.weight.data = quantize(last, linear.weight, recorder.hessian)
+        recorder.remove()
+        yield last, linear, hessian
         for i, x in enumerate(activations):
             activations[i] = part(x.to(device)).to(x.device)
 
 
-def input_hessian(activations: Iterable[Tensor], norm: RMSNorm, device: torch.device) -> Hessian:
+def input_hessian(activations: list[Tensor], norm: RMSNorm) -> Hessian:
     """The Hessian of the linear layers that read norm(x)."""
-    hessian = Hessian(len(norm.weight), device)
+    hessian = Hessian(len(norm.weight), norm.weight.device)
     for x in activations:
-        hessian.add(norm(x.to(device)))
+        hessian.add(norm(x.to(norm.weight.device)))
     return hessian
 
 
@@ -208,22 +174,17 @@ def input_hessian(activations: Iterable[Tensor], norm: RMSNorm, device: torch.de
 
 def task_documents(tasks: list[str], include_path: Path | None = None) -> Iterator[str]:
     """The text of each document of lm-eval tasks: what a model would read, and the answer it should give."""
-    from lm_eval.tasks import TaskManager  # heavy, and of no use to the other modes
-
     try:
-        for task in TaskManager(include_path=include_path and str(include_path)).load(tasks)["tasks"].values():
-            split = next(s for s in ("training", "validation", "test") if getattr(task, f"has_{s}_docs")())
-            for doc in getattr(task, f"{split}_docs")():
-                target = task.doc_to_target(doc)
-                if isinstance(target, int):
-                    target = task.doc_to_choice(doc)[target]
-                prompt = task.doc_to_text(doc)
-                yield task.config.target_delimiter.join(t for t in (prompt, target) if isinstance(t, str) and t)
-    except Exception as error:  # data sets come from the net, and anything can be wrong with them
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"cannot read calibration task {' '.join(tasks)} ({reason}); give a text with --calibration_file"
-        ) from None
+        loaded = load_tasks(tasks, include_path)["tasks"].values()
+    except UserError as error:
+        raise UserError(f"{error}; any text serves as well, with --calibration_file") from None
+    for task in loaded:
+        split = next(s for s in ("training", "validation", "test") if getattr(task, f"has_{s}_docs")())
+        for doc in getattr(task, f"{split}_docs")():
+            prompt, target = task.doc_to_text(doc), task.doc_to_target(doc)
+            if isinstance(target, int):
+                target = task.doc_to_choice(doc)[target]
+            yield task.config.target_delimiter.join(t for t in (prompt, target) if isinstance(t, str) and t)
 
 
 def calibration_sequences(
@@ -235,24 +196,22 @@ def calibration_sequences(
     (Nothing needs padding: a sequence runs at its own length, which is the same under causal attention.)
     Raises UserError when there is not one sequence.
     """
-    full, short, buffer, tokens = [], [], [], 0
-    for document in documents:
-        ids = encode(document)
+    rows, rest, tokens = [], [], 0
+    for ids in map(encode, documents):
         tokens += len(ids)
-        buffer += ids
-        while len(buffer) >= length and len(full) + len(short) < limit:
-            full.append(buffer[:length])
-            buffer = buffer[length:]
-        if len(full) + len(short) >= limit:
-            break
+        ids = rest + ids
+        whole = len(ids) - len(ids) % length
+        rows += [ids[a : a + length] for a in range(0, whole, length)]
+        rest = ids[whole:]
         if pad:
-            if len(buffer) >= SHORTEST:
-                short.append(buffer)
-            buffer = []
-    if not full and not short:
+            rows, rest = rows + [rest] * (len(rest) >= SHORTEST), []
+        if len(rows) >= limit:
+            break
+    if not rows:
         raise UserError(f"calibration needs a sequence of {length} tokens; the text has {tokens}")
+    full = [row for row in rows[:limit] if len(row) == length]
     batches = list(torch.tensor(full).split(max(1, 2048 // length))) if full else []
-    return batches + [torch.tensor([ids]) for ids in short]
+    return batches + [torch.tensor([row]) for row in rows[:limit] if len(row) < length]
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -262,45 +221,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="a full-precision model.pth")
     parser.add_argument("--mode", "-q", default="int8", choices=("int8", "fp8", "int4", "int4-gptq"))
-    parser.add_argument(
-        "--groupsize", type=int, default=32, help="int4: weights that share a scale: 32, 64, 128 or 256"
-    )
+    parser.add_argument("--groupsize", type=int, default=32, choices=GROUPS, help="int4: weights that share a scale")
     parser.add_argument("--label", default="_", help="what stands between the source's name and the mode's")
     parser.add_argument("--device", help="where to compute: cpu, cuda, ...; by default a GPU where there is one")
     group = parser.add_argument_group("int4-gptq")
-    group.add_argument(
-        "--calibration_tasks", nargs="+", default=["wikitext"], help="lm-eval tasks whose text calibrates"
-    )
+    group.add_argument("--calibration_tasks", nargs="+", default=["wikitext"], help="lm-eval tasks to calibrate on")
     group.add_argument("--calibration_file", type=Path, help="a text to calibrate on instead")
     group.add_argument("--include_path", type=Path, help="directory of further lm-eval tasks")
-    group.add_argument("--calibration_limit", type=int, default=1000, help="most sequences to calibrate on")
+    group.add_argument("--calibration_limit", type=positive, default=1000, help="most sequences to calibrate on")
     group.add_argument("--calibration_seq_length", type=int, default=100, help="tokens of a sequence")
-    group.add_argument(
-        "--pad_calibration_inputs", action="store_true", help="do not join documents; use short ones too"
-    )
+    group.add_argument("--pad_calibration_inputs", action="store_true", help="join no documents; use short ones too")
     group.add_argument("--percdamp", type=float, default=0.01, help="dampening, a share of the Hessian's diagonal")
-    group.add_argument("--blocksize", type=int, default=128, help="columns between updates of the rest of the weight")
+    group.add_argument(
+        "--blocksize", type=positive, default=128, help="columns between updates of the rest of the weight"
+    )
     group.add_argument("--mse", action=argparse.BooleanOptionalAction, default=True, help="search each group's range")
     group.add_argument("--offload", action="store_true", help="keep the calibration activations in host memory")
     return parser.parse_args(argv)
 
 
-def check(args: argparse.Namespace) -> None:
-    if args.groupsize not in GROUPS:
-        raise UserError(f"--groupsize {args.groupsize} is not supported; accepted: {', '.join(map(str, GROUPS))}")
-    if args.calibration_seq_length < SHORTEST:
-        raise UserError(f"--calibration_seq_length {args.calibration_seq_length} is too short; at least {SHORTEST}")
-    for name in ("calibration_limit", "blocksize"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is not positive")
-    if not 0 <= args.percdamp < 1:
-        raise UserError(f"--percdamp {args.percdamp} is not within 0 and 1")
-
-
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    check(args)
+    if args.calibration_seq_length < SHORTEST:
+        raise UserError(f"--calibration_seq_length {args.calibration_seq_length} is too short; at least {SHORTEST}")
+    if not 0 <= args.percdamp < 1:
+        raise UserError(f"--percdamp {args.percdamp} is not within 0 and 1")
     source, device = args.checkpoint_path, pick_device(args.device)
     suffix = f"{args.mode}.g{args.groupsize}" if args.mode.startswith("int4") else args.mode
     target = source.with_name(f"{source.stem}{args.label}{suffix}.pth")
@@ -311,32 +257,20 @@ def main(argv: list[str] | None = None) -> None:
     else:
         quantize_checkpoint(source, target, f"int4:{args.groupsize}" if args.mode == "int4" else args.mode, device)
     if args.mode.startswith("int4"):
-        report_padding(read_config(source.parent), args.groupsize)
+        _, state, linears = open_model(source)
+        widths = [state[f"{name}.weight"].shape[1] for name in linears]
+        if padded := [K for K in widths if K % args.groupsize]:
+            sizes = ", ".join(f"{K} to {K + -K % args.groupsize}" for K in sorted(set(padded)))
+            print(f"padded {len(padded)} of {len(widths)} layers, whose inputs the group does not divide: {sizes}")
     print(f"wrote {target} ({target.stat().st_size / 1e9:.3f} GB)")
 
 
 def read_calibration(args: argparse.Namespace) -> list[Tensor]:
-    if args.calibration_file:
-        try:
-            documents = [args.calibration_file.read_text(encoding="utf-8")]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --calibration_file {args.calibration_file}: {error}") from None
-    else:
-        documents = task_documents(args.calibration_tasks, args.include_path)
+    file, tasks = args.calibration_file, args.calibration_tasks
+    documents = [read_text(file)] if file else task_documents(tasks, args.include_path)
     encode = load_tokenizer(args.checkpoint_path.parent).encode
     length, limit = args.calibration_seq_length, args.calibration_limit
     return calibration_sequences(documents, encode, length, limit, pad=args.pad_calibration_inputs)
-
-
-def report_padding(config: ModelConfig, group: int) -> None:
-    """Say which layers the group size does not divide."""
-    with torch.device("meta"):
-        linears = {n: m for n, m in Transformer(config).named_modules() if isinstance(m, Linear)}
-    padded = {m.in_features for m in linears.values() if m.in_features % group}
-    if padded:
-        count = sum(m.in_features in padded for m in linears.values())
-        sizes = ", ".join(f"{K} to {K + -K % group}" for K in sorted(padded))
-        print(f"padded {count} of {len(linears)} layers, whose inputs {group} does not divide: {sizes}")
 
 
 if __name__ == "__main__":

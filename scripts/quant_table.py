@@ -47,7 +47,7 @@ def texts() -> tuple[str, str]:
 
 def to_generic_basis(source: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
     """Write the same function in a random basis of the residual stream; returns its model.pth. The output is untied."""
-    config, state = open_model(source)
+    config, state, _ = open_model(source)
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(config.dim, config.dim, dtype=torch.float64, generator=generator))[0]

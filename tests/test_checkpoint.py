@@ -1,6 +1,7 @@
 """Every source format gives the same model; damaged ones are refused by name and leave nothing behind."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -12,9 +13,12 @@ from convert_hf_checkpoint import convert
 from safetensors.torch import load_file, save_file
 from test_model import REPO, build
 
+import checkpoint
 from checkpoint import load_model, model_shapes, new_state_dict, read_config, torch_load
 from errors import UserError
+from linear import quantizer
 from model import BUILTIN, KVCache, ModelConfig
+from quantize import quantize_checkpoint
 
 META = {
     "attention.wo": "attention.wo",
@@ -337,6 +341,78 @@ def test_new_state_dict_is_an_ordinary_file_or_nothing(tmp_path):
         pass
 
 
+STOPPED = """
+import sys, time
+from pathlib import Path
+import torch
+from checkpoint import new_state_dict
+from errors import run_cli
+def main():
+    with new_state_dict(Path(sys.argv[1]), {"a": ((9,), torch.float32)}):
+        print("writing", flush=True)
+        time.sleep(60)
+run_cli(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_writer_that_is_stopped_leaves_nothing(tmp_path, number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, tmp_path / "x.pth"], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"writing\n"
+    assert list(tmp_path.iterdir())
+    process.send_signal(number)
+    error = process.communicate(timeout=20)[1]
+    assert process.returncode == 128 + number
+    assert b"Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_is_as_before_once_a_file_is_written(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with new_state_dict(tmp_path / "x.pth", {"a": ((9,), torch.float32)}):
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_rewritten_file_is_read_anew(tmp_path, zipped):
+    path = tmp_path / "x.pth"
+    for value in (1.0, 2.0):
+        torch.save({"a": torch.full((3,), value)}, tmp_path / "new", _use_new_zipfile_serialization=zipped)
+        (tmp_path / "new").replace(path)
+        assert torch_load(path)["a"].tolist() == [value] * 3
+        assert torch_load(path) is torch_load(path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mode", ["int8", "fp8", "int4:64"])
+def test_quantising_on_load_gives_what_the_quantised_file_holds(tmp_path, monkeypatch, mode, tied):
+    build(tmp_path, "llama3.2-tied" if tied else "llama3")
+    source, target = convert(tmp_path, torch.float32), tmp_path / "quantised.pth"
+    quantize_checkpoint(source, target, mode, torch.device("cpu"))
+    monkeypatch.setattr(checkpoint, "CHUNK", 100)  # several chunks a tensor
+    found = load_model(source, quantize=mode, dtype=torch.float32).state_dict()
+    expected = load_model(target, dtype=torch.float32).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype is tensor.dtype and torch.equal(found[name].float(), tensor.float()), name
+
+
+def test_weights_are_quantised_on_the_device_they_are_for(tmp_path, monkeypatch):
+    build(tmp_path, "llama3")
+    seen = []
+
+    def spy(mode, tensors, name):
+        seen.append(tensors["weight"].device.type)
+        return quantizer(mode)(tensors["weight"])
+
+    monkeypatch.setattr(checkpoint, "quantize_linear", spy)
+    load_model(convert(tmp_path, torch.float32), quantize="int8", device="meta")
+    assert set(seen) == {"meta"}
+
+
 PEAK = """
 import sys, threading, time
 from pathlib import Path
@@ -402,11 +478,9 @@ def test_loading_names_what_is_wrong(tmp_path, hf):
     ):
         changed = {n: t for n, t in {**state, **change}.items() if t is not None}
         torch.save(changed, path)
-        torch_load.cache_clear()
         with pytest.raises(UserError, match=words):
             load_model(path)
     path.write_bytes(path.read_bytes()[:5000])
-    torch_load.cache_clear()
     with pytest.raises(UserError, match=r"model\.pth is truncated"):
         load_model(path)
     with pytest.raises(UserError, match=r"does not exist"):
