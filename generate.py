@@ -9,7 +9,6 @@ As a library, two lines:
 import argparse
 import itertools
 import json
-import math
 import os
 import sys
 import time
@@ -26,6 +25,7 @@ import kernels
 from checkpoint import DTYPES, load_model
 from errors import UserError, run_cli
 from model import KVCache, Transformer
+from sampling import Sampler
 from speculate import MAX_K, PROMPT_LOOKUP, Speculator, summary
 from tokenizer import StopStrings, StreamDecoder, Tokenizer, load_tokenizer
 from tp import TensorParallel, session
@@ -38,69 +38,6 @@ DECODE_BLOCK = 8  # steps between two looks at the tokens on a GPU: the host rea
 MAX_DEFAULT_CONTEXT = 8192  # cache length of a chat when --max_seq_length does not say
 PROBES = ("The quick brown fox, 1984!", " naïve\n\tdéjà vu", "def f(x):\n    return x")  # tell tokenizers apart
 DEFAULT_CHECKPOINT = Path("checkpoints/SmolLM2-135M-Instruct/model.pth")
-
-
-# --- sampling ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How the next token is drawn. temperature 0 is argmax; the filters apply in the order of the fields."""
-
-    repetition_penalty: float = 1.0  # CTRL's (arXiv 1909.05858), over the prompt and the answer
-    temperature: float = 0.8
-    top_k: int | None = 200
-    top_p: float | None = None  # nucleus sampling (arXiv 1904.09751)
-    min_p: float | None = None  # tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
-
-    def __post_init__(self):
-        for name, value, low, high in (
-            ("temperature", self.temperature, 0, 100),
-            ("top_k", self.top_k, 1, float("inf")),
-            ("top_p", self.top_p, 1e-9, 1),
-            ("min_p", self.min_p, 0, 1),
-            ("repetition_penalty", self.repetition_penalty, 1e-3, 100),
-        ):
-            if value is not None and not low <= value <= high:
-                raise UserError(f"{name} is {value}; accepted: {low} to {high}")
-
-    def __call__(self, logits: Tensor, history: Tensor, pos: Tensor, rng: Tensor) -> Tensor:
-        """Draw a token for each row. logits: fp32 (B, V); history: (B, T) int64, tokens known at positions 0..pos;
-        pos: (B,) int64; rng: int64 (2,), seed and offset, which advances. Returns (B,) int64.
-        """
-        return self.draw(self.penalized(logits, history, pos), rng)
-
-    def penalized(self, logits: Tensor, history: Tensor, pos: Tensor) -> Tensor:
-        """The logits after the repetition penalty; arguments and result as above."""
-        if self.repetition_penalty == 1.0:
-            return logits
-        known = torch.arange(history.shape[1], device=history.device) <= pos[:, None]
-        index = torch.where(known, history, history[:, :1])
-        score = logits.gather(1, index)
-        score = torch.where(score < 0, score * self.repetition_penalty, score / self.repetition_penalty)
-        return logits.scatter(1, index, score)
-
-    def draw(self, logits: Tensor, rng: Tensor) -> Tensor:
-        """Draw a token (B,) for each row of penalised logits (B, V)."""
-        if self.top_p is not None and self.temperature > 0:
-            logits = logits.masked_fill(logits < self._floor(logits), -torch.inf)
-        return kernels.sample(logits, self.temperature, self.top_k or 0, self.min_p or 0.0, rng)
-
-    def probs(self, logits: Tensor) -> Tensor:
-        """The distribution fp32 (B, V) that `draw` draws from, at a temperature above 0."""
-        return torch.softmax(logits.masked_fill(logits < self._floor(logits), -torch.inf) / self.temperature, -1)
-
-    def _floor(self, logits: Tensor) -> Tensor:
-        """The smallest logit (B, 1) that the filters keep: min_p's, top_k's, and top_p's among the top_k."""
-        values = torch.topk(logits, min(self.top_k or (logits.shape[1] if self.top_p else 1), logits.shape[1])).values
-        floor = values[:, :1] + (self.temperature * math.log(self.min_p) if self.min_p else -torch.inf)
-        if self.top_k:
-            floor = torch.maximum(floor, values[:, -1:])
-        if self.top_p:
-            probs = torch.softmax(values / self.temperature, -1)
-            inside = probs.cumsum(-1) - probs < self.top_p  # the token that crosses top_p belongs to it
-            floor = torch.maximum(floor, values.gather(1, inside.sum(-1, keepdim=True) - 1))
-        return floor
 
 
 # --- engine -----------------------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
 from errors import UserError
 from model import KVCache, Transformer
+from sampling import sample
 
 PROMPT_LOOKUP = "prompt_lookup"
 MAX_K = 15  # a verify pass has k + 1 rows; the decode kernels take 16
@@ -163,7 +163,7 @@ class Speculator:
             rest *= (1 - chance) / rest.sum(2, keepdim=True).clamp(min=1e-30)
             p[:, :k] = rest.scatter(2, x, chance)
             # On a CPU, min_p spares the noise of what cannot be drawn.
-            own = kernels.sample(p.flatten(0, 1).log(), 1.0, min_p=1e-30 if p.is_cpu else 0.0, rng=llm.rng)
+            own = sample(p.flatten(0, 1).log(), 1.0, 0, 1e-30 if p.is_cpu else 0.0, llm.rng)
         own = own.view(B, k + 1)
         return (own[:, :k] == guesses).cumprod(1).sum(1), own
 

@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run f
 import kernels
 from checkpoint import DTYPES, load_model
 from errors import UserError, run_cli
-from generate import Engine, Sampler, generate, pick_device, weight_bytes
+from generate import Engine, generate, pick_device, weight_bytes
 from linear import GROUPS, Linear, linear_from_tensors
 from model import BUILTIN, KVCache, ModelConfig, Transformer
+from sampling import Sampler
 from tp import TensorParallel, session
 
 MODELS = ("7B", "Llama-3.1-8B", "Llama-3.2-1B")

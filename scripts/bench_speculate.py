@@ -26,9 +26,10 @@ from bench import random_model
 
 from checkpoint import DTYPES, load_model
 from errors import run_cli
-from generate import DEFAULT_CHECKPOINT, Engine, Sampler, generate, pick_device
-from kernels import read_bandwidth, sample
+from generate import DEFAULT_CHECKPOINT, Engine, generate, pick_device
+from kernels import read_bandwidth
 from model import BUILTIN, ModelConfig
+from sampling import Sampler, sample
 from speculate import PROMPT_LOOKUP
 from tokenizer import load_tokenizer
 
@@ -173,7 +174,7 @@ def force(llm: Engine, profile: list[float]) -> None:
 
     def accept(logits, guesses, draft_logits):
         _, following = judge(logits, guesses, draft_logits)
-        holds = sample(coins, 1.0, rng=llm.rng) == 0
+        holds = sample(coins, 1.0, 0, 0.0, llm.rng) == 0
         return holds.long().cumprod(0).sum(0, keepdim=True), following
 
     llm.speculator.accept = accept

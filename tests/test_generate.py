@@ -10,7 +10,8 @@ from tiny import write_checkpoint
 
 import generate as runtime
 from errors import UserError
-from generate import Engine, Sampler, answer, generate, load
+from generate import Engine, answer, generate, load
+from sampling import Sampler
 
 GREEDY = Sampler(temperature=0.0)
 ORACLE = json.loads((Path(__file__).parent / "data/smollm2_135m_instruct.json").read_text())

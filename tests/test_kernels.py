@@ -12,6 +12,7 @@ if not CUDA:
 
 import attention  # noqa: E402
 import kernels  # noqa: E402
+import sampling  # noqa: E402
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 from triton.runtime import JITFunction, interpreter  # noqa: E402
@@ -177,8 +178,8 @@ def test_sample_draws_what_the_reference_draws(B, V, temperature, top_k, min_p):
     logits = 3 * torch.randn(B, V, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     rng = torch.tensor([1234567890123, 7], device=DEVICE)
     for step in range(2):
-        expected = kernels.sample_reference(logits, temperature, top_k, min_p, rng)
-        assert kernels.sample_triton(logits, temperature, top_k, min_p, rng).tolist() == expected.tolist()
+        expected = sampling.sample_reference(logits, temperature, top_k, min_p, rng)
+        assert sampling.sample_triton(logits, temperature, top_k, min_p, rng).tolist() == expected.tolist()
         assert rng.tolist() == [1234567890123, 8 + step]
 
 
@@ -187,10 +188,10 @@ def test_sample_keeps_ties_and_takes_the_first_when_greedy():
     logits[0, [7, 70, 1400]] = 1.0
     logits[0, 5] = -math.inf
     rng = torch.tensor([0, 0], device=DEVICE)
-    assert kernels.sample_triton(logits, 0.0, 0, 0.0, rng).item() == 7
-    drawn = {kernels.sample_triton(logits, 1.0, 2, 0.0, rng).item() for _ in range(16)}
+    assert sampling.sample_triton(logits, 0.0, 0, 0.0, rng).item() == 7
+    drawn = {sampling.sample_triton(logits, 1.0, 2, 0.0, rng).item() for _ in range(16)}
     assert drawn == {7, 70, 1400}  # all three equal the second largest
-    flat = {kernels.sample_triton(torch.zeros(1, 1500, device=DEVICE), 1.0, 10, 0.0, rng).item() for _ in range(6)}
+    flat = {sampling.sample_triton(torch.zeros(1, 1500, device=DEVICE), 1.0, 10, 0.0, rng).item() for _ in range(6)}
     assert len(flat) > 3
 
 
@@ -199,7 +200,7 @@ def test_sample_follows_softmax():
     counts = torch.zeros(6)
     for seed in range(2000):
         rng = torch.tensor([seed, 0])
-        counts[kernels.sample_reference(logits, 0.9, 4, 0.0, rng)] += 1
+        counts[sampling.sample_reference(logits, 0.9, 4, 0.0, rng)] += 1
     probs = torch.softmax(logits[0].masked_fill(logits[0] < 1, -math.inf) / 0.9, -1)
     assert (counts / 2000 - probs).abs().max() < 0.04
 
@@ -210,9 +211,9 @@ def test_gumbel_is_philox():
         return (1 - torch.exp(-torch.exp(-noise.double()))).item() * 2**32
 
     zero = torch.zeros(1, dtype=torch.int64)
-    assert word(kernels.gumbel(torch.tensor([0, 0]), zero, zero)) == pytest.approx(0x6627E8D5, rel=1e-5)
+    assert word(sampling.gumbel(torch.tensor([0, 0]), zero, zero)) == pytest.approx(0x6627E8D5, rel=1e-5)
     ones = zero + 0xFFFFFFFF
-    assert word(kernels.gumbel(torch.tensor([-1, -1]), ones, ones)) == pytest.approx(0x408F276D, rel=1e-5)
+    assert word(sampling.gumbel(torch.tensor([-1, -1]), ones, ones)) == pytest.approx(0x408F276D, rel=1e-5)
 
 
 def test_ops_trace():
@@ -224,7 +225,7 @@ def test_ops_trace():
         qkv = kernels.linear(x, w, norm=gain, eps=1e-5)
         y = attention.attend(qkv, k_cache, v_cache, torch.tensor([0, 2], device=DEVICE), None, n_head=1)
         z = kernels.linear(x, w, norm=gain, eps=1e-5, w3=w, out_dtype=torch.float32)
-        return y, z, kernels.sample(z[:, -1], 0.9, rng=rng)
+        return y, z, sampling.sample(z[:, -1], 0.9, 0, 0.0, rng)
 
     expected = step(x, gain, *cache, rng)
     compiled_cache, compiled_rng = torch.zeros_like(cache), torch.tensor([5, 0], device=DEVICE)

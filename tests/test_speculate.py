@@ -9,11 +9,12 @@ import pytest
 import torch
 from tiny import write_checkpoint
 
-import kernels
+import sampling
 from checkpoint import load_model
 from errors import UserError
-from generate import Engine, Sampler, answer, generate, load
+from generate import Engine, answer, generate, load
 from model import ModelConfig, Transformer
+from sampling import Sampler
 from speculate import MAX_K, Speculator, summary
 
 GREEDY = Sampler(temperature=0.0)
@@ -402,7 +403,7 @@ def test_cuda_graphs_equal_eager_rounds(tiny, draft, k):
     model = draft_of(tiny, draft) if draft != "same" else load_model(tiny[0] / "model.pth", device="cuda")
     plain = load(tiny[0] / "model.pth", sampler=GREEDY, compile=True, **options)
     llm = load(tiny[0] / "model.pth", sampler=GREEDY, compile=True, draft=model, speculate_k=k, **options)
-    kernels.sample(torch.zeros(1, 8, device="cuda"), 0.0)
+    sampling.sample(torch.zeros(1, 8, device="cuda"), 0.0, 0, 0.0, torch.zeros(2, dtype=torch.int64, device="cuda"))
     for prompt in PROMPTS:
         expected = list(generate(plain, prompt, 60, is_stop=never))
         got = list(generate(llm, prompt, 60, is_stop=never))

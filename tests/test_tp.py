@@ -19,9 +19,10 @@ if not CUDA:
 import tp as parallel  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from errors import UserError  # noqa: E402
-from generate import Engine, Sampler, generate, load  # noqa: E402
+from generate import Engine, generate, load  # noqa: E402
 from linear import linear_from_tensors, quantize_linear  # noqa: E402
 from model import KVCache, ModelConfig, Transformer  # noqa: E402
+from sampling import Sampler  # noqa: E402
 from tp import TensorParallel, session  # noqa: E402
 
 REPO = Path(__file__).resolve().parent.parent

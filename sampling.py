@@ -1,0 +1,280 @@
+"""How the next token is drawn: the Sampler, and sampling as the torch op gptfast::sample.
+
+Softmax sampling is argmax over logits / temperature + Gumbel noise. On an NVIDIA GPU that is one Triton kernel, or two
+where top_k or min_p leave tokens out, without sorting the vocabulary; otherwise the plain PyTorch reference beside it.
+Both draw the same tokens.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+from kernels import is_hopper, op, tl, tlx, triton, zeros
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the next token is drawn. temperature 0 is argmax; the filters apply in the order of the fields."""
+
+    repetition_penalty: float = 1.0  # CTRL's (arXiv 1909.05858), over the prompt and the answer
+    temperature: float = 0.8
+    top_k: int | None = 200
+    top_p: float | None = None  # nucleus sampling (arXiv 1904.09751)
+    min_p: float | None = None  # tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
+
+    def __post_init__(self):
+        for name, value, low, high in (
+            ("temperature", self.temperature, 0, 100),
+            ("top_k", self.top_k, 1, float("inf")),
+            ("top_p", self.top_p, 1e-9, 1),
+            ("min_p", self.min_p, 0, 1),
+            ("repetition_penalty", self.repetition_penalty, 1e-3, 100),
+        ):
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name} is {value}; accepted: {low} to {high}")
+
+    def __call__(self, logits: Tensor, history: Tensor, pos: Tensor, rng: Tensor) -> Tensor:
+        """Draw a token for each row. logits: fp32 (B, V); history: (B, T) int64, tokens known at positions 0..pos;
+        pos: (B,) int64; rng: int64 (2,), seed and offset, which advances. Returns (B,) int64.
+        """
+        return self.draw(self.penalized(logits, history, pos), rng)
+
+    def penalized(self, logits: Tensor, history: Tensor, pos: Tensor) -> Tensor:
+        """The logits after the repetition penalty; arguments and result as above."""
+        if self.repetition_penalty == 1.0:
+            return logits
+        known = torch.arange(history.shape[1], device=history.device) <= pos[:, None]
+        index = torch.where(known, history, history[:, :1])
+        score = logits.gather(1, index)
+        score = torch.where(score < 0, score * self.repetition_penalty, score / self.repetition_penalty)
+        return logits.scatter(1, index, score)
+
+    def draw(self, logits: Tensor, rng: Tensor) -> Tensor:
+        """Draw a token (B,) for each row of penalised logits (B, V)."""
+        if self.top_p is not None and self.temperature > 0:
+            logits = logits.masked_fill(logits < self._floor(logits), -torch.inf)
+        return sample(logits, self.temperature, self.top_k or 0, self.min_p or 0.0, rng)
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """The distribution fp32 (B, V) that `draw` draws from, at a temperature above 0."""
+        return torch.softmax(logits.masked_fill(logits < self._floor(logits), -torch.inf) / self.temperature, -1)
+
+    def _floor(self, logits: Tensor) -> Tensor:
+        """The smallest logit (B, 1) that the filters keep: min_p's, top_k's, and top_p's among the top_k."""
+        values = torch.topk(logits, min(self.top_k or (logits.shape[1] if self.top_p else 1), logits.shape[1])).values
+        floor = values[:, :1] + (self.temperature * math.log(self.min_p) if self.min_p else -torch.inf)
+        if self.top_k:
+            floor = torch.maximum(floor, values[:, -1:])
+        if self.top_p:
+            probs = torch.softmax(values / self.temperature, -1)
+            inside = probs.cumsum(-1) - probs < self.top_p  # the token that crosses top_p belongs to it
+            floor = torch.maximum(floor, values.gather(1, inside.sum(-1, keepdim=True) - 1))
+        return floor
+
+
+@op("sample", mutates=("rng",))
+def sample(logits: Tensor, temperature: float, top_k: int, min_p: float, rng: Tensor) -> Tensor:
+    """Draw a token for each row of logits fp32 (B, V): int64 (B,).
+
+    Softmax at `temperature` over the top_k largest logits (0: all; those equal to the smallest of them stay too) whose
+    probability is at least min_p of the largest one's. temperature <= 0 takes the largest logit, of equals the lowest
+    token. rng int64 (2,), a seed and an offset, which advances by one, makes draws repeatable.
+    """
+    if triton is None or not logits.is_cuda:
+        token = sample_reference(logits, temperature, top_k, min_p, rng)
+        rng[1] += 1
+        return token
+    return sample_triton(logits.contiguous(), temperature, top_k, min_p, rng)
+
+
+@torch.library.register_fake("gptfast::sample")
+def _(logits, temperature, top_k, min_p, rng):
+    return logits.new_empty(logits.shape[:1], dtype=torch.int64)
+
+
+def sample_reference(logits, temperature, top_k, min_p, rng):
+    if temperature <= 0:
+        return logits.argmax(-1)  # the lowest index of equals
+    scores = logits / temperature
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    if 0 < top_k < logits.shape[-1]:
+        keep &= logits >= logits.topk(top_k).values[..., -1:]
+    if min_p > 0:
+        keep &= scores >= scores.amax(-1, keepdim=True) + math.log(min_p)
+    row, token = keep.nonzero(as_tuple=True)
+    noisy = torch.full_like(scores, -math.inf)
+    noisy[row, token] = scores[row, token] + gumbel(rng, row, token)
+    return noisy.argmax(-1)
+
+
+def gumbel(rng: Tensor, row: Tensor, token: Tensor) -> Tensor:
+    """Standard Gumbel noise of each (row, token) under rng (seed, offset); softmax sampling is argmax(logits + noise).
+
+    Philox4x32-10 (Salmon et al., SC 2011), keyed by the seed and counting (token, row, offset), so that the GPU and the
+    CPU draw the same tokens and a draw does not depend on how the work is split.
+    """
+    low32, multipliers, weyl = 0xFFFFFFFF, (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+    seed, offset = rng.tolist()
+    k0, k1 = seed & low32, seed >> 32 & low32
+    c0, c1 = token.long(), row.long()
+    c2, c3 = (torch.full_like(c0, value) for value in (offset & low32, offset >> 32 & low32))
+    for _ in range(10):
+        (h0, l0), (h1, l1) = (_mul32(m, c) for m, c in zip(multipliers, (c0, c2)))
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0, k1 = (k0 + weyl[0]) & low32, (k1 + weyl[1]) & low32
+    u = (c0.float() + 0.5) * 2.0**-32
+    # -log(1 - u), but exact where u is small, which is where the large noise comes from
+    return -torch.log(torch.where(u < 0.01, u * (1 + u * (0.5 + u / 3)), -torch.log(1 - u.clamp(max=1 - 2.0**-24))))
+
+
+def _mul32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b for 32-bit values held in int64."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)  # < 2^49
+    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+
+
+def sample_triton(logits, temperature, top_k, min_p, rng):
+    """Two launches, or one where every token is in: logits fp32 (B, V) contiguous, rng int64 (2,)."""
+    B, V = logits.shape
+    device, hopper = logits.device, is_hopper(logits.device)
+    greedy = temperature <= 0
+    k = top_k if 0 < top_k < V and not greedy else V
+    margin = temperature * math.log(min_p) if min_p > 0 and not greedy else -math.inf
+    filtered = k < V or margin > -math.inf
+    block, part = 1024, 64 if k <= V // 256 else 8  # four times as many maxima as wanted leave few tokens to settle
+    blocks, count = triton.cdiv(V, block), triton.cdiv(V, part)
+    maxima = torch.empty(B, count if filtered else 0, dtype=torch.float32, device=device)
+    best = torch.empty(B, blocks, dtype=torch.int64, device=device)
+    listed = torch.empty(B, V if filtered else 0, dtype=torch.int32, device=device)
+    out = torch.empty(B, dtype=torch.int64, device=device)
+    options = {"BLOCK": block, "COUNT": count, "PDL": hopper, **({"launch_pdl": True} if hopper else {})}
+    if filtered:
+        _maxima_kernel[(B, blocks)](logits, maxima, V, PART=part, num_warps=4, **options)
+    _sample_kernel[(B, blocks)](
+        out, logits, rng, zeros(device, 2 * B + 1), maxima, best, listed, V, k,
+        1.0 if greedy else 1 / temperature, 0.0 if greedy else 1.0, margin,
+        BLOCKS=blocks, BLOCKS2=triton.next_power_of_2(blocks), COUNT2=triton.next_power_of_2(count), FILTER=filtered,
+        num_warps=16, **options,
+    )  # fmt: skip
+    return out
+
+
+if triton is not None:
+
+    @triton.jit
+    def _ordered(x):
+        """fp32 as uint32 in the same order; -0 as +0."""
+        bits = (x + 0.0).to(tl.int32, bitcast=True)
+        return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+
+    @triton.jit
+    def _maxima_kernel(
+        logits, maxima, V, BLOCK: tl.constexpr, PART: tl.constexpr, COUNT: tl.constexpr, PDL: tl.constexpr
+    ):
+        """The largest of each PART neighbouring logits."""
+        row = tl.program_id(0)
+        block = tl.program_id(1)
+        if PDL:
+            tlx.gdc_launch_dependents()
+            tlx.gdc_wait()
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + row.to(tl.int64) * V + token, mask=token < V, other=float("-inf"))
+        part = block * (BLOCK // PART) + tl.arange(0, BLOCK // PART)
+        tl.store(maxima + row * COUNT + part, tl.max(x.reshape(BLOCK // PART, PART), 1), mask=part < COUNT)
+
+    @triton.jit
+    def _noisy(x, token, row, scale, noise, rng):
+        """The score x * scale + noise * Gumbel, ordered, in the high half of an int64 and the token, reversed, in the
+        low half: the largest is the sample, and of equals the lowest token. See `gumbel`."""
+        offset = tl.load(rng + 1)
+        zero = token * 0
+        low = (offset & 0xFFFFFFFF).to(tl.uint32) + zero.to(tl.uint32)
+        high = (offset >> 32 & 0xFFFFFFFF).to(tl.uint32) + zero.to(tl.uint32)
+        word, _, _, _ = tl.philox(tl.load(rng), token.to(tl.uint32), (row + zero).to(tl.uint32), low, high)
+        u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+        exponential = tl.where(u < 0.01, u * (1 + u * (0.5 + u / 3)), -tl.log(1 - tl.minimum(u, 0.99999994)))
+        bits = (x * scale - noise * tl.log(exponential) + 0.0).to(tl.int32, bitcast=True)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        return (bits.to(tl.int64) << 32) + (0x7FFFFFFF - token).to(tl.int64)
+
+    @triton.jit
+    def _sample_kernel(
+        out, logits, rng, counters, maxima, best, listed, V, k, scale, noise, margin,
+        BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS2: tl.constexpr, COUNT: tl.constexpr, COUNT2: tl.constexpr,
+        FILTER: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """Draw from the tokens of a block or, if FILTER, list those that may be in: at least as large as the k-th
+        largest of the maxima, which is at most the k-th largest logit. The last program of a row settles the rest.
+
+        counters: two a row, how many are listed and how many programs arrived, and at the end how many rows are done.
+        """
+        row = tl.program_id(0)
+        block = tl.program_id(1)
+        if PDL:
+            tlx.gdc_launch_dependents()
+            tlx.gdc_wait()
+        logits += row.to(tl.int64) * V
+        listed += row.to(tl.int64) * V
+        best += row * BLOCKS
+        state = counters + row * 2
+        lane = tl.arange(0, BLOCK)
+        token = block * BLOCK + lane
+        x = tl.load(logits + token, mask=token < V, other=float("-inf"))
+        lowest = -9223372036854775807
+        if FILTER:
+            part = tl.arange(0, COUNT2)
+            tops = tl.load(maxima + row * COUNT + part, mask=part < COUNT, other=float("-inf"))
+            floor = tl.max(tops, 0) + margin  # min_p's limit
+            tops = _ordered(tops)
+            limit = tl.zeros((), tl.uint32)
+            for bit in range(32):  # the largest limit that k of them reach, bit by bit
+                higher = limit | (tl.full((), 1, tl.uint32) << (31 - bit))
+                limit = tl.where(tl.sum((tops >= higher).to(tl.int32), 0) >= k, higher, limit)
+            kept = (token < V) & (_ordered(x) >= limit) & (x >= floor)
+            count = tl.sum(kept.to(tl.int32), 0)
+            if count > 0:
+                place = tl.atomic_add(state, count, sem="relaxed") + tl.cumsum(kept.to(tl.int32), 0) - 1
+                tl.store(listed + place, token, mask=kept)
+        else:
+            drawn = tl.where(token < V, _noisy(x, token, row, scale, noise, rng), lowest)
+            tl.store(best + block, tl.max(drawn, 0))
+        tl.debug_barrier()  # all of this program's stores before its arrival
+        if tl.atomic_add(state + 1, 1, sem="acq_rel") != BLOCKS - 1:
+            return
+        tl.debug_barrier()
+
+        if FILTER:
+            n = tl.load(state, cache_modifier=".cg")
+            token = tl.load(listed + lane, mask=lane < n, other=0, cache_modifier=".cg")  # in general these are all
+            x = tl.load(logits + token)
+            ranks = tl.where(lane < n, _ordered(x), 0)
+            limit = tl.zeros((), tl.uint32)
+            for bit in range(32):
+                higher = limit | (tl.full((), 1, tl.uint32) << (31 - bit))
+                reach = tl.sum((ranks >= higher).to(tl.int32), 0)
+                for i in range(BLOCK, n, BLOCK):
+                    more = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
+                    more_ranks = _ordered(tl.load(logits + more))
+                    reach += tl.sum(((i + lane < n) & (more_ranks >= higher)).to(tl.int32), 0)
+                limit = tl.where(reach >= k, higher, limit)
+            winner = tl.full((), lowest, tl.int64)
+            for i in range(0, n, BLOCK):
+                more = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
+                x = tl.load(logits + more)
+                drawn = _noisy(x, more, row, scale, noise, rng)
+                drawn = tl.where((i + lane < n) & (_ordered(x) >= limit), drawn, lowest)
+                winner = tl.maximum(winner, tl.max(drawn, 0))
+            tl.store(state, 0)
+        else:
+            blocks = tl.arange(0, BLOCKS2)
+            winner = tl.max(tl.load(best + blocks, mask=blocks < BLOCKS, other=lowest, cache_modifier=".cg"), 0)
+        tl.store(out + row, 0x7FFFFFFF - (winner & 0xFFFFFFFF))
+        tl.store(state + 1, 0)
+        done = counters + 2 * tl.num_programs(0)
+        if tl.atomic_add(done, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            tl.store(done, 0)
+            tl.store(rng + 1, tl.load(rng + 1) + 1)
