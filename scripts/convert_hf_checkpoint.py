@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import torch
@@ -28,8 +29,7 @@ from errors import UserError, read_json, run_cli
 from model import BUILTIN, ModelConfig, llama3_scaling, rope_table
 
 
-@dataclass(frozen=True)
-class Lazy:
+class Lazy(NamedTuple):
     """A tensor that can tell its shape without being read."""
 
     shape: tuple[int, ...]
@@ -162,8 +162,7 @@ def _torch_file(path: Path) -> dict[str, Lazy]:
 
 def _meta(folder: Path, files: list[Path]) -> Source:
     """Meta's original release: one file per tensor-parallel rank, joined along the dimension each layer was cut."""
-    params = read_json(folder / "params.json")
-    shards = [_torch_file(file) for file in files]
+    params, shards = read_json(folder / "params.json"), [_torch_file(file) for file in files]
     if len({frozenset(shard) for shard in shards}) != 1:
         raise UserError(f"{folder}: the consolidated files do not hold the same tensors")
     if "norm.weight" not in shards[0]:
@@ -174,12 +173,12 @@ def _meta(folder: Path, files: list[Path]) -> Source:
 
 
 def _join(name: str, parts: list[Lazy], dim: int) -> Lazy:
-    if len(parts) == 1 or len(parts[0].shape) < 2:
+    shape = list(parts[0].shape)
+    if len(parts) == 1 or len(shape) < 2:
         return parts[0]
     # Llama 2 cut the embedding along features, Llama 3 along the vocabulary: the latter keeps the model's width.
-    whole_width = "tok_embeddings" in name and parts[0].shape[1] == dim
+    whole_width = "tok_embeddings" in name and shape[1] == dim
     axis = 0 if whole_width or any(key in name for key in ("wq.", "wk.", "wv.", "w1.", "w3.", "output.")) else 1
-    shape = list(parts[0].shape)
     shape[axis] *= len(parts)
     return Lazy(tuple(shape), lambda: torch.cat([part.read() for part in parts], axis))
 
@@ -223,14 +222,9 @@ def _llama2c(path: Path) -> Source:
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------
 
-# GGUF architecture: (model_type, whether its q and k rows are interleaved already; see llama.cpp's llama_rope_type).
-_GGUF = {
-    "llama": ("llama", True),
-    "smollm3": ("smollm3", True),
-    "qwen2": ("qwen2", False),
-    "qwen3": ("qwen3", False),
-    "phi3": ("phi3", False),
-}
+# GGUF architectures, called like model_types: whether q and k are interleaved already (llama.cpp's llama_rope_type).
+_GGUF = {"llama": True, "smollm3": True, "qwen2": False, "qwen3": False, "phi3": False}
+INSTEAD = "convert the Hugging Face checkpoint instead"
 
 
 def _gguf(path: Path) -> Source:
@@ -242,7 +236,6 @@ def _gguf(path: Path) -> Source:
     arch = meta.get("general.architecture")
     if arch not in _GGUF:
         raise UserError(f"GGUF architecture {arch!r} is not supported; supported: {', '.join(sorted(_GGUF))}")
-    model_type, interleaved = _GGUF[arch]
     files = gguf_tokenizer_files(meta)
     meta = {key.removeprefix(f"{arch}."): value for key, value in meta.items()}
     tensors = {}
@@ -253,7 +246,7 @@ def _gguf(path: Path) -> Source:
         heads, dim = meta["attention.head_count"], meta["embedding_length"]
         head_dim = meta.get("attention.key_length", dim // heads)
         config = {
-            "model_type": model_type,
+            "model_type": arch,
             "hidden_size": dim,
             "num_hidden_layers": meta["block_count"],
             "num_attention_heads": heads,
@@ -266,13 +259,13 @@ def _gguf(path: Path) -> Source:
             "rope_theta": meta.get("rope.freq_base", 10000.0),
             "partial_rotary_factor": meta.get("rope.dimension_count", head_dim) / head_dim,
             "tie_word_embeddings": "output.weight" not in tensors,
-            "attention_bias": model_type == "llama" and "blk.0.attn_q.bias" in tensors,
+            "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in tensors,
             "sliding_window": meta.get("attention.sliding_window"),
         }
     except KeyError as error:
         raise UserError(f"{path} lacks the key {arch}.{error.args[0]}") from None
     config["rope_scaling"] = _gguf_rope_scaling(path, meta, tensors, config)
-    return _source(GGUF, config, tensors, interleaved, files=files)
+    return _source(GGUF, config, tensors, _GGUF[arch], files=files)
 
 
 def _dequantize(tensor: gguf.ReaderTensor, shape: tuple[int, ...]) -> Tensor:
@@ -291,7 +284,7 @@ def _gguf_rope_scaling(path: Path, meta: dict, tensors: dict[str, Lazy], config:
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if "rope_factors_long.weight" in tensors:
-        raise UserError(f"{path}: longrope GGUF files are not supported; convert the Hugging Face checkpoint instead")
+        raise UserError(f"{path}: longrope GGUF files are not supported; {INSTEAD}")
     if "rope_freqs.weight" not in tensors:
         return None
     # Llama 3.1's scaling is stored as its divisors. Recover the factor, and check that nothing else is in them.
@@ -300,9 +293,7 @@ def _gguf_rope_scaling(path: Path, meta: dict, tensors: dict[str, Lazy], config:
     plain, scaled = (rope_table(ModelConfig.from_hf({**config, "rope_scaling": s}), 2) for s in (None, scaling))
     angle = [torch.atan2(table[1, :, 1], table[1, :, 0]) for table in (plain, scaled)]
     if not torch.allclose(angle[0] / angle[1], divisors, rtol=1e-3):
-        raise UserError(
-            f"{path}: rope_freqs.weight is not Llama 3.1's scaling; convert the Hugging Face checkpoint instead"
-        )
+        raise UserError(f"{path}: rope_freqs.weight is not Llama 3.1's scaling; {INSTEAD}")
     return scaling
 
 
