@@ -267,7 +267,7 @@ class StreamDecoder:
         data = self._backend.tokens.get(token_id, "\ufffd".encode())
         if token_id in self._backend.special_ids:
             return b"" if self._skip_special else data
-        at_start, self._at_start = self._at_start, self._at_start and not data
+        at_start, self._at_start = self._at_start, False
         return data.removeprefix(b" ") if at_start else data
 
 

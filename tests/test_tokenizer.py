@@ -13,7 +13,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 from gguf_tokenizer import gguf_tokenizer_files
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
@@ -273,9 +273,9 @@ def test_sentencepiece_added_tokens_beyond_the_model(tmp_path, llama2_model, eve
     size = every["sentencepiece-bpe"].vocab_size
     added = {"1": {"content": "<s>"}, str(size): {"content": "<|im_start|>"}}
     config = {"added_tokens_decoder": added, "eos_token": "<|im_end|>"}
-    files = {"tokenizer_config_json": config, "added_tokens_json": {"<|im_end|>": size + 1}}
+    files = {"tokenizer_config_json": config, "added_tokens_json": {"<|im_end|>": size + 1, "<s>!": size + 2}}
     tok = load_tokenizer(write(tmp_path, tokenizer_model=llama2_model, **files))
-    assert tok.vocab_size == size + 2
+    assert tok.vocab_size == size + 3 and tok.encode("<s>!", bos=False) == [size + 2]  # the longer name
     assert tok.eos_ids == {size + 1} and tok.stop_ids == {size + 1, 2}
     ids = tok.encode_chat([{"role": "user", "content": "The dog"}])
     assert ids.count(size) == 2 and ids.count(size + 1) == 1
@@ -317,6 +317,7 @@ def test_tokenizer_json_is_preferred_and_content_decides(tmp_path, llama2_model,
     chunks=st.lists(st.text(alphabet="abc", max_size=4), max_size=12),
     stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=5), max_size=3),
 )
+@example(chunks=["ab"], stops=["abc", "b"])
 def test_stop_strings_cut_at_the_first_however_the_text_is_chunked(chunks, stops):
     text = "".join(chunks)
     expected = text[: min((text.find(s) for s in stops if s in text), default=len(text))]
