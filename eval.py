@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import kernels
 from checkpoint import DTYPES, load_model
+from engine import MAX_DEFAULT_CONTEXT, Engine
 from errors import UserError, run_cli
-from generate import DEFAULT_CHECKPOINT, MAX_DEFAULT_CONTEXT, Engine, answer, pick_device
+from generate import DEFAULT_CHECKPOINT, answer, pick_device
 from model import KVCache, Transformer
 from sampling import Sampler
 from tokenizer import Tokenizer, load_tokenizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import write_checkpoint
 
-import generate as runtime
+import engine
 from errors import UserError
 from generate import Engine, answer, generate, load
 from sampling import Sampler
@@ -45,7 +45,7 @@ def test_greedy_equals_transformers(tiny):
 
 
 def test_ragged_batch_equals_single_rows(tiny, monkeypatch):
-    monkeypatch.setattr(runtime, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 8)
     prompts = [list(range(5, 30)), [7, 8, 9], list(range(40, 52))]
     llm = tiny_engine(tiny, batch_size=3, max_seq_length=60)
     rows = list(zip(*generate(llm, prompts, 20, is_stop=never)))
