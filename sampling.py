@@ -8,6 +8,7 @@ Both draw the same tokens.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,25 +117,18 @@ def gumbel(rng: Tensor, row: Tensor, token: Tensor) -> Tensor:
     Philox4x32-10 (Salmon et al., SC 2011), keyed by the seed and counting (token, row, offset), so that the GPU and the
     CPU draw the same tokens and a draw does not depend on how the work is split.
     """
-    low32, multipliers, weyl = 0xFFFFFFFF, (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+    low32 = 0xFFFFFFFF
     seed, offset = rng.tolist()
     k0, k1 = seed & low32, seed >> 32 & low32
-    c0, c1 = token.long(), row.long()
-    c2, c3 = (torch.full_like(c0, value) for value in (offset & low32, offset >> 32 & low32))
+    c0, c1 = (t.cpu().numpy().astype(np.uint64) for t in (token, row))  # PyTorch has no arithmetic on uint64
+    c2, c3 = (np.full_like(c0, word) for word in (offset & low32, offset >> 32 & low32))
     for _ in range(10):
-        (h0, l0), (h1, l1) = (_mul32(m, c) for m, c in zip(multipliers, (c0, c2)))
-        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
-        k0, k1 = (k0 + weyl[0]) & low32, (k1 + weyl[1]) & low32
-    u = (c0.float() + 0.5) * 2.0**-32
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 & low32, p0 >> 32 ^ c3 ^ k1, p0 & low32
+        k0, k1 = k0 + 0x9E3779B9 & low32, k1 + 0xBB67AE85 & low32
+    u = (torch.from_numpy(c0.astype(np.int64)).to(token.device).float() + 0.5) * 2.0**-32
     # -log(1 - u), but exact where u is small, which is where the large noise comes from
     return -torch.log(torch.where(u < 0.01, u * (1 + u * (0.5 + u / 3)), -torch.log(1 - u.clamp(max=1 - 2.0**-24))))
-
-
-def _mul32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * b for 32-bit values held in int64."""
-    low = a * (b & 0xFFFF)
-    high = a * (b >> 16) + (low >> 16)  # < 2^49
-    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
 def sample_triton(logits, temperature, top_k, min_p, rng):
