@@ -16,9 +16,7 @@ from speculate import MAX_K, Speculator
 from tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # tokens a row; bounds the score matrix of a long prompt
-SHORT_ROWS = (
-    8  # tokens that a captured prefill takes at once: launching its kernels one by one takes longer than they do
-)
+SHORT_ROWS = 8  # tokens that a captured prefill takes at once: launching them one by one takes longer than running
 DECODE_BLOCK = 8  # steps between two looks at the tokens on a GPU: the host reads one block while the next runs
 MAX_DEFAULT_CONTEXT = 8192  # cache length of a chat when --max_seq_length does not say
 
