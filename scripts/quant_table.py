@@ -1,8 +1,9 @@
 """What quantising costs: perplexity, size and CPU speed of every kind of weight, on SmolLM2, in two bases.
 
-    python scripts/quant_table.py            writes benchmarks/quant_smollm2.json and prints it as a table
+    python scripts/quant_table.py [--samples 3]       adds to benchmarks/quant_smollm2.json, and prints it as a table
 
-What the file holds already is kept, so an interrupted run goes on where it was, and speed can be measured apart.
+What the file holds already is kept, so an interrupted run goes on where it was. Times are taken only with --samples:
+they need a machine that does nothing else.
 
 SmolLM2's weights here were dequantised from blocks of 32 4-bit integers, so that int4 in groups of 32 finds that very
 grid again and is nearly lossless by construction. The generic basis is the same function without the grid: each norm's
@@ -13,7 +14,9 @@ The text is Python's own reference (pydoc_data.topics): calibration reads its fi
 """
 
 import argparse
+import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -21,20 +24,21 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from tables import quant
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import load_model, new_state_dict, read_json
-from errors import run_cli
+from errors import UserError, run_cli
 from generate import pick_device
 from linear import GROUPS, Linear
 from model import KVCache
-from quantize import calibration_sequences, gptq_checkpoint, open_model, quantize_checkpoint
+from quantize import open_model
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-WINDOW = 512  # tokens that perplexity sees at once
+WINDOW = 512  # tokens that perplexity sees at once, and of a calibration sequence
 KINDS = ["bf16", "int8", "fp8", *(f"{kind}.g{G}" for G in GROUPS for kind in ("int4", "int4-gptq"))]
 
 
@@ -90,43 +94,15 @@ def perplexity(path: Path, tokens: Tensor, device: torch.device) -> float:
     return torch.tensor(total / count, dtype=torch.float64).exp().item()
 
 
-def write(source: Path, target: Path, kind: str, calibration: list[Tensor], device: torch.device) -> float:
-    """Quantise `source`, unless the kind is its own; returns the seconds it took."""
+def run(script: str, *args: object) -> tuple[str, float, int]:
+    """Run a script of the repository, on the CPU or as told: standard output, seconds, and peak resident bytes."""
     start = time.perf_counter()
-    mode, _, group = kind.partition(".g")
-    if mode == "int4-gptq":
-        gptq_checkpoint(source, target, int(group), calibration, device)
-    elif mode != "bf16":
-        quantize_checkpoint(source, target, f"int4:{group}" if group else mode, device)
-    return time.perf_counter() - start
-
-
-def decode_speed(path: Path, samples: int) -> float:
-    """Median decode tok/s of generate.py --compile, a process of its own as users run it."""
-    options = "--device cpu --compile --prompt 5 --max_new_tokens 100 --temperature 0 --json"
-    command = [sys.executable, "generate.py", "--checkpoint_path", str(path.absolute()), *options.split()]
-    command += ["--num_samples", str(samples)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    return json.loads(out.splitlines()[-1])["decode_tokens_per_second"]
-
-
-def table(results: dict[str, dict[str, dict]]) -> str:
-    """Markdown. A loss is the perplexity above bf16's; what GPTQ recovers is a share of the loss of rounding."""
-    lines = [
-        "| weights | MB | CPU tok/s | perplexity | loss | generic basis | loss | recovered |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    own, generic = (results.get(basis, {}) for basis in ("own", "generic"))
-    for kind in (kind for kind in KINDS if own.get(kind) and generic.get(kind)):
-        a, b = own[kind], generic[kind]
-        loss = b["perplexity"] / generic["bf16"]["perplexity"] - 1
-        rounding = generic.get(kind.replace("-gptq", ""), b)["perplexity"] / generic["bf16"]["perplexity"] - 1
-        lines.append(
-            f"| {kind} | {a['bytes'] / 1e6:.0f} | {a.get('tokens_per_second', 0):.1f} | {a['perplexity']:.3f} "
-            f"| {100 * (a['perplexity'] / own['bf16']['perplexity'] - 1):+.2f} % | {b['perplexity']:.3f} "
-            f"| {100 * loss:+.2f} % | {f'{100 * (1 - loss / rounding):.0f} %' if 'gptq' in kind else ''} |"
-        )
-    return "\n".join(lines)
+    process = subprocess.Popen([sys.executable, ROOT / script, *map(str, args)], stdout=subprocess.PIPE, text=True)
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise UserError(f"{script} failed")
+    return out, time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
 def main() -> None:
@@ -138,37 +114,45 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", choices=("own", "generic"), default=["own", "generic"])
     parser.add_argument("--device", default="cpu", help="of quantising and perplexity; speed is the CPU's")
     parser.add_argument("--tokens", type=int, default=20480, help="held-out tokens")
-    parser.add_argument("--calibration_limit", type=int, default=64, help="sequences of 512 tokens")
-    parser.add_argument("--samples", type=int, default=3, help="generations to time; 0: none")
+    parser.add_argument("--calibration_limit", type=int, default=32, help=f"sequences of {WINDOW} tokens")
+    parser.add_argument("--samples", type=int, default=0, help="generations to time, in the model's own basis")
     args = parser.parse_args()
-    results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    own = args.work_dir / "own"
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    about = {"torch": torch.__version__, "commit": commit.stdout.strip(), "command": " ".join(sys.argv)}
+    results = json.loads(args.output.read_text()) if args.output.exists() else about
+    own, generic = args.work_dir / "own", args.work_dir / "generic"
     own.mkdir(parents=True, exist_ok=True)
     for file in args.checkpoint_path.resolve().parent.iterdir():
         if file.name == args.checkpoint_path.name or file.suffix == ".json" or file.name == "tokenizer.model":
             (own / file.name).unlink(missing_ok=True)
             (own / file.name).symlink_to(file)
-    sources = {"own": own / args.checkpoint_path.name}
     if "generic" in args.bases:
-        sources["generic"] = to_generic_basis(sources["own"], args.work_dir / "generic")
-    encode = load_tokenizer(sources["own"].parent).encode
-    calibration_text, held_out = texts()
-    tokens = torch.tensor(encode(held_out)[: args.tokens])
-    device = pick_device(args.device)
-    for basis in args.bases:
-        for kind in args.kinds:
-            source, entry = sources[basis], results.setdefault(basis, {}).setdefault(kind, {})
-            path = source if kind == "bf16" else source.with_name(f"model_{kind}.pth")
-            if "perplexity" not in entry:
-                calibration = calibration_sequences([calibration_text], encode, WINDOW, args.calibration_limit)
-                entry["quantise_seconds"] = round(write(source, path, kind, calibration, device), 1)
-                entry |= {"bytes": path.stat().st_size, "tokens": len(tokens)}
-                entry["perplexity"] = perplexity(path, tokens, device)
-            if args.samples and basis == "own" and "tokens_per_second" not in entry:
-                entry["tokens_per_second"] = decode_speed(path, args.samples)
-            args.output.write_text(json.dumps(results, indent=2))
-            print(basis, kind, json.dumps(entry), flush=True)
-    print(table(results))
+        to_generic_basis(own / args.checkpoint_path.name, generic)
+    calibration, held_out = texts()
+    (args.work_dir / "calibration.txt").write_text(calibration)
+    tokens = torch.tensor(load_tokenizer(own).encode(held_out)[: args.tokens])
+    options = ["--device", args.device, "--calibration_file", args.work_dir / "calibration.txt"]
+    options += ["--calibration_seq_length", WINDOW, "--calibration_limit", args.calibration_limit]
+    for basis, kind in itertools.product(args.bases, args.kinds):
+        entry = results.setdefault(basis, {}).setdefault(kind, {})
+        source = generic / "model.pth" if basis == "generic" else own / args.checkpoint_path.name
+        path = source if kind == "bf16" else source.with_name(f"{source.stem}_{kind}.pth")
+        timed = args.samples and basis == "own" and "tokens_per_second" not in entry
+        if kind != "bf16" and (timed or "perplexity" not in entry):
+            mode, _, group = kind.partition(".g")
+            more = ["--mode", mode, "--groupsize", group or 32, *options]
+            _, seconds, memory = run("quantize.py", "--checkpoint_path", source, *more)
+            entry |= {"quantise_seconds": round(seconds, 1), "quantise_memory": memory} if timed else {}
+        if timed:
+            how = "--device cpu --compile --prompt 5 --max_new_tokens 100 --temperature 0 --json --num_samples"
+            out, _, _ = run("generate.py", "--checkpoint_path", path, *how.split(), args.samples)
+            entry["tokens_per_second"] = json.loads(out.splitlines()[-1])["decode_tokens_per_second"]
+        if "perplexity" not in entry:
+            entry |= {"bytes": path.stat().st_size, "tokens": len(tokens)}
+            entry["perplexity"] = perplexity(path, tokens, pick_device(args.device))
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        print(basis, kind, json.dumps(entry), flush=True)
+    print(quant(results))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -52,20 +53,29 @@ def cpu(results: dict) -> str:
 
 
 def quant(result: dict) -> str:
-    lines = [
-        "Perplexity of SmolLM2-135M on 20,480 tokens of Python's language reference that calibration has not seen."
-    ]
+    lines = [f"SmolLM2-135M on {result['device']}, torch {result['torch']}, `{result['command']}`:", ""]
     lines += [
-        "The model's own weights come from a 4-bit grid of groups of 32, which would flatter int4; so it is put in a"
+        "| weights | MB | perplexity | in a generic basis | GPTQ recovers | tok/s, CPU | time, memory to quantise |"
     ]
-    lines += [
-        "generic basis first (norm gains folded into the weights, the residual stream rotated: the same logits).",
-        "",
-    ]
-    lines += ["Incomplete: groups of 64, int8, fp8, the model's own basis and speeds are not measured yet.", ""]
-    lines += ["| weights | perplexity | file, MB |", "|---|---|---|"]
-    for name, row in result["generic"].items():
-        lines.append(f"| {name} | {row['perplexity']:.2f} | {row['bytes'] / 1e6:.0f} |")
+    lines += ["|---|---|---|---|---|---|---|"]
+
+    def perplexity(basis: str, kind: str) -> float:
+        return result.get(basis, {}).get(kind, {}).get("perplexity", math.nan)
+
+    def loss(basis: str, kind: str) -> float:
+        return perplexity(basis, kind) / perplexity(basis, "bf16") - 1
+
+    own, generic = result.get("own", {}), result.get("generic", {})
+    for kind in sorted(own | generic, key=lambda kind: (int(kind.partition(".g")[2] or 0), kind.partition(".g")[0])):
+        row = generic.get(kind, {}) | own.get(kind, {})
+        cells = [f"{perplexity(b, kind):.2f} ({100 * loss(b, kind):+.2f} %)" for b in ("own", "generic")]
+        rounding = loss("generic", kind.replace("-gptq", ""))
+        cells += [f"{100 * (1 - loss('generic', kind) / rounding):.0f} %" if "gptq" in kind else ""]
+        cells += [f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else ""]
+        cost = "{quantise_seconds:.0f} s, {gigabytes:.1f} GB" if "quantise_seconds" in row else ""
+        cells += [cost.format(**row, gigabytes=row.get("quantise_memory", 0) / 1e9)]
+        line = " | ".join([kind, f"{row['bytes'] / 1e6:.0f}", *cells])
+        lines.append(f"| {line} |".replace("nan (+nan %)", "-").replace("nan %", "-"))
     return "\n".join(lines)
 
 
