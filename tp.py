@@ -28,16 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-import kernels
 from errors import UserError
+from kernels import is_hopper, op, tl, tlx, triton
 from linear import GROUPS, Int4Linear, Linear
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.language.extra import cuda as tlx
-except ImportError:  # CPU-only builds of torch come without Triton: torch.distributed alone serves
-    triton = None
 
 MAX_WORDS = 2**17  # of 4 bytes, a rank; more than that (a prefill) is NCCL's, whose strength is bandwidth
 BLOCK = 256  # words a program of the exchange kernel
@@ -206,7 +199,7 @@ def _end(rank: int, store: dist.Store, message: str, status: int) -> None:
 # --- exchange ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gptfast::exchange", mutates_args=())
+@op("exchange")
 def exchange(x: Tensor, tokens: Tensor | None, gather: bool, rank: int, world: int) -> Tensor:
     """Of x (..., n) on every rank: the sum or, to gather, the ranks' parts side by side, (..., world n).
 
@@ -229,7 +222,7 @@ def exchange(x: Tensor, tokens: Tensor | None, gather: bool, rank: int, world: i
     return total.to(x.dtype)
 
 
-@exchange.register_fake
+@torch.library.register_fake("gptfast::exchange")
 def exchange_fake(x, tokens, gather, rank, world):
     if tokens is not None:
         return x.new_empty((*tokens.shape, x.shape[1]))
@@ -262,7 +255,7 @@ def _mailbox(device: torch.device) -> tuple[Tensor, ...] | None:
 def exchange_triton(x, tokens, gather, rank, world, boxes, counts):
     """One launch of the exchange kernel: x contiguous, in whole words of 4 bytes along its last dimension."""
     out = exchange_fake(x, tokens, gather, rank, world)
-    pdl = kernels._is_hopper(x.device)
+    pdl = is_hopper(x.device)
     width = x.shape[-1] * x.element_size() // 4
     words = out.numel() * x.element_size() // 4 // (world if gather else 1)
     _exchange_kernel[(triton.cdiv(words, BLOCK),)](
