@@ -44,7 +44,7 @@ except ImportError:  # perplexity does without lm-eval; load_tasks says that it 
     TemplateLM = None
 
 MAX_BATCH_TOKENS = 32768  # cache positions of a batch, all rows together: long texts make small batches
-MAX_LOGITS = 2**25  # fp32 logits held at a time, 128 MiB: long continuations are scored in slices
+MAX_LOGITS = 2**26  # fp32 logits held at a time, 256 MiB: long continuations are scored in slices
 MAX_SLICE = 512  # tokens a row and forward pass: bounds the score matrix of attention
 BUILTIN_CHARACTERS = 100_000  # of the built-in text: some 25,000 tokens
 TEXT_WINDOW = 2048  # the most tokens of context for a text's perplexity
@@ -146,26 +146,27 @@ class LanguageModel(TemplateLM or object):
             source = torch.tensor([contexts[context] for context, _ in rows], device=self._device)
             cache.k, cache.v = [k[source] for k in cache.k], [v[source] for v in cache.v]
             cache.batch_size = len(rows)
-        targets = self._padded([target for _, target in rows])
-        step = max(1, MAX_LOGITS // (len(rows) * self.model.config.vocab_size))
-        logprobs, greedy = [], []
+        targets, logprobs, greedy = self._padded([target for _, target in rows]), [], []
         inputs, start = [(context[-1], *target[:-1]) for context, target in rows], [len(c) - 1 for c, _ in rows]
-        for a, x in self._feed(inputs, start, cache):
-            for part, target in zip(x.split(step, 1), targets[:, a : a + x.shape[1]].split(step, 1)):
-                logits = self.model.logits(part)  # (B, step, V)
-                logprobs.append(logits.gather(-1, target[..., None])[..., 0] - logits.logsumexp(-1))
-                greedy.append(logits.argmax(-1) == target)
+        size = max(1, MAX_LOGITS // (len(rows) * self.model.config.vocab_size))
+        for a, x in self._feed(inputs, start, cache, size):
+            logits, target = self.model.logits(x), targets[:, a : a + x.shape[1], None]  # (B, s, V), (B, s, 1)
+            logprobs.append(logits.gather(-1, target)[..., 0] - logits.logsumexp(-1))
+            greedy.append(logits.argmax(-1) == target[..., 0])
         logprobs, greedy = torch.cat(logprobs, 1).cpu().double(), torch.cat(greedy, 1).cpu()  # (B, S)
         lengths = [len(target) for _, target in rows]
         return [(logprobs[row, :n].sum().item(), bool(greedy[row, :n].all())) for row, n in enumerate(lengths)]
 
-    def _feed(self, rows: list[tuple[int, ...]], start: list[int], cache: KVCache) -> Iterator[tuple[int, Tensor]]:
+    def _feed(
+        self, rows: list[tuple[int, ...]], start: list[int], cache: KVCache, size: int = MAX_SLICE
+    ) -> Iterator[tuple[int, Tensor]]:
         """Feed each row's tokens from its start position on, in slices: yields (offset, hidden states (B, s, C))."""
         tokens, pos = self._padded(rows), torch.tensor(start, device=self._device)
         # A few tokens would go to the kernels for decoding, and be graphs of their own.
         least = max(2, 1 + kernels.MAX_ROWS // len(rows))
-        for a in range(0, tokens.shape[1], MAX_SLICE):
-            part = tokens[:, a : a + MAX_SLICE]
+        size = min(size, MAX_SLICE)
+        for a in range(0, tokens.shape[1], size):
+            part = tokens[:, a : a + size]
             n = part.shape[1]
             end = 0 if self.compile else min(max(start) + a + n, cache.length)  # one more size to compile for
             # Sizes that happen to be equal when a graph is made must not count as one.

@@ -3,7 +3,7 @@
 Knows nothing of models: a Hessian and a weight go in, integers, scales and zeros on Int4Linear's grid come out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 
@@ -58,9 +58,8 @@ def gptq(
         if start % group == 0:
             whole = slice(start, start + group)
             scales[g], zeros[g] = _grid(w[whole], importance[whole], SHRINKS if mse else 1)
-        steps = (w[start:stop] - zeros[g]) / scales[g] + 8
-        codes, errors = _rounded(steps, u[start:stop, start:stop])
-        q[start:stop] = codes
+        columns = (w[start:stop] - zeros[g]) / scales[g] + 8
+        q[start:stop], errors = _rounder(stop - start, N, w.device)(columns, u[start:stop, start:stop])
         w[stop:].addmm_(u[start:stop, stop:].t(), errors * scales[g], alpha=-1)
     return q.t().contiguous(), scales.t().contiguous(), zeros.t().contiguous()
 
@@ -84,7 +83,7 @@ def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
         damp = max(10 * damp, 1e-6 * diagonal.mean().item())
 
 
-def _grid(columns: Tensor, importance: Tensor, candidates: int) -> Iterable[Tensor]:
+def _grid(columns: Tensor, importance: Tensor, candidates: int) -> tuple[Tensor, ...]:
     """Scale and zero (N,) for columns (G, N) of a group: those of the candidate range, the whole one first, that has
     the least weighted squared error."""
     shrinks, best = torch.linspace(1, 0.6, candidates, device=columns.device)[:, None, None], []
@@ -97,33 +96,30 @@ def _grid(columns: Tensor, importance: Tensor, candidates: int) -> Iterable[Tens
     return torch.cat(best).unbind(1)
 
 
-def _rounded(steps: Tensor, u: Tensor) -> Iterable[Tensor]:
-    """Round columns steps (n, N), in units of the grid's step and from its start, one after the other, each moving
-    those after it by its error and u (n, n). Returns codes 0..15 and errors, fp32 (n, N), valid until the next call."""
-    if steps.is_cuda:
-        graph, tensors = _captured(*steps.shape, steps.device)
-        for fixed, value in zip(tensors, (steps, u)):
-            fixed.copy_(value)
-        graph.replay()
-    else:
-        tensors = steps, u, *torch.empty(2, *steps.shape)
-        _round_columns(*tensors)
-    return tensors[2:]
-
-
-def _round_columns(steps: Tensor, u: Tensor, codes: Tensor, errors: Tensor) -> None:
-    for k in range(len(steps)):
-        torch.round(steps[k], out=codes[k]).clamp_(0, 15)
-        torch.sub(steps[k], codes[k], out=errors[k])
-        steps[k + 1 :].addr_(u[k, k + 1 :], errors[k], alpha=-1)
-
-
 @lru_cache(maxsize=8)  # a model has no more shapes
-def _captured(n: int, N: int, device: torch.device) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A CUDA graph of _round_columns, and its tensors. Each of its kernels takes less time than launching it would."""
-    tensors = [torch.zeros(shape, device=device) for shape in ((n, N), (n, n), (n, N), (n, N))]
-    _round_columns(*tensors)  # loads the kernels, which capturing must not do
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        _round_columns(*tensors)
-    return graph, tensors
+def _rounder(n: int, N: int, device: torch.device) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(columns (n, N) in units of the grid's step and from its start, u (n, n)) -> codes 0..15 and errors, fp32 (n, N),
+    valid until the next call: rounds a column after the other, each moving those after it by its error and u."""
+    columns, codes, errors = torch.zeros(3, n, N, device=device)
+    u = torch.zeros(n, n, device=device)
+
+    def run() -> None:
+        for k in range(n):
+            torch.round(columns[k], out=codes[k]).clamp_(0, 15)
+            torch.sub(columns[k], codes[k], out=errors[k])
+            columns[k + 1 :].addr_(u[k, k + 1 :], errors[k], alpha=-1)
+
+    if device.type == "cuda":  # where each of these kernels takes less time than launching it
+        run()  # loads the kernels, which capturing must not do
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+
+    def rounded(given: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        columns.copy_(given)
+        u.copy_(weights)
+        run()
+        return codes, errors
+
+    return rounded

@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--bases", nargs="+", choices=("own", "generic"), default=["own", "generic"])
     parser.add_argument("--device", default="cpu", help="of quantising and perplexity; speed is the CPU's")
-    parser.add_argument("--tokens", type=int, default=20480, help="held-out tokens")
+    parser.add_argument("--tokens", type=int, default=20480, help="held-out tokens; 0: no perplexity")
     parser.add_argument("--calibration_limit", type=int, default=32, help=f"sequences of {WINDOW} tokens")
     parser.add_argument("--samples", type=int, default=0, help="generations to time, in the model's own basis")
     args = parser.parse_args()
@@ -138,7 +138,8 @@ def main() -> None:
         source = generic / "model.pth" if basis == "generic" else own / args.checkpoint_path.name
         path = source if kind == "bf16" else source.with_name(f"{source.stem}_{kind}.pth")
         timed = args.samples and basis == "own" and "tokens_per_second" not in entry
-        if kind != "bf16" and (timed or "perplexity" not in entry):
+        judged = args.tokens and "perplexity" not in entry
+        if kind != "bf16" and (timed or judged):
             mode, _, group = kind.partition(".g")
             more = ["--mode", mode, "--groupsize", group or 32, *options]
             _, seconds, memory = run("quantize.py", "--checkpoint_path", source, *more)
@@ -147,9 +148,10 @@ def main() -> None:
             how = "--device cpu --compile --prompt 5 --max_new_tokens 100 --temperature 0 --json --num_samples"
             out, _, _ = run("generate.py", "--checkpoint_path", path, *how.split(), args.samples)
             entry["tokens_per_second"] = json.loads(out.splitlines()[-1])["decode_tokens_per_second"]
-        if "perplexity" not in entry:
-            entry |= {"bytes": path.stat().st_size, "tokens": len(tokens)}
-            entry["perplexity"] = perplexity(path, tokens, pick_device(args.device))
+        if judged:
+            entry |= {"tokens": len(tokens), "perplexity": perplexity(path, tokens, pick_device(args.device))}
+        if timed or judged:
+            entry["bytes"] = path.stat().st_size
         args.output.write_text(json.dumps(results, indent=1) + "\n")
         print(basis, kind, json.dumps(entry), flush=True)
     print(quant(results))
