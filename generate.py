@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import kernels
-from checkpoint import DTYPES, load_model
+from checkpoint import DTYPES, load_model, read_config
 from engine import Engine
 from errors import UserError, run_cli
 from model import Transformer
@@ -72,11 +72,17 @@ def load(
     return Engine(model, tokenizer, draft=load_draft(draft, tokenizer, **options), **engine)
 
 
-def load_draft(draft, tokenizer: Tokenizer, **options) -> Transformer | str | None:
-    """The model of a draft's checkpoint, whose tokenizer must be the target's. Anything but a path stays as it is."""
+def load_draft(draft, tokenizer: Tokenizer, tp: TensorParallel | None, **options) -> Transformer | str | None:
+    """The model of a draft's checkpoint, whose tokenizer must be the target's. Anything but a path stays as it is.
+
+    Where its heads do not divide over the ranks, each of them runs all of it.
+    """
     if draft in (None, PROMPT_LOOKUP) or isinstance(draft, Transformer):
         return draft
-    model, own = load_model(Path(draft), **options), load_tokenizer(Path(draft).parent)
+    config = read_config(Path(draft).parent)
+    divides = tp is None or tp.world in tp.worlds(config.n_head, config.n_local_heads)
+    model = load_model(Path(draft), tp=tp if divides else None, **options)
+    own = load_tokenizer(Path(draft).parent)
     if any(own.encode(text) != tokenizer.encode(text) for text in PROBES):
         raise UserError(f"the tokenizer of the draft {draft} differs from the target's; they must be the same")
     return model

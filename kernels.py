@@ -418,9 +418,6 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-_is_hopper = is_hopper
-
-
 @functools.cache
 def zeros(device: torch.device, n: int) -> Tensor:
     """Counters that every kernel leaves as it found them, at zero. One stream of a device may use them at a time."""

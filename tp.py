@@ -51,11 +51,16 @@ class TensorParallel:
         n = size if self.world == 1 else math.ceil(size / (self.world * unit)) * unit
         return range(self.rank * n, (self.rank + 1) * n)
 
+    @staticmethod
+    def worlds(n_head: int, n_local_heads: int) -> list[int]:
+        """World sizes over which heads divide."""
+        return [w for w in range(1, n_head + 1) if n_head % w == 0 and 0 in (n_local_heads % w, w % n_local_heads)]
+
     def heads(self, n_head: int, n_local_heads: int) -> tuple[range, range]:
         """This rank's query heads and the key/value heads they share; ranks share a head when there are fewer heads.
 
         Raises UserError, naming the world sizes that work, when heads do not divide."""
-        works = [w for w in range(1, n_head + 1) if n_head % w == 0 and 0 in (n_local_heads % w, w % n_local_heads)]
+        works = self.worlds(n_head, n_local_heads)
         if self.world not in works:
             raise UserError(
                 f"world size {self.world} does not divide {n_head} query and {n_local_heads} key/value heads; "

@@ -243,7 +243,9 @@ def _same_tokens(path, config, tp):
             llm.seed(3)
             texts.append(list(generate(llm, prompts, 20, is_stop=lambda row, token: False)))
         if sampler.temperature == 0:  # guesses must not change greedy text
-            for draft in (model, "prompt_lookup"):
+            options = {"config": config, "dtype": torch.float32, "device": place(tp)}
+            whole = load_model(path, quantize="int8", **options)  # each rank runs all of this draft
+            for draft in (model, whole, "prompt_lookup"):
                 llm = Engine(model, batch_size=3, max_seq_length=40, sampler=sampler, draft=draft, speculate_k=3)
                 assert texts[0] == list(generate(llm, prompts, 20, is_stop=lambda row, token: False)), draft
         assert texts[0] == texts[1], f"rank {tp.rank}, {sampler}: {texts}"
