@@ -173,7 +173,7 @@ class Speculator:
         if inductor:
             self.forward = torch.compile(self.forward, fullgraph=True, dynamic=self.k == "auto")
             if self.model:
-                self.draft.step = torch.compile(self.draft.step, fullgraph=True)
+                self.draft.step = torch.compile(self.draft.step, fullgraph=True, dynamic=False)
         self.llm.pos.fill_(1)  # a draft looks back by one
         self.rounds = {k: self.capture(round) for k, round in self.rounds.items()}
         self._time_rounds()
