@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,6 @@ MAX_LOGITS = 2**26  # fp32 logits held at a time, 256 MiB: long continuations ar
 MAX_SLICE = 512  # tokens a row and forward pass: bounds the score matrix of attention
 BUILTIN_CHARACTERS = 100_000  # of the built-in text: some 25,000 tokens
 TEXT_WINDOW = 2048  # the most tokens of context for a text's perplexity
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # generation_kwargs that tasks may set
 
 
 class LanguageModel(TemplateLM or object):
@@ -201,10 +200,9 @@ class LanguageModel(TemplateLM or object):
         until = [string for string in until if string]
         budget = options.pop("max_gen_toks")
         options.pop("do_sample")  # the temperature says the same
-        if unknown := sorted(set(options) - set(SAMPLING)):
-            raise UserError(
-                f"generation_kwargs {', '.join(unknown)} are not supported; supported: {', '.join(SAMPLING)}"
-            )
+        known = [field.name for field in fields(Sampler)]
+        if unknown := ", ".join(sorted(set(options) - set(known))):
+            raise UserError(f"generation_kwargs {unknown} are not supported; supported: {', '.join(known)}")
         if not 0 < budget < self.max_length:
             raise UserError(f"max_gen_toks is {budget}; accepted: 1 to {self.max_length - 1} (--max_seq_length)")
         prompts = [prompt[-(self.max_length - budget) :] for prompt in prompts]

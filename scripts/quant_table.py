@@ -118,7 +118,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=0, help="generations to time, in the model's own basis")
     args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    about = {"torch": torch.__version__, "commit": commit.stdout.strip(), "command": " ".join(sys.argv)}
+    about = {
+        "device": f"{os.cpu_count()} CPU cores",
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+        "command": " ".join(sys.argv),
+    }
     results = json.loads(args.output.read_text()) if args.output.exists() else about
     own, generic = args.work_dir / "own", args.work_dir / "generic"
     own.mkdir(parents=True, exist_ok=True)
