@@ -24,7 +24,7 @@ from sampling import sample
 
 PROMPT_LOOKUP = "prompt_lookup"
 MAX_K = 15  # a verify pass has k + 1 rows; the decode kernels take 16
-AUTO = (0, 1, 2, 3, 5, 8, 12)  # what `auto` chooses from; 0 is plain decoding
+AUTO = (0, 1, 3, 5, 7, 11, 15)  # what `auto` chooses from: plain decoding, and rows that kernels take by 2, 4 or 8
 RECENT = 32  # rounds that `auto` goes by; when plain ones have pushed the others out, it tries again
 NGRAM = 6  # the longest match that prompt lookup looks for
 CHUNK = 512  # tokens a row that a draft reads at once
@@ -33,10 +33,8 @@ CHUNK = 512  # tokens a row that a draft reads at once
 class PromptLookup:
     """A draft without a model: what followed the latest occurrence of a row's last tokens, as many as recur."""
 
-    model = None
-
     def __init__(self, llm):
-        self.llm = llm
+        self.llm, self.model = llm, None
 
     def find(self) -> tuple[Tensor, Tensor]:
         """Where in each row its last tokens occurred before, and how many of them match (0: none): int64 (B,) both."""
@@ -110,10 +108,9 @@ class Speculator:
         self.draft = PromptLookup(llm) if draft == PROMPT_LOOKUP else DraftModel(llm, draft)
         self.model = self.draft.model
         self.limit = torch.zeros_like(llm.pos)  # the last position that each row may reach
-        self.step, self.forward, self.capture = llm._step, self._forward, lambda step: step  # compile replaces these
-        self.rounds: dict[int, Callable[[], Tensor]] = {
-            i: partial(self._round, i) for i in (AUTO if k == "auto" else (0, k))
-        }
+        self.step, self.capture = llm._step, lambda step: step  # compile replaces these two and the next
+        self.forward = lambda tokens, pos: llm.model(tokens, pos, llm.cache, all_logits=True)
+        self.rounds = {i: partial(self._round, i) for i in (AUTO if k == "auto" else (0, k))}
         self.seconds: dict[int, float] = {}  # what a round of k guesses takes
         self.outcomes: list[tuple[int, int]] = []  # k and guesses accepted, of this generation's rounds
         self.stale = 0  # latest plain rounds, whose tokens the draft has not read
@@ -136,9 +133,6 @@ class Speculator:
         taken = torch.minimum(accepted + 1, self.limit - begin)
         llm.pos.copy_(begin + taken)
         return torch.cat((taken[:, None], accepted[:, None], llm.history.gather(1, index + 1)), 1)
-
-    def _forward(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        return self.llm.model(tokens, pos, self.llm.cache, all_logits=True)
 
     def accept(self, logits: Tensor, guesses: Tensor, draft_logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Judge guesses int64 (B, k) by the target's logits fp32 (B, k + 1, V). draft_logits: fp32 (B, k, V) that they
@@ -182,11 +176,8 @@ class Speculator:
         self.seconds = {k: self.time(round) for k, round in self.rounds.items()}
 
     def time(self, step: Callable[[], object]) -> float:
-        """Seconds that a step takes, the median of five looks; with several ranks, the first one's. It leaves no trace:
-        no row may advance, and what lies beyond its position counts for nothing.
-        """
-        limit, rng = self.limit.clone(), self.llm.rng.clone()
-        self.limit.copy_(self.llm.pos)
+        """Seconds that a step takes, the median of five looks; with several ranks, the first one's."""
+        self.limit.copy_(self.llm.pos)  # no row may advance meanwhile; what lies beyond its position counts for nothing
         repeats, times = 10 if self.llm.device.type == "cuda" else 1, []
         for _ in range(5):
             self.llm.synchronize()
@@ -195,21 +186,21 @@ class Speculator:
                 step()
             self.llm.synchronize()
             times.append((time.perf_counter() - start) / repeats)
-        self.limit.copy_(limit)
-        self.llm.rng.copy_(rng)
         return self.llm.model.tp.share(statistics.median(times))
 
     def prefill(self, start: int, end: int) -> None:
         """Let a draft model read the prompts' positions start..end, and what it has missed before them."""
-        start = max(0, start - self.stale - 1)
         if self.model:
-            self.draft.read(torch.full_like(self.llm.pos, start), end - start)
+            first = max(0, start - self.stale - 1)
+            self.draft.read(torch.full_like(self.llm.pos, first), end - first)
         self.stale = 0
 
     @torch.inference_mode()
     def decode(self, steps: int, live: list[bool]) -> Iterator[list[int]]:
         """As Engine.decode. Rows accept different lengths: a step's tokens come when all live rows have theirs."""
         llm = self.llm
+        if self.k == "auto" and not self.seconds:
+            self._time_rounds()
         self.outcomes = []
         self.limit.copy_(llm.pos + steps)
         queues = [deque(row) for row in llm.history.gather(1, llm.pos[:, None]).tolist()]
@@ -242,8 +233,6 @@ class Speculator:
         """The k that promises most tokens a second by the acceptance and the costs measured."""
         if self.k != "auto":
             return self.k
-        if not self.seconds:
-            self._time_rounds()
         recent = self.outcomes[-RECENT * self.llm.batch_size :]
         chance, reach, tokens = 0.9, 1.0, [1.0]  # tokens that a round of k brings, by k
         for i in range(MAX_K):

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,13 +27,14 @@ from checkpoint import DTYPES, load_model
 from errors import run_cli
 from generate import DEFAULT_CHECKPOINT, Engine, generate, pick_device
 from kernels import read_bandwidth
-from model import BUILTIN, ModelConfig
+from model import ModelConfig, Transformer
 from sampling import Sampler, sample
 from speculate import PROMPT_LOOKUP
 from tokenizer import load_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
 GREEDY, SAMPLED = Sampler(temperature=0.0), Sampler(temperature=0.8, top_k=200)
+DRAFTS = ("lookup", "int4", "int4:128", "int8", "bf16")
 TIE = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.3}  # logits closer than this may change places by rounding alone
 
 
@@ -71,37 +71,35 @@ def rounds(args: argparse.Namespace, result: dict) -> None:
             args.save()
 
 
-def drafts(args: argparse.Namespace, model) -> Iterator[tuple[str, object, int]]:
-    """Name, draft and k. A copy of the target is in the precision given, a quantised one computes in bf16."""
+def drafts(args: argparse.Namespace) -> Iterator[tuple[str, object, int | str]]:
+    """Name, draft and k of each NAME@K, where the name is lookup, a precision, or a way to quantise the target."""
     for name in args.drafts:
-        if name == "lookup":
-            yield name, PROMPT_LOOKUP, args.lookup_k
-        elif name in DTYPES:
-            yield name, load_model(args.checkpoint_path, device=args.device, dtype=DTYPES[name]), args.draft_k
-        else:
-            yield name, load_model(args.checkpoint_path, quantize=name, device=args.device), args.draft_k
+        kind, _, k = name.partition("@")
+        draft = PROMPT_LOOKUP
+        if kind != "lookup":
+            how = {"dtype": DTYPES[kind]} if kind in DTYPES else {"quantize": kind}
+            draft = load_model(args.checkpoint_path, device=args.device, **how)
+        yield name, draft, int(k) if k.isdecimal() else k or 5
 
 
-def real(args: argparse.Namespace) -> tuple:
-    """The real checkpoint, the encoded prompts (tasks by name, and questions), and its stop ids."""
+def real(args: argparse.Namespace) -> tuple[Transformer, dict[str, list[int]], frozenset[int]]:
+    """The real checkpoint, its prompts by name, and its stop ids."""
     tokenizer = load_tokenizer(args.checkpoint_path.parent)
     texts = json.loads((REPO / "benchmarks" / "prompts.json").read_text())
-    encode = lambda text: tokenizer.encode_chat([{"role": "user", "content": text}])  # noqa: E731
-    tasks = {name: encode(text) for name, text in texts["editing"].items()}
-    questions = [encode(text) for text in texts["questions"]]
-    args.length = max(map(len, [*tasks.values(), *questions])) + args.tokens
+    prompts = {name: tokenizer.encode_chat([{"role": "user", "content": text}]) for name, text in texts.items()}
+    args.length = max(map(len, prompts.values())) + args.tokens
     model = load_model(args.checkpoint_path, device=args.device, dtype=args.dtype)
-    return model, tasks, questions, tokenizer.stop_ids
+    return model, prompts, tokenizer.stop_ids
 
 
 def equality(args: argparse.Namespace, result: dict) -> None:
-    model, tasks, questions, _ = real(args)
-    prompts = [*tasks.values(), *questions][: args.prompts]
+    model, prompts, _ = real(args)
+    prompts = list(prompts.values())[: args.prompts]
     judge = Engine(
         load_model(args.checkpoint_path, device=args.device, dtype=torch.float32), max_seq_length=args.length
     )
 
-    def texts(draft=None, k=5) -> list[tuple[int, ...]]:
+    def texts(draft=None, k=1) -> list[tuple[int, ...]]:
         never = {"is_stop": lambda row, token: False}
         if args.together:  # one batch, whose rows accept different lengths
             llm = engine(args, model, draft, k, batch_size=len(prompts))
@@ -110,7 +108,7 @@ def equality(args: argparse.Namespace, result: dict) -> None:
         return [tuple(generate(llm, prompt, args.tokens, **never)) for prompt in prompts]
 
     expected = texts()
-    for name, draft, k in drafts(args, model):
+    for name, draft, k in drafts(args):
         pairs = zip(prompts, expected, texts(draft, k))
         parted = [divergence(judge, *triple) for triple in pairs if triple[1] != triple[2]]
         ties = sum(abs(d["margin"]) < TIE[args.precision] for d in parted)
@@ -129,27 +127,25 @@ def divergence(judge: Engine, prompt: list[int], expected: tuple[int, ...], got:
 
 
 def speed(args: argparse.Namespace, result: dict) -> None:
-    model, tasks, questions, stops = real(args)
-    tasks |= {"question": questions[0], "story": questions[2]}
+    model, prompts, stops = real(args)
     plain = engine(args, model)
-    for name, draft, fixed in drafts(args, model):
-        for k in (fixed, "auto") if args.auto else (fixed,):
-            llm = engine(args, model, draft, k)
-            for task in args.tasks or tasks:
-                timed(llm, tasks[task], 8)
-                pairs = []
-                for _ in range(args.runs):  # in turns, so that both see the same machine
-                    tokens, base = timed(plain, tasks[task], args.tokens, stops)
-                    again, rate = timed(llm, tasks[task], args.tokens, stops)
-                    pairs.append((base, rate))
-                result[f"{name}, k {k}, {task}"] = {
-                    "speedup": statistics.median(rate / base for base, rate in pairs),
-                    "plain_and_speculative_tokens_per_second": pairs,
-                    "new_tokens": len(tokens),
-                    "same": again == tokens,
-                    "report": llm.speculator.report(rate),
-                }
-                args.save()
+    for name, draft, k in drafts(args):
+        llm = engine(args, model, draft, k)
+        for task in args.tasks:
+            timed(llm, prompts[task], 8)
+            pairs = []
+            for _ in range(args.runs):  # in turns, so that both see the same machine
+                tokens, base = timed(plain, prompts[task], args.tokens, stops)
+                again, rate = timed(llm, prompts[task], args.tokens, stops)
+                pairs.append((base, rate))
+            result[f"{name}, {task}"] = {
+                "speedup": statistics.median(rate / base for base, rate in pairs),
+                "plain_and_speculative_tokens_per_second": pairs,
+                "new_tokens": len(tokens),
+                "same": again == tokens,
+                "report": llm.speculator.report(rate),
+            }
+            args.save()
 
 
 def big(args: argparse.Namespace, result: dict) -> None:
@@ -189,17 +185,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try `rounds` and `big`")
+    parser.add_argument("--shapes", nargs=3, default=["stories110M", "7B", "70B"], help="small, middling and big model")
     parser.add_argument(
         "--modes", nargs="+", default=["bf16", "int8", "int4"], help="weights of the target in `rounds`"
     )
     parser.add_argument("--profile", type=float, nargs="+", default=[0.75], help="in `big`, each given the one before")
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
-    parser.add_argument("--drafts", nargs="+", default=["lookup", "int4", "int4:128", "int8", "bf16"])
-    parser.add_argument("--lookup_k", type=int, default=10)
-    parser.add_argument("--draft_k", type=int, default=5)
-    parser.add_argument("--auto", action="store_true", help="in `speed`, k = auto as well")
-    parser.add_argument("--tasks", nargs="+", help="in `speed`, only these")
+    parser.add_argument("--drafts", nargs="+", metavar="NAME@K", default=DRAFTS)
+    parser.add_argument(
+        "--tasks", nargs="+", default=["edit text", "summarise", "edit code", "gravity"], help="in `speed`"
+    )
     parser.add_argument("--runs", type=int, default=3, help="of each in `speed`")
     parser.add_argument("--prompts", type=int, default=20, help="in `equality`")
     parser.add_argument("--together", action="store_true", help="in `equality`, the prompts as one batch")
@@ -208,10 +203,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch._dynamo.config.recompile_limit = 1000  # every engine compiles its own
     args.device, args.dtype = pick_device(args.device), DTYPES[args.precision]
-    shapes = [ModelConfig.from_name(name) for name in ("stories110M", "7B", "70B")]
-    if args.tiny:
-        shapes = [replace(ModelConfig.from_hf(BUILTIN["stories15M"]), n_layer=n) for n in (1, 2, 3)]
-    args.draft_shape, args.shape, args.big_shape = shapes
+    args.draft_shape, args.shape, args.big_shape = map(ModelConfig.from_name, args.shapes)
     cuda, git = args.device.type == "cuda", ["git", "-C", str(REPO), "describe", "--always", "--dirty", "--abbrev=40"]
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     about = {
