@@ -172,8 +172,19 @@ class Int4Linear(Linear):
             return super().matmul(x)
         padded = 2 * self.weight.shape[1]
         rows = F.pad(x.reshape(-1, self.in_features).bfloat16(), (0, padded - self.in_features))
-        y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, padded // self.scales.shape[0], self.scales)
+        y = _int4_cpu(rows, self.weight, padded // self.scales.shape[0], self.scales)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+@kernels.op("int4_cpu")  # Inductor's lowering of PyTorch's op mistakes the group's size inside a nested compile region
+def _int4_cpu(x: Tensor, weight: Tensor, group: int, scales: Tensor) -> Tensor:
+    """W x for bf16 x (rows, K') -> (rows, N), with the weight and scales of Int4Linear.pack."""
+    return torch._weight_int4pack_mm_for_cpu(x, weight, group, scales)
+
+
+@torch.library.register_fake("gptfast::int4_cpu")
+def _(x: Tensor, weight: Tensor, group: int, scales: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(weight))
 
 
 def quantizer(mode: str) -> Callable[[Tensor], dict[str, Tensor]]:
