@@ -258,15 +258,13 @@ class Speculator:
         tries = [sum(k > i for k, _ in self.outcomes) for i in range(max(used, default=0))]
         holds = [sum(accepted > i for _, accepted in self.outcomes) for i in range(len(tries))]
         usual = max((k for k in used if k), key=used.get, default=max(self.rounds))
-
-        def plain() -> None:
-            llm._step()
-            llm.pos.sub_(1)
-
         fed = llm.history.gather(1, llm.pos[:, None] + torch.arange(usual + 1, device=llm.device))
-        draft = self.capture(partial(self.draft.propose, usual))
-        verify = self.capture(partial(self.forward, fed, llm.pos))
-        parts = {"plain": plain, "round": self.rounds[usual], "draft": draft, "verify": verify}
+        parts = {
+            "plain": lambda: (llm._step(), llm.pos.sub_(1)),
+            "round": self.rounds[usual],
+            "draft": self.capture(partial(self.draft.propose, usual)),
+            "verify": self.capture(partial(self.forward, fed, llm.pos)),
+        }
         ms = {f"{name}_ms": 1e3 * self.time(step) for name, step in parts.items()}
         return {
             "k": self.k,

@@ -91,10 +91,26 @@ def speculate(result: dict) -> str:
     return "\n".join(lines)
 
 
+def speculate_cpu(result: dict) -> str:
+    speed = result["speed"]
+    lines = [
+        f"SmolLM2-135M in {speed['about']['precision']} on a CPU, {speed['about']['threads']} threads, greedy:",
+        "",
+    ]
+    lines += ["| draft @ k, task | speed-up | tokens a round | plain step / draft / verify, ms |", "|---|---|---|---|"]
+    for name, row in speed.items():
+        if isinstance(row, dict) and "report" in row:
+            r = row["report"]
+            parts = " / ".join(f"{r[part]:.0f}" for part in ("plain_ms", "draft_ms", "verify_ms"))
+            lines.append(f"| {name} | **{row['speedup']:.2f}** | {r['tokens_per_round']:.2f} | {parts} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[dict], str]]] = {
     "speed": (("h200",), lambda results: speed(results["h200"])),
     "quant": (("quant_smollm2",), lambda results: quant(results["quant_smollm2"])),
     "speculate": (("speculate_h200",), lambda results: speculate(results["speculate_h200"])),
+    "speculate_cpu": (("speculate_cpu",), lambda results: speculate_cpu(results["speculate_cpu"])),
     "cpu": (("cpu_bf16_1", "cpu_bf16_2", "cpu_fp32_1", "cpu_fp32_2"), cpu),
 }
 

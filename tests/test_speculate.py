@@ -106,14 +106,10 @@ def test_compiled_rounds_equal_eager_ones_and_never_recompile(tiny, draft):
     torch._dynamo.reset()
     plain = engine(tiny)
     llm = engine(tiny, draft=draft_of(tiny, draft), speculate_k=4, compile=True)
-    list(generate(llm, [5, 6, 7], 3, is_stop=never))  # a round without guesses is prepared on its first use
     torch._dynamo.utils.counters.clear()
     for prompt in PROMPTS:
         assert list(generate(llm, prompt, 40, is_stop=never)) == list(generate(plain, prompt, 40, is_stop=never))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
-
-
-# --- caches -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_target_as_its_own_draft_is_always_right_and_leaves_plain_decodings_cache(tiny):
@@ -151,8 +147,6 @@ def test_stopping_within_a_round_leaves_a_usable_engine(tiny):
             break
     assert list(generate(llm, [8, 9], 30, is_stop=never)) == list(generate(plain, [8, 9], 30, is_stop=never))
 
-
-# --- the distribution -------------------------------------------------------------------------------------------------
 
 V, ROWS, LENGTH = 6, 4000, 4
 
@@ -263,9 +257,6 @@ def test_equal_distributions_accept_everything():
     assert counts.total() == ROWS
 
 
-# --- prompt lookup ----------------------------------------------------------------------------------------------------
-
-
 def test_prompt_lookup_copies_what_followed_the_longest_match(tiny):
     llm = engine(tiny, batch_size=4, draft="prompt_lookup", speculate_k=4)
     rows = [
@@ -281,9 +272,6 @@ def test_prompt_lookup_copies_what_followed_the_longest_match(tiny):
     llm.speculator.draft.propose(4)
     guesses = [llm.history[row, len(tokens) : len(tokens) + 4].tolist() for row, tokens in enumerate(rows)]
     assert guesses[:3] == [[4, 9, 2, 3], [7, 5, 7, 5], [5, 6, 5, 6]]
-
-
-# --- the choice of k, and the account ---------------------------------------------------------------------------------
 
 
 def chosen(speculator, acceptance, rounds=300):
@@ -321,9 +309,6 @@ def test_report_accounts_for_the_rounds(tiny):
     assert json.loads(json.dumps(report))["timed_k"] == 3
     assert "slower" not in summary(report | {"speedup": 1.2})
     assert "slower. Try a cheaper draft" in summary(report | {"speedup": 0.9, "verify_ms": 1.0, "draft_ms": 2.0})
-
-
-# --- errors and the command -------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_work_is_a_user_error(tiny, tmp_path):
@@ -377,9 +362,6 @@ def test_chat_speculates(tiny, cli):
     assert plain.status == 0
     for draft in (("--speculate", "prompt_lookup"), ("--draft_checkpoint_path", tiny[0] / "model.pth")):
         assert cli("generate.py", *options, *draft, stdin=turns).stdout == plain.stdout
-
-
-# --- the real model ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.real
