@@ -35,6 +35,7 @@ from tokenizer import load_tokenizer
 REPO = Path(__file__).resolve().parent.parent
 GREEDY, SAMPLED = Sampler(temperature=0.0), Sampler(temperature=0.8, top_k=200)
 DRAFTS = ("lookup", "int4", "int4:128", "int8", "bf16")
+TASKS = ("edit text", "edit code", "gravity")  # of benchmarks/prompts.json
 TIE = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.3}  # logits closer than this may change places by rounding alone
 
 
@@ -95,17 +96,13 @@ def real(args: argparse.Namespace) -> tuple[Transformer, dict[str, list[int]], f
 def equality(args: argparse.Namespace, result: dict) -> None:
     model, prompts, _ = real(args)
     prompts = list(prompts.values())[: args.prompts]
-    judge = Engine(
-        load_model(args.checkpoint_path, device=args.device, dtype=torch.float32), max_seq_length=args.length
-    )
+    batches = [prompts] if args.together else [[prompt] for prompt in prompts]  # rows accept different lengths
+    judge = engine(args, load_model(args.checkpoint_path, device=args.device, dtype=torch.float32), compile=False)
 
     def texts(draft=None, k=1) -> list[tuple[int, ...]]:
-        never = {"is_stop": lambda row, token: False}
-        if args.together:  # one batch, whose rows accept different lengths
-            llm = engine(args, model, draft, k, batch_size=len(prompts))
-            return list(zip(*generate(llm, prompts, args.tokens, **never)))
-        llm = engine(args, model, draft, k)
-        return [tuple(generate(llm, prompt, args.tokens, **never)) for prompt in prompts]
+        llm = engine(args, model, draft, k, batch_size=len(batches[0]))
+        steps = (generate(llm, batch, args.tokens, is_stop=lambda row, token: False) for batch in batches)
+        return [row for batch in steps for row in zip(*batch)]
 
     expected = texts()
     for name, draft, k in drafts(args):
@@ -186,15 +183,11 @@ def main() -> None:
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--shapes", nargs=3, default=["stories110M", "7B", "70B"], help="small, middling and big model")
-    parser.add_argument(
-        "--modes", nargs="+", default=["bf16", "int8", "int4"], help="weights of the target in `rounds`"
-    )
+    parser.add_argument("--modes", nargs="+", default=["bf16", "int8", "int4"], help="weights in `rounds`")
     parser.add_argument("--profile", type=float, nargs="+", default=[0.75], help="in `big`, each given the one before")
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--drafts", nargs="+", metavar="NAME@K", default=DRAFTS)
-    parser.add_argument(
-        "--tasks", nargs="+", default=["edit text", "summarise", "edit code", "gravity"], help="in `speed`"
-    )
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="in `speed`")
     parser.add_argument("--runs", type=int, default=3, help="of each in `speed`")
     parser.add_argument("--prompts", type=int, default=20, help="in `equality`")
     parser.add_argument("--together", action="store_true", help="in `equality`, the prompts as one batch")
