@@ -79,6 +79,8 @@ def load_draft(draft, tokenizer: Tokenizer, tp: TensorParallel | None, **options
     """
     if draft in (None, PROMPT_LOOKUP) or isinstance(draft, Transformer):
         return draft
+    if not Path(draft).is_file():
+        raise UserError(f"the draft {draft} does not exist; scripts/prepare.sh makes checkpoints")
     config = read_config(Path(draft).parent)
     divides = tp is None or tp.world in tp.worlds(config.n_head, config.n_local_heads)
     model = load_model(Path(draft), tp=tp if divides else None, **options)

@@ -20,6 +20,7 @@ import kernels
 from errors import UserError
 
 GROUPS = (32, 64, 128, 256)
+PIECE = 2**20  # weights widened to fp32 at a time
 
 
 class Linear(nn.Module):
@@ -52,8 +53,9 @@ class Linear(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """W x for x (..., K), in plain PyTorch."""
-        if self.widen and _rows(x) > 8:
-            return F.linear(x.float(), self.dequantized(torch.float32)).to(x.dtype)
+        if self.widen and _rows(x) > 6:  # in pieces, since fresh memory for all of an output layer would be slow
+            pieces = self.dequantized(x.dtype).split(max(1, PIECE // self.in_features))
+            return torch.cat([F.linear(x.float(), piece.float()) for piece in pieces], -1).to(x.dtype)
         return F.linear(x, self.dequantized(x.dtype))
 
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
