@@ -91,18 +91,18 @@ def speculate(result: dict) -> str:
     return "\n".join(lines)
 
 
-def speculate_cpu(result: dict) -> str:
-    speed = result["speed"]
-    lines = [
-        f"SmolLM2-135M in {speed['about']['precision']} on a CPU, {speed['about']['threads']} threads, greedy:",
-        "",
-    ]
-    lines += ["| draft @ k, task | speed-up | tokens a round | plain step / draft / verify, ms |", "|---|---|---|---|"]
-    for name, row in speed.items():
-        if isinstance(row, dict) and "report" in row:
-            r = row["report"]
-            parts = " / ".join(f"{r[part]:.0f}" for part in ("plain_ms", "draft_ms", "verify_ms"))
-            lines.append(f"| {name} | **{row['speedup']:.2f}** | {r['tokens_per_round']:.2f} | {parts} |")
+def speculate_cpu(results: dict) -> str:
+    sections = [results[name]["speed"] for name in ("speculate_cpu", "speculate_cpu_bf16")]
+    lines = [f"SmolLM2-135M on a CPU, {sections[0]['about']['threads']} threads, greedy:", ""]
+    lines += ["| draft @ k, task | arithmetic | speed-up | tokens a round | plain step / draft / verify, ms |"]
+    lines += ["|---|---|---|---|---|"]
+    for section in sections:
+        for name, row in section.items():
+            if isinstance(row, dict) and "report" in row:
+                r, precision = row["report"], section["about"]["precision"]
+                parts = " / ".join(f"{r[part]:.0f}" for part in ("plain_ms", "draft_ms", "verify_ms"))
+                speedup, tokens = f"**{row['speedup']:.2f}**", f"{r['tokens_per_round']:.2f}"
+                lines.append(f"| {name} | {precision} | {speedup} | {tokens} | {parts} |")
     return "\n".join(lines)
 
 
@@ -110,7 +110,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[dict], str]]] = {
     "speed": (("h200",), lambda results: speed(results["h200"])),
     "quant": (("quant_smollm2",), lambda results: quant(results["quant_smollm2"])),
     "speculate": (("speculate_h200",), lambda results: speculate(results["speculate_h200"])),
-    "speculate_cpu": (("speculate_cpu",), lambda results: speculate_cpu(results["speculate_cpu"])),
+    "speculate_cpu": (("speculate_cpu", "speculate_cpu_bf16"), speculate_cpu),
     "cpu": (("cpu_bf16_1", "cpu_bf16_2", "cpu_fp32_1", "cpu_fp32_2"), cpu),
 }
 
