@@ -1,4 +1,6 @@
-"""Decode kernels: what one step of 1 to 16 rows runs on an NVIDIA GPU, each beside a plain PyTorch reference.
+"""The linear layers of a decode step (1 to 16 rows) on an NVIDIA GPU: one Triton kernel, beside a PyTorch reference.
+
+And what all kernels share; attention.py, sampling.py and tp.py hold the others.
 
     linear(x, weight, scales, bias, norm, eps, residual, ...)  [residual +] W rms_norm(x) [+ bias], or gated, as an op
     takes(x, weight, norm), pack_int4, unpack_int4, read_bandwidth(device)
@@ -9,7 +11,7 @@ synchronise with the host.
 Weights: (N, K) bf16 or fp16; (N, K) int8 or float8_e4m3fn with `scales` (N,); int32, what `pack_int4` makes of the
 portable int4 of disk, with its packed scales.
 
-How the linear kernel works: at 1 to 16 rows it is a stream of weights, so everything serves keeping DRAM busy. A
+How the kernel works: at 1 to 16 rows it is a stream of weights, so everything serves keeping DRAM busy. A
 program owns a few rows of W and all of K, split among its warps. Each lane loads 16 bytes of one row of W, and the K
 axis of both operands is permuted (a sum does not care) so that these bytes already are a tensor-core fragment: no
 shared memory, no shuffle between a load and its `mma`. W is the 16-row operand and x the 8-column one: 8 rows cost
@@ -68,17 +70,13 @@ def linear_reference(
     h = x if norm is None else rms_norm(x, norm, eps)
     y = F.linear(h, dequantize(weight, scales, None, h.dtype)[:, : h.shape[-1]])
     if w3 is not None:
-        y = activation(y, act) * F.linear(h, dequantize(w3, s3, None, h.dtype)[:, : h.shape[-1]])
+        gate = F.silu(y) if act == "silu" else F.gelu(y, approximate="tanh")
+        y = gate * F.linear(h, dequantize(w3, s3, None, h.dtype)[:, : h.shape[-1]])
     if bias is not None:
         y = y + bias
     if residual is not None:
         y = residual + y
     return y.to(out_dtype or x.dtype)
-
-
-def activation(x: Tensor, act: str) -> Tensor:
-    """The feed-forward's gate: "silu" or "gelu_tanh"."""
-    return F.silu(x) if act == "silu" else F.gelu(x, approximate="tanh")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,7 +408,7 @@ if triton is not None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Launchers: what the ops run where the kernels fit. They take CPU tensors too, for Triton's interpreter.
+# Launching
 
 
 @functools.cache
@@ -449,10 +447,6 @@ def _configuration(kind: str, N: int, K: int) -> tuple[int, int, int, bool, int]
     while W * C * 512 // bits > K and W * C > 1:  # no more of K in a step than there is
         W, C = (W, C // 2) if C > 1 else (W // 2, C)
     return R, C, W, deep, registers
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ops
 
 
 def fits(x: Tensor) -> bool:
