@@ -30,7 +30,7 @@ import kernels
 from checkpoint import DTYPES, load_model
 from engine import MAX_DEFAULT_CONTEXT, Engine
 from errors import UserError, run_cli
-from generate import DEFAULT_CHECKPOINT, answer, pick_device
+from generate import DEFAULT_CHECKPOINT, answer, pick_device, positive
 from model import KVCache, Transformer
 from sampling import Sampler
 from tokenizer import Tokenizer, load_tokenizer
@@ -356,12 +356,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.tasks and args.perplexity is None:
         args.tasks = ["hellaswag"]  # gpt-fast's default
     return args
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> None:

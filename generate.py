@@ -334,9 +334,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt_file", type=Path, help="a prompt a line, generated as one ragged batch")
     parser.add_argument("--interactive", action="store_true", help="chat on the terminal")
     parser.add_argument("--chat", action="store_true", help="put the prompt in the model's chat template")
-    parser.add_argument("--num_samples", type=_positive, default=1, help="how often to generate")
-    parser.add_argument("--max_new_tokens", type=_positive, default=200)
-    parser.add_argument("--batch_size", type=_positive, default=1, help="copies of the prompt to generate at once")
+    parser.add_argument("--num_samples", type=positive, default=1, help="how often to generate")
+    parser.add_argument("--max_new_tokens", type=positive, default=200)
+    parser.add_argument("--batch_size", type=positive, default=1, help="copies of the prompt to generate at once")
     parser.add_argument("--top_k", type=int, default=200, help="0 turns it off")
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--min_p", type=float)
@@ -345,7 +345,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--stop", action="append", default=[], help="end an answer at this string (may be repeated)")
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
-    parser.add_argument("--max_seq_length", type=_positive, help="length of the KV cache in tokens")
+    parser.add_argument("--max_seq_length", type=positive, help="length of the KV cache in tokens")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of activations and plain weights")
     parser.add_argument("--quantize", metavar="KIND", help="quantise on load: int8, fp8, int4 or int4:GROUP")
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
@@ -354,7 +354,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--draft_checkpoint_path", type=Path, metavar="PATH", help="speculate by this model, which guesses tokens ahead"
     )
     parser.add_argument("--speculate", choices=[PROMPT_LOOKUP], help="speculate by copying from the text so far")
-    parser.add_argument("--speculate_k", type=_positive_or_auto, help="guesses a round, or auto; 5, or 10 by lookup")
+    parser.add_argument("--speculate_k", type=_positive_or_auto, help="guesses a round, or auto; 5, or 7 by lookup")
     parser.add_argument("--profile", type=Path, help="write a Chrome trace of the last sample to PROFILE.json")
     parser.add_argument("--stream", action="store_true", help="print text as it comes")
     parser.add_argument("--json", action="store_true", help="print the measures as one JSON line, last")
@@ -367,10 +367,10 @@ def _int_or_str(text: str) -> int | str:
 
 
 def _positive_or_auto(text: str) -> int | str:
-    return text if text == "auto" else _positive(text)
+    return text if text == "auto" else positive(text)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
@@ -438,7 +438,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         compile=args.compile,
         compile_prefill=args.compile_prefill,
         draft=draft,
-        speculate_k=args.speculate_k or (10 if args.speculate else 5),
+        speculate_k=args.speculate_k or (7 if args.speculate else 5),
     )
     if llm.compile_seconds:
         print(f"Compilation time: {llm.compile_seconds:.2f} seconds", file=sys.stderr)

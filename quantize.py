@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from checkpoint import model_shapes, new_state_dict, quantized, read_config, torch_load
 from errors import UserError, run_cli
-from eval import load_tasks, positive, read_text
-from generate import DEFAULT_CHECKPOINT, pick_device
+from eval import load_tasks, read_text
+from generate import DEFAULT_CHECKPOINT, pick_device, positive
 from gptq import Hessian, gptq
 from linear import GROUPS, Int4Linear, Linear, quantizer
 from model import KVCache, ModelConfig, RMSNorm, TransformerBlock
