@@ -168,7 +168,7 @@ def session() -> Iterator[TensorParallel]:
             yield TensorParallel(rank, world)
     except UserError as error:
         end(f"error: {error}", 2)
-    except Exception:
+    except Exception:  # said here, for this rank's own error output is closed, and a regular exit waits for the others
         watch.join(2)  # if the reason is that another rank has gone, _watch says so
         end(traceback.format_exc(), 1)
     finally:  # also after argparse's SystemExit, which is the same on all ranks

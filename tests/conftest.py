@@ -16,7 +16,7 @@ if not torch.cuda.is_available():  # before anything imports Triton, which then 
     os.environ["TRITON_INTERPRET"] = "1"
 
 REPO = Path(__file__).resolve().parent.parent
-SMOLLM2 = Path(os.environ.get("GPTFAST_SMOLLM2", REPO / "checkpoints" / "SmolLM2-135M-Instruct"))
+SMOLLM2 = REPO / "checkpoints" / "SmolLM2-135M-Instruct"
 
 # A shell's background jobs ignore Ctrl-C, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -25,7 +25,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    if item.get_closest_marker("real") and not (SMOLLM2 / "model.pth").is_file():
+    real = item.get_closest_marker("real") or "smollm2_dir" in item.fixturenames
+    if real and not (SMOLLM2 / "model.pth").is_file():
         pytest.skip(f"needs {SMOLLM2}/model.pth: run scripts/prepare.sh")
 
 
@@ -39,8 +40,6 @@ def reproducible() -> None:
 @pytest.fixture
 def smollm2_dir() -> Path:
     """Directory of the real SmolLM2-135M-Instruct checkpoint; skips the test where it has not been prepared."""
-    if not (SMOLLM2 / "model.pth").is_file():
-        pytest.skip(f"needs {SMOLLM2}/model.pth: run scripts/prepare.sh")
     return SMOLLM2
 
 

@@ -422,18 +422,17 @@ from convert_hf_checkpoint import convert
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-base, peak, run = anonymous(), 0, True
+base, peak, run = anonymous(), [0], True
 def watch():
-    global peak
     while run:
-        peak = max(peak, anonymous())
+        peak[0] = max(peak[0], anonymous())
         time.sleep(0.002)
 thread = threading.Thread(target=watch)
 thread.start()
 convert(Path(sys.argv[1]))
 run = False
 thread.join()
-print(peak - base)
+print(peak[0] - base)
 """
 
 

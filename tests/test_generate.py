@@ -233,10 +233,7 @@ def test_answers_stop_at_strings_and_stream_whole_characters(tiny):
 def smollm2(request):
     from conftest import SMOLLM2
 
-    device = request.param
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    return load(SMOLLM2 / "model.pth", device=device, precision="fp32", sampler=GREEDY, max_seq_length=1088)
+    return load(SMOLLM2 / "model.pth", device=request.param, precision="fp32", sampler=GREEDY, max_seq_length=1088)
 
 
 on_devices = pytest.mark.parametrize("smollm2", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)

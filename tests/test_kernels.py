@@ -15,10 +15,7 @@ import kernels  # noqa: E402
 import sampling  # noqa: E402
 
 pytest.importorskip("triton", reason="the kernels need Triton")
-from triton.runtime import JITFunction, interpreter  # noqa: E402
-
-if not CUDA and isinstance(kernels._linear_kernel, JITFunction):
-    pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+from triton.runtime import interpreter  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 

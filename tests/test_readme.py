@@ -22,8 +22,6 @@ def commands(kind):
 
 @pytest.fixture
 def environment(smollm2_dir):
-    if smollm2_dir != REPO / "checkpoints/SmolLM2-135M-Instruct":
-        pytest.skip("the README's commands use checkpoints/SmolLM2-135M-Instruct")
     return os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 

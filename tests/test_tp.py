@@ -108,9 +108,7 @@ def test_world_sizes_that_work_are_named():
 @pytest.mark.parametrize("mode", ["sum fp32", "sum fp16", "gather", "embed"])
 def test_exchange_kernel(world, mode):
     """Rank 1's kernel, with what the other ranks send put into its mailbox beforehand."""
-    triton = pytest.importorskip("triton")
-    if isinstance(parallel._exchange_kernel, triton.runtime.JITFunction):
-        pytest.skip("Triton was imported without TRITON_INTERPRET=1")
+    pytest.importorskip("triton")
     rank, rows = 1, 10
     slots = parallel.MAX_WORDS
     mailboxes = [torch.zeros(2, world, slots, dtype=torch.int64) for _ in range(world)]
