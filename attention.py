@@ -100,6 +100,11 @@ if triton is not None:
         return x.to(heads.dtype)
 
     @triton.jit
+    def _cached(cache, t, d, end, stride_t, D: tl.constexpr):
+        """Keys or values of a head at positions t < end, features d < D, zeros elsewhere."""
+        return tl.load(cache + t.to(tl.int64) * stride_t + d, mask=(t < end) & (d < D), other=0.0, cache_modifier=".cg")
+
+    @triton.jit
     def _attend_kernel(
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, arrived,
         S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h, stride_t,
@@ -109,9 +114,13 @@ if triton is not None:
         """ROWS query rows (new token s, head g) of one key head, on one part of the keys; KEYS a warp and step.
 
         The keys in the cache are cut into parts of at least SHARE, at most SPLITS; programs without one leave at once.
-        The last part's program first writes the new keys and values. Whichever program of these rows is the last to
-        finish combines the parts (flash decoding without a second launch). As in the linear kernel, tiles of keys
-        and values are loaded as fragments, by permuting what the dot products sum over or, for values, the features.
+        The last part's program also writes the new keys and values and attends to them. Whichever program of these rows
+        is the last to finish combines the parts (flash decoding without a second launch). As in the linear kernel,
+        tiles of keys and values are loaded as fragments, by permuting what the dot products sum over or, for values,
+        the features.
+
+        Positions and old keys come from before the model's first kernel, which starts when all before it has ended, so
+        they need not wait for the kernel before this one.
         """
         X: tl.constexpr = DP // 32
         Y: tl.constexpr = KEYS // 8
@@ -124,8 +133,7 @@ if triton is not None:
         h = head % Hkv
         if PDL:
             tlx.gdc_launch_dependents()
-            tlx.gdc_wait()
-        pos = tl.load(input_pos + b).to(tl.int32)
+        pos = tl.load(input_pos + b, cache_modifier=".cg").to(tl.int32)
         first = tl.where(window > 0, tl.maximum(pos - window + 1, 0), 0)
         old = tl.minimum(pos, T) - first
         share = tl.maximum(tl.cdiv(old, SPLITS), SHARE)
@@ -135,29 +143,8 @@ if triton is not None:
 
         keys = k_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
         values = v_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-        width = (Hkv * (G + 2)) * D
-        base = qkv + b.to(tl.int64) * S * width
         begin = first + split * share
-        end = tl.minimum(begin + share, pos)
-        if split == parts - 1:
-            n = tl.arange(0, NEW)
-            k_rows = base + n * width + (Hkv * G + h) * D
-            k = _heads(k_rows, n < S, pos + n, rope, k_norm, eps, max_position, D, DP, ROTARY)
-            v = _heads(k_rows + Hkv * D, n < S, pos + n, None, None, eps, max_position, D, DP, ROTARY)
-            to = (pos + n).to(tl.int64)[:, None] * stride_t + tl.arange(0, DP)[None, :]
-            written = ((n < S) & (pos + n < T))[:, None] & (tl.arange(0, DP) < D)[None, :]
-            tl.store(keys + to, k.to(k_cache.dtype.element_ty), mask=written)
-            tl.store(values + to, v.to(v_cache.dtype.element_ty), mask=written)
-            end = pos + S
-            tl.debug_barrier()  # before they are read back
-        end = tl.minimum(end, T)
-
-        row = block * ROWS + tl.arange(0, ROWS)
-        q_rows = base + row // G * width + (h * G + row % G) * D
-        q = _heads(q_rows, row < S * G, pos + row // G, rope, q_norm, eps, max_position, D, DP, ROTARY)
-        # K as its fragments have it: (X, ul, j, uh, e) for feature 32 X + 8 j + 4 uh + 2 ul + e
-        q = q.reshape(ROWS, X, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5).reshape(1, ROWS, DP)
-        q = tl.broadcast_to(q, (W, ROWS, DP))
+        end = tl.minimum(begin + share, first + old)
 
         j = tl.arange(0, 4)[:, None, None, None, None, None]
         i = tl.arange(0, 8)[None, :, None, None, None, None]
@@ -169,20 +156,51 @@ if triton is not None:
         key_of_v = pair // 2 * 8 + j * 2 + pair % 2
         d_of_v = (warp * 8 + i) * Z + tl.arange(0, Z)[None, None, None, None, None, :]
         key_of_p = tl.arange(0, W)[:, None, None] * KEYS + tl.arange(0, KEYS)[None, None, :]
-        last = pos + (block * ROWS + tl.arange(0, ROWS)[None, :, None]) // G  # the last key that a row sees
+        k_tile = _cached(keys, begin + key_of_k, d_of_k, end, stride_t, D)
+        v_tile = _cached(values, begin + key_of_v, d_of_v, end, stride_t, D)
+        if PDL:
+            tlx.gdc_wait()
+
+        width = (Hkv * (G + 2)) * D
+        base = qkv + b.to(tl.int64) * S * width
+        row = block * ROWS + tl.arange(0, ROWS)
+        q_rows = base + row // G * width + (h * G + row % G) * D
+        q = _heads(q_rows, row < S * G, pos + row // G, rope, q_norm, eps, max_position, D, DP, ROTARY)
+        last = pos + (block * ROWS + tl.arange(0, ROWS)) // G  # the last key that a row sees
+        n = tl.arange(0, DP)
+        d = n % (8 * W) * Z + n // (8 * W)  # acc's order of features
 
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, DP), tl.float32)
+        if split == parts - 1:
+            new = tl.arange(0, NEW)
+            k_rows = base + new * width + (Hkv * G + h) * D
+            k = _heads(k_rows, new < S, pos + new, rope, k_norm, eps, max_position, D, DP, ROTARY)
+            v = tl.load((k_rows + Hkv * D)[:, None] + d[None, :], mask=(new < S)[:, None] & (d < D)[None, :], other=0.0)
+            at = (pos + new).to(tl.int64)[:, None] * stride_t
+            written = ((new < S) & (pos + new < T))[:, None]
+            tl.store(keys + at + n[None, :], k.to(k_cache.dtype.element_ty), mask=written & (n < D)[None, :])
+            tl.store(values + at + d[None, :], v.to(v_cache.dtype.element_ty), mask=written & (d < D)[None, :])
+            scores = tl.dot(q, tl.trans(k)) * scale  # (ROWS, NEW), in units of log2 e
+            seen = (pos + new < T)[None, :] & (pos + new[None, :] <= last[:, None])
+            scores = tl.where(
+                seen & ((window <= 0) | (pos + new[None, :] > last[:, None] - window)), scores, float("-inf")
+            )
+            top = tl.max(scores, 1)
+            p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
+            total = tl.sum(p, 1)
+            acc = tl.dot(p.to(q.dtype), v.to(q.dtype))
+
+        # K as its fragments have it: (X, ul, j, uh, e) for feature 32 X + 8 j + 4 uh + 2 ul + e
+        q = q.reshape(ROWS, X, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5).reshape(1, ROWS, DP)
+        q = tl.broadcast_to(q, (W, ROWS, DP))
+        last = last[None, :, None]
         for t0 in range(begin, end, STEP):
-            t = t0 + key_of_k
-            k = tl.load(keys + t.to(tl.int64) * stride_t + d_of_k, mask=(t < end) & (d_of_k < D), other=0.0)
-            t = t0 + key_of_v
-            v = tl.load(values + t.to(tl.int64) * stride_t + d_of_v, mask=(t < end) & (d_of_v < D), other=0.0)
-            k = k.reshape(4, 8, W, Y, X, 2, 2, 2).permute(2, 4, 6, 0, 5, 7, 3, 1).reshape(W, DP, KEYS)
+            k = k_tile.reshape(4, 8, W, Y, X, 2, 2, 2).permute(2, 4, 6, 0, 5, 7, 3, 1).reshape(W, DP, KEYS)
             scores = tl.dot(q, k.to(q.dtype)) * scale  # (W, ROWS, KEYS), in units of log2 e
             t = t0 + key_of_p
-            scores = tl.where((t < end) & (t <= last) & ((window <= 0) | (t > last - window)), scores, float("-inf"))
+            scores = tl.where((t < end) & ((window <= 0) | (t > last - window)), scores, float("-inf"))
             # online softmax (Milakov and Gimelshein, arXiv:1805.02867)
             new_top = tl.maximum(top, tl.max(tl.max(scores, 2), 0))
             safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
@@ -192,11 +210,11 @@ if triton is not None:
             top = new_top
             p = p.to(q.dtype).permute(1, 0, 2).reshape(ROWS, STEP)
             # (j i W, Y of keys, 2 of keys, Z) -> (keys: Y j 2, features: Z W i)
-            v = v.reshape(4, 8, W, STEP // 8, 2, Z).permute(3, 0, 4, 5, 2, 1).reshape(STEP, DP)
+            v = v_tile.reshape(4, 8, W, STEP // 8, 2, Z).permute(3, 0, 4, 5, 2, 1).reshape(STEP, DP)
             acc = tl.dot(p, v.to(q.dtype), acc * fade[:, None])
+            k_tile = _cached(keys, t0 + STEP + key_of_k, d_of_k, end, stride_t, D)
+            v_tile = _cached(values, t0 + STEP + key_of_v, d_of_v, end, stride_t, D)
 
-        n = tl.arange(0, DP)
-        d = n % (8 * W) * Z + n // (8 * W)  # acc's order of features
         if parts > 1:
             group = head * tl.num_programs(2) + block
             r = tl.arange(0, ROWS)
@@ -241,16 +259,16 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
     G, DP = n_head // Hkv, max(64, triton.next_power_of_2(D))
     rows = 8 if S * G <= 8 else 16
     blocks = triton.cdiv(S * G, rows)
-    splits = max(1, min(64, 264 // (B * Hkv)))
+    W, keys, share = ATTEND
+    splits = max(1, min(64, 264 // (B * Hkv), triton.cdiv(T, share)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
-    W, keys, share = ATTEND
     _attend_kernel[(B * Hkv, splits, blocks)](
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial,
         zeros(qkv.device, max(4096, B * Hkv * blocks)),
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
-        ROWS=rows, NEW=triton.next_power_of_2(S), W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
+        ROWS=rows, NEW=max(16, triton.next_power_of_2(S)), W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
         num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return out

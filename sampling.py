@@ -166,6 +166,22 @@ if triton is not None:
         return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
     @triton.jit
+    def _reaching(ranks, valid, limit, shift):
+        """How many valid ranks reach the limit with 1, 2 or 3 in the two bits at `shift`: three counts of 21 bits."""
+        step = tl.full((), 1, tl.uint32) << shift
+        one = (valid & (ranks >= limit + step)).to(tl.int64)
+        two = (valid & (ranks >= limit + 2 * step)).to(tl.int64)
+        three = (valid & (ranks >= limit + 3 * step)).to(tl.int64)
+        return tl.sum(one + (two << 21) + (three << 42), 0)
+
+    @triton.jit
+    def _raised(limit, counts, k, shift):
+        """The limit with the most in its two bits at `shift` that k ranks still reach."""
+        ONE: tl.constexpr = 0x1FFFFF
+        most = (counts & ONE >= k).to(tl.uint32) + (counts >> 21 & ONE >= k).to(tl.uint32)
+        return limit + ((most + (counts >> 42 >= k).to(tl.uint32)) << shift)
+
+    @triton.jit
     def _maxima_kernel(
         logits, maxima, V, BLOCK: tl.constexpr, PART: tl.constexpr, COUNT: tl.constexpr, PDL: tl.constexpr
     ):
@@ -225,9 +241,8 @@ if triton is not None:
             floor = tl.max(tops, 0) + margin  # min_p's limit
             tops = _ordered(tops)
             limit = tl.zeros((), tl.uint32)
-            for bit in range(32):  # the largest limit that k of them reach, bit by bit
-                higher = limit | (tl.full((), 1, tl.uint32) << (31 - bit))
-                limit = tl.where(tl.sum((tops >= higher).to(tl.int32), 0) >= k, higher, limit)
+            for i in range(8):  # the largest limit that k of them reach, in its upper 16 bits
+                limit = _raised(limit, _reaching(tops, part < COUNT, limit, 30 - 2 * i), k, 30 - 2 * i)
             kept = (token < V) & (_ordered(x) >= limit) & (x >= floor)
             count = tl.sum(kept.to(tl.int32), 0)
             if count > 0:
@@ -245,16 +260,15 @@ if triton is not None:
             n = tl.load(state, cache_modifier=".cg")
             token = tl.load(listed + lane, mask=lane < n, other=0, cache_modifier=".cg")  # in general these are all
             x = tl.load(logits + token)
-            ranks = tl.where(lane < n, _ordered(x), 0)
+            ranks = _ordered(x)
             limit = tl.zeros((), tl.uint32)
-            for bit in range(32):
-                higher = limit | (tl.full((), 1, tl.uint32) << (31 - bit))
-                reach = tl.sum((ranks >= higher).to(tl.int32), 0)
+            for bits in range(16):
+                shift = 30 - 2 * bits
+                counts = _reaching(ranks, lane < n, limit, shift)
                 for i in range(BLOCK, n, BLOCK):
                     more = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
-                    more_ranks = _ordered(tl.load(logits + more))
-                    reach += tl.sum(((i + lane < n) & (more_ranks >= higher)).to(tl.int32), 0)
-                limit = tl.where(reach >= k, higher, limit)
+                    counts += _reaching(_ordered(tl.load(logits + more)), i + lane < n, limit, shift)
+                limit = _raised(limit, counts, k, shift)
             winner = tl.full((), lowest, tl.int64)
             for i in range(0, n, BLOCK):
                 more = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
