@@ -22,7 +22,6 @@ another kernel writes, before it waits for the previous one. Weights must not co
 """
 
 import functools
-import math
 import time
 from collections.abc import Callable
 
@@ -88,7 +87,7 @@ def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Te
     """Lay portable int4 (uint8 (N, K/2); scales, zeros bf16 (N, K/G)) out for the kernels; N must divide by 8.
 
     Returns words int32 (N/8, K'/128, 8, 4, 4), K' being K padded to a multiple of max(128, G), and
-    (scale, zero) pairs of bf16 as int32 (N/8, K'/max(128, G), 2, 4, groups in 128), for row 2 h + l of 8 at [l, h].
+    (scale, zero) pairs of bf16 as int32 (N/8, K''/256, 8, 256/G), K'' being K padded to a multiple of 256.
     Word [n8, b, i, j, c] holds q[8 n8 + i, 128 b + 32 c + 8 j + 2 a + e] in nibble a + 4 e: 16 bytes of a lane are 8
     weights of each of 4 groups of 32, and one `lop3` turns nibbles a and a + 4 into two adjacent bf16 of a fragment.
     """
@@ -97,23 +96,20 @@ def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Te
         raise ValueError(
             f"int4 kernels take rows by 8 and groups of 32, 64, 128 or 256; got {N} rows, groups of {group}"
         )
-    block = max(128, group)
-    pad = -2 * weight.shape[1] % block
-    q = F.pad(nibbles(weight), (0, pad), value=8).view(N // 8, 8, -1, 4, 4, 4, 2)  # n8 i b c j a e
-    q = q.permute(0, 2, 1, 4, 3, 6, 5).flatten(-2).int()  # n8 b i j c (e a)
+    q = F.pad(nibbles(weight), (0, -2 * weight.shape[1] % max(128, group)), value=8)
+    q = q.view(N // 8, 8, -1, 4, 4, 4, 2).permute(0, 2, 1, 4, 3, 6, 5).flatten(-2).int()  # n8 b i j c (e a)
     words = (q << torch.arange(0, 32, 4, device=q.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
     pairs = torch.stack((scales, zeros), dim=-1).bfloat16()  # the scale in the low half
-    pairs = F.pad(pairs, (0, 0, 0, pad // group)).view(torch.int32).view(N // 8, 4, 2, -1, block // group)
-    return words, pairs.permute(0, 3, 2, 1, 4).contiguous()
+    pairs = F.pad(pairs, (0, 0, 0, -scales.shape[1] % (256 // group))).view(torch.int32)
+    return words, pairs.view(N // 8, 8, -1, 256 // group).transpose(1, 2).contiguous()
 
 
 def unpack_int4(words: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of pack_int4, but for K, which stays padded (with q = 8, scale = zero = 0)."""
     q = words[..., None] >> torch.arange(0, 32, 4, device=words.device) & 15  # n8 b i j c (e a)
     q = q.unflatten(-1, (2, 4)).permute(0, 2, 1, 4, 3, 6, 5).flatten(2).flatten(0, 1).to(torch.uint8)  # N, K'
-    scales, zeros = (
-        pairs.permute(0, 3, 2, 1, 4).flatten(3).flatten(0, 2)[..., None].contiguous().view(torch.bfloat16).unbind(-1)
-    )
+    pairs = pairs.transpose(1, 2).flatten(2).flatten(0, 1)[:, : q.shape[1] * pairs.shape[3] // 256]  # N, K'/G
+    scales, zeros = pairs[..., None].contiguous().view(torch.bfloat16).unbind(-1)
     return q[:, ::2] | q[:, 1::2] << 4, scales.contiguous(), zeros.contiguous()
 
 
@@ -193,6 +189,18 @@ if triton is not None:
         return out
 
     @triton.jit
+    def _halves(w, DTYPE: tl.constexpr):
+        """The two 16-bit values of each word, as fp32."""
+        low, high = w.to(tl.int16).to(DTYPE, bitcast=True), (w >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        return low.to(tl.float32), high.to(tl.float32)
+
+    @triton.jit
+    def _word(low, high, DTYPE: tl.constexpr):
+        """The inverse of _halves, rounding."""
+        high = high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return high | (low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
+
+    @triton.jit
     def _byte(w, KIND: tl.constexpr, DTYPE: tl.constexpr):
         w = w.to(tl.int8)
         return w.to(DTYPE) if KIND == "int8" else w.to(tl.float8e4nv, bitcast=True).to(DTYPE)
@@ -202,46 +210,58 @@ if triton is not None:
         return (w & 15).to(DTYPE), (w >> 4 & 15).to(DTYPE), (w >> 8 & 15).to(DTYPE), (w >> 12 & 15).to(DTYPE)
 
     @triton.jit
-    def _load(at, mask, EVEN: tl.constexpr, POLICY: tl.constexpr = ""):
+    def _load(at, mask, EVEN: tl.constexpr, ONCE: tl.constexpr = False):
         """A masked load. Only an uneven K's tail has to read as zeros: what rows of x past M hold stays in them."""
-        return tl.load(at, mask, None if EVEN else 0, eviction_policy=POLICY)
+        return tl.load(at, mask, other=None if EVEN else 0, eviction_policy="evict_first" if ONCE else "")
 
     @triton.jit
     def _weights(
-        w, s, words, pairs, chunk, inside, k, KIND: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr,
+        w, s, words, pairs, chunk, inside, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr,
         EVEN: tl.constexpr,
     ):  # fmt: skip
         """A tile's words and, for int4, scales and zeros, k values of K further on."""
         PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
-        # Weights do not stay in the L2 cache for what does; in 16 bits, where DRAM is the bound, this costs 1-3 %.
-        POLICY: tl.constexpr = "" if KIND == "fp" else "evict_first"
-        tile = _load(w + words + k // PER_WORD, inside, EVEN, POLICY)
+        # Weights leave the L2 cache first, which gains up to 10 %, but not in 16 bits.
+        tile = _load(w + words + k // PER_WORD, inside, EVEN, KIND != "fp")
         pair = 0
         if KIND == "int4":
-            pair = _load(s + pairs + (chunk + k // 128) // SPAN * (8 * GROUPS), inside, EVEN)
+            block = chunk + k // 128  # of 128 values
+            at = pairs + block // 2 * (8 * 256 // GROUP)
+            if GROUP < 256 and COLS > 1:
+                at += block % 2 * (128 // GROUP)
+            pair = _load(s + at, inside if COLS > 1 else block * 128 < K, EVEN)
         return tile, pair
 
     @triton.jit
     def _multiply(
-        acc, w, s, b, sums, KIND: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        acc, w, s, b, sums, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
         W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
-        """acc + a tile of weights, words (j i W R C u), times b. The K axis of both operands is permuted alike."""
+        """acc + a tile of weights, words (j i W R C u), times b. The K axis of both operands is permuted alike.
+
+        int4: the sum of ((q - 8) scale + zero) x is scale * (what the words hold, q + OFFSET - 8, times x) + (zero -
+        OFFSET scale) * the sum of x, group by group. With one row of x, b's columns, and so the products', are groups
+        of 32; otherwise each group is a product of its own in the batch.
+        """
         a = _unpack(w, KIND, b.dtype, ASM)
         if KIND == "int4":
-            # (j i W R C, uh e ul ah al): word u is a group of 32, the rest is K within it. To a batch for each group.
-            a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2).permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)
-            a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
-            a = a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS)
-            # sum of ((q - 8) scale + zero) x = scale * (stored x) + (zero - offset * scale) * sum of x, group by group
             OFFSET: tl.constexpr = 8.0 if ASM is None else 136.0
             scale = (s << 16).to(tl.float32, bitcast=True)
-            shift = (s & -65536).to(tl.float32, bitcast=True) - OFFSET * scale
-            scale = _per_row(scale, GROUPS, R, C, W, COLS)
-            shift = _per_row(shift, GROUPS, R, C, W, COLS)
-            products = _columns(tl.dot(a, b), COLS)
-            acc += tl.sum((scale * products).reshape(C * GROUPS, W, R * 8, COLS), 0)
-            acc += tl.sum((shift * sums).reshape(C * GROUPS, W, R * 8, COLS), 0)
+            zero = (s & -65536).to(tl.float32, bitcast=True)
+            a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2)  # (j i W R C, uh e ul ah al), word u being a group of 32
+            if COLS == 1:
+                a = a.permute(2, 3, 1, 4, 5, 7, 9, 0, 8, 6).reshape(W, R * 8, C * 128)
+                scale = scale.permute(2, 3, 1, 0, 4, 5).reshape(W, R * 8, 8)  # (j i W R 1 2), columns being 2 j + 0, 1
+                zero = zero.permute(2, 3, 1, 0, 4, 5).reshape(W, R * 8, 8)
+                acc += scale * (tl.dot(a, b) - OFFSET * sums) + zero * sums
+            else:
+                GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+                a = a.permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)  # (j i W R C, uh ul ah al e)
+                a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
+                products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b)
+                shift = _per_row(zero - OFFSET * scale, GROUPS, R, C, W, COLS)
+                products = _per_row(scale, GROUPS, R, C, W, COLS) * products + shift * sums
+                acc += tl.sum(products.reshape(C * GROUPS, W, R * 8, COLS), 0)
         else:
             if KIND == "fp":  # (j i W R C, uh e ul)
                 a = a.reshape(4, 8, W, R, C, 2, 2, 2).permute(2, 3, 1, 4, 7, 0, 5, 6)
@@ -251,24 +271,15 @@ if triton is not None:
         return acc
 
     @triton.jit
-    def _columns(d, COLS: tl.constexpr):
-        """The columns in use: with at most 4 rows of x every second one, which halves the work on accumulators."""
-        if COLS == 4:
-            d, _ = tl.split(d.reshape(d.shape[0], d.shape[1], 4, 2))
-        return d
-
-    @triton.jit
     def _per_row(s, GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
         """Spread a value per row and group, (j i W R C g) and the same for all j, over an accumulator's columns."""
-        PAIR: tl.constexpr = 1 if COLS == 4 else 2
         s = s.permute(4, 5, 2, 3, 1, 0).reshape(C * GROUPS * W, R * 8, 1, 4, 1)
-        s = tl.broadcast_to(s, (C * GROUPS * W, R * 8, COLS // (4 * PAIR), 4, PAIR))
-        return s.reshape(C * GROUPS * W, R * 8, COLS)
+        return tl.broadcast_to(s, (C * GROUPS * W, R * 8, COLS // 8, 4, 2)).reshape(C * GROUPS * W, R * 8, COLS)
 
     @triton.jit
     def _linear_kernel(
         y, x, w, w3, s, s3, bias, norm, residual, M, N, K, eps,
-        KIND: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr, ACT: tl.constexpr, COLS: tl.constexpr,
+        KIND: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr, COLS: tl.constexpr,
         R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr,
         ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
@@ -277,12 +288,16 @@ if triton is not None:
         Tiles have axes j (4 lanes along K), i (8 lanes along rows), W (warps along K), R and C (repetitions along rows
         and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order. If DEEP, a
         tile is loaded while the one before it is used, the first one before the wait for x.
+
+        COLS is 8 or 16, or 1: then the 8 columns of a fragment of x take parts of 32 values along K, each with zeros
+        for the others, so that a lane loads x once and each part's products stay apart, as int4's groups want them.
         """
         P: tl.constexpr = 2 if KIND == "fp" else 8 if KIND == "int4" else 4  # values in a word
         CHUNK: tl.constexpr = 16 * P  # values along K that 4 lanes hold
         STEP: tl.constexpr = W * C * CHUNK
-        X: tl.constexpr = C * CHUNK // 32  # lanes load 8 values of x at a time
+        X: tl.constexpr = C * CHUNK // 32  # parts of x in a warp's step, of which a lane holds 8 values each
         B: tl.constexpr = (COLS + 7) // 8
+        DTYPE: tl.constexpr = x.dtype.element_ty
         pid = tl.program_id(0)
         j = tl.arange(0, 4)[:, None, None, None, None, None]
         i = tl.arange(0, 8)[None, :, None, None, None, None]
@@ -291,38 +306,50 @@ if triton is not None:
         chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
         u = tl.arange(0, 4)[None, None, None, None, None, :]
         if KIND == "int4":
-            blocks = tl.cdiv(K, 128 * SPAN) * SPAN
-            row8 = tl.minimum(pid * R + r, N // 8 - 1)
-            words = (row8.to(tl.int64) * blocks + chunk) * 128 + i * 16 + j * 4 + u
-            pairs = row8.to(tl.int64) * (blocks // SPAN * 8) + i % 2 * 4 + i // 2
-            pairs = tl.broadcast_to(pairs * GROUPS, (4, 8, W, R, C, GROUPS))
-            pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
+            blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
+            row8 = tl.minimum(pid * R + r, N // 8 - 1).to(tl.int64)
+            words = (row8 * blocks + chunk) * 128 + i * 16 + j * 4 + u
             kw = chunk * 128
+            pairs = (row8 * (tl.cdiv(K, 256) * 8) + i) * (256 // GROUP)
+            if COLS == 1:
+                first = warp * C
+                column = tl.minimum(2 * j + tl.arange(0, 2)[None, None, None, None, None, :], X - 1)
+                pairs = pairs + (first % 2 * 4 + column) // (GROUP // 32)
+            else:
+                GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+                first = chunk
+                pairs = tl.broadcast_to(pairs, (4, 8, W, R, 1, GROUPS))
+                pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
         else:
             row = tl.minimum((pid * R + r) * 8 + i, N - 1)
             words = row.to(tl.int64) * (K // P) + chunk * 16 + j * 4 + u
+            first = chunk
             pairs = 0
             kw = chunk * CHUNK + j * (CHUNK // 4)
-        part = tl.arange(0, X)[None, None, None, None, :, None]
+        if COLS == 1:
+            part = i  # X is at most 8
+        else:
+            part = tl.arange(0, X)[None, None, None, None, :, None]
         if P == 4:  # a lane's 16 values of 8 bits meet two loads of x, which is also read in words
             kx = warp * (C * CHUNK // 2) + (part // 2) * 32 + j * 8 + (part % 2) * 4 + u
         else:
             kx = warp * (C * CHUNK // 2) + part * 16 + j * 4 + u
-        if COLS == 4:
-            m = i // 2
-            row_of_x = (i % 2 == 0) & (m < M)
+        if COLS == 1:
+            own = part == tl.arange(0, X)[None, None, None, None, :, None]
+            row_of_x = part < X
+            xs = x.to(tl.pointer_type(tl.int32)) + kx
         else:
             m = tl.arange(0, B)[None, None, None, :, None, None] * 8 + i
             row_of_x = m < M
-        xs = x.to(tl.pointer_type(tl.int32)) + m * (K // 2) + kx
+            xs = x.to(tl.pointer_type(tl.int32)) + m * (K // 2) + kx
 
         if PDL:
             tlx.gdc_launch_dependents()
         if DEEP:
             inside = K > 0 if EVEN else kw < K
-            w_next, s_next = _weights(w, s, words, pairs, chunk, inside, 0, KIND, GROUPS, SPAN, EVEN)
+            w_next, s_next = _weights(w, s, words, pairs, first, inside, 0, K, KIND, GROUP, COLS, EVEN)
             if ACT is not None:
-                w3_next, s3_next = _weights(w3, s3, words, pairs, chunk, inside, 0, KIND, GROUPS, SPAN, EVEN)
+                w3_next, s3_next = _weights(w3, s3, words, pairs, first, inside, 0, K, KIND, GROUP, COLS, EVEN)
         if PDL:
             tlx.gdc_wait()
 
@@ -334,9 +361,9 @@ if triton is not None:
             before = tl.load(residual + at, mask=stored, other=0.0)
         if DEEP:
             x_next = _load(xs, row_of_x if EVEN else row_of_x & (kx < K // 2), EVEN)
-        acc = tl.zeros((W, R * 8, COLS if KIND == "int4" else B * 8), tl.float32)
+        acc = tl.zeros((W, R * 8, B * 8), tl.float32)
         acc3 = acc
-        squares = tl.zeros((W, B * 8, B * 8), tl.float32)
+        squares = tl.zeros((4, 8, W, 1, 1, 4) if COLS == 1 else (W, B * 8, B * 8), tl.float32)
         for k0 in range(0, K, STEP):
             k = k0 + STEP if DEEP else k0
             if DEEP:
@@ -345,44 +372,60 @@ if triton is not None:
                     words3_now, s3_now = w3_next, s3_next
             inside = k < K if EVEN else kw < K - k
             x_next = _load(xs + k // 2, row_of_x & (k < K if EVEN else kx < (K - k) // 2), EVEN)
-            w_next, s_next = _weights(w, s, words, pairs, chunk, inside, k, KIND, GROUPS, SPAN, EVEN)
+            w_next, s_next = _weights(w, s, words, pairs, first, inside, k, K, KIND, GROUP, COLS, EVEN)
             if ACT is not None:
-                w3_next, s3_next = _weights(w3, s3, words, pairs, chunk, inside, k, KIND, GROUPS, SPAN, EVEN)
+                w3_next, s3_next = _weights(w3, s3, words, pairs, first, inside, k, K, KIND, GROUP, COLS, EVEN)
             if not DEEP:
                 t, words_now, s_now = x_next, w_next, s_next
                 if ACT is not None:
                     words3_now, s3_now = w3_next, s3_next
 
-            # (j i W B X, uh e ul), words of x being u = 2 uh + ul
-            t = _unpack(t, "fp", x.dtype.element_ty, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
             if norm is not None:
+                gain = norm.to(tl.pointer_type(tl.int32)) + k0 // 2 + kx
+                if COLS == 1:
+                    gain = _load(gain, row_of_x & (K > 0 if EVEN else kx < (K - k0) // 2), EVEN)
+                    low, high = _halves(tl.where(row_of_x, t, 0), DTYPE)
+                    squares += low * low + high * high
+                    low_gain, high_gain = _halves(gain, DTYPE)
+                    t = _word(low * low_gain, high * high_gain, DTYPE)
+                else:
+                    gain = tl.broadcast_to(gain, (4, 8, W, B, X, 4))
+                    gain = _load(gain, K > 0 if EVEN else kx < (K - k0) // 2, EVEN)
+            if COLS == 1:
+                t = tl.where(own, t, 0)
+            # (j i W B X, uh e ul), words of x being u = 2 uh + ul
+            t = _unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
+            if norm is not None and COLS > 1:
                 # the sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing
                 rows = t.permute(2, 3, 1, 4, 7, 0, 5, 6).reshape(W, B * 8, X * 32)
                 cols = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
                 squares = tl.dot(rows, cols, squares)
-                gain = tl.broadcast_to(norm.to(tl.pointer_type(tl.int32)) + k0 // 2 + kx, (4, 8, W, B, X, 4))
-                gain = _load(gain, K > 0 if EVEN else kx < (K - k0) // 2, EVEN)
-                t *= _unpack(gain, "fp", x.dtype.element_ty, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
+                t *= _unpack(gain, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
             # The two halves of a fragment's K are a word's neighbours, which a load of 16 bytes leaves side by side.
-            if KIND == "int4":  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
+            sums = 0
+            if KIND == "int4" and COLS > 1:  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
                 b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 6, 9, 0, 7, 8, 3, 1)
                 b = b.reshape(C * GROUPS * W, 128 // GROUPS, B * 8)
-                sums = _columns(tl.dot(tl.full((C * GROUPS * W, R * 8, 128 // GROUPS), 1.0, b.dtype), b), COLS)
+                sums = tl.dot(tl.full((C * GROUPS * W, R * 8, 128 // GROUPS), 1.0, DTYPE), b)
             else:
                 b = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
-                sums = 0
-            acc = _multiply(acc, words_now, s_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
+                if KIND == "int4":
+                    sums = tl.dot(tl.full((W, R * 8, X * 32), 1.0, DTYPE), b)
+            acc = _multiply(acc, words_now, s_now, b, sums, KIND, GROUP, R, C, W, COLS, ASM)
             if ACT is not None:
-                acc3 = _multiply(acc3, words3_now, s3_now, b, sums, KIND, GROUPS, R, C, W, COLS, ASM)
+                acc3 = _multiply(acc3, words3_now, s3_now, b, sums, KIND, GROUP, R, C, W, COLS, ASM)
 
-        if KIND != "int4":
-            acc = _columns(acc, COLS)
-            acc3 = _columns(acc3, COLS)
+        if COLS == 1:
+            acc = tl.sum(acc, 2, keep_dims=True)
+            acc3 = tl.sum(acc3, 2, keep_dims=True)
         out = tl.sum(acc, 0)  # (rows of W, rows of x)
         if norm is not None:
-            both = tl.arange(0, B * 8)
-            squares = tl.sum(tl.sum(tl.where(both[:, None] == both[None, :], squares, 0.0), 1, keep_dims=True), 0)
-            rms = tl.rsqrt(_columns(squares.reshape(1, 1, B * 8), COLS).reshape(1, COLS) / K + eps)
+            if COLS == 1:
+                squares = tl.sum(squares.reshape(4 * 8 * W * 4), 0)
+            else:
+                both = tl.arange(0, COLS)
+                squares = tl.sum(tl.sum(tl.where(both[:, None] == both[None, :], squares, 0.0), 1, keep_dims=True), 0)
+            rms = tl.rsqrt(squares / K + eps)
             out *= rms
         if P == 4:
             out *= tl.load(s + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -420,6 +463,11 @@ def is_hopper(device: torch.device) -> bool:
 
 
 @functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@functools.cache
 def zeros(device: torch.device, n: int) -> Tensor:
     """Counters that every kernel leaves as it found them, at zero. One stream of a device may use them at a time."""
     return torch.zeros(n, dtype=torch.int32, device=device)
@@ -433,32 +481,34 @@ def _out_features(weight: Tensor) -> int:
     return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
 
 
-# R, C, W and registers of the linear kernel, see there; registers are a bound that ptxas would undercut, at the price of
-# delaying loads until their values are needed. The first whose programs fill whole waves of the GPU is best; an output
-# layer has rows enough for small programs. The pick of 20 to 25 each, on an H200, for the shapes of Llama 7B, 8B and 1B.
+# R, C, W and registers of the linear kernel, see there, for weights whose programs of 16 rows fill the multiprocessors
+# once, twice, three times, or more often. Registers are a bound that ptxas would undercut, at the price of delaying
+# loads until their values are needed. The pick of about 20 each on an H200, for the shapes of Llama 7B, 8B and 1B.
 CONFIGURATIONS = {
-    "fp": ((4, 2, 4, 168), (2, 4, 4, 168), (2, 2, 4, 96), (2, 4, 8, 128), (2, 4, 16, 128)),
-    "int8": ((4, 2, 4, 168), (2, 2, 4, 128), (2, 4, 4, 168), (2, 2, 8, 128), (2, 2, 16, 96)),
-    "int4": ((4, 1, 4, 168), (2, 1, 4, 128), (2, 2, 4, 168), (2, 1, 8, 128), (2, 1, 16, 128)),
+    "fp": ((2, 4, 16, 128), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128)),
+    "int8": ((2, 2, 16, 96), (2, 2, 8, 128), (2, 2, 8, 80), (2, 2, 4, 128)),
+    "int4": ((2, 1, 16, 128), (2, 2, 8, 128), (2, 1, 8, 80), (2, 2, 4, 128)),
 }
-OUTPUT_CONFIGURATION = {"fp": (4, 2, 4, 128), "int8": (4, 2, 4, 128), "int4": (4, 1, 4, 128)}
+OUTPUT = {"fp": (4, 2, 4, 128), "int8": (4, 2, 4, 128), "int4": (4, 2, 4, 128)}  # 32000 rows or more
+TUNED = {  # by rows of the weight
+    "fp": {11008: (2, 4, 4, 168), 12288: (2, 2, 4, 96)},
+    "int8": {11008: (4, 2, 4, 168), 12288: (4, 2, 4, 168)},
+    "int4": {11008: (4, 1, 4, 168), 12288: (4, 2, 4, 168)},
+}
 
 
-def _configuration(kind: str, N: int, K: int, processors: int = 132) -> tuple[int, int, int, bool, int]:
-    """R, C, W, DEEP and registers of the linear kernel for a weight (N, K) on a GPU of so many multiprocessors."""
+def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[int, int, int, bool, int]:
+    """R, C, W, DEEP and registers of the linear kernel for a weight (N, K) and M rows, on so many multiprocessors."""
     kind = "int8" if kind == "fp8" else kind
-
-    def filled(configuration: tuple[int, int, int, int]) -> float:  # of the waves that the programs take
-        R, _, W, registers = configuration
-        waves = -(-N // (8 * R)) / (processors * (65536 // (32 * W * registers)))
-        return waves / math.ceil(waves) if W < 16 or K >= 4096 else 0.0  # 16 warps want a long K
-
-    candidates = (OUTPUT_CONFIGURATION[kind],) if N >= 32000 else CONFIGURATIONS[kind]
-    R, C, W, registers = next((c for c in candidates if filled(c) >= 0.75), max(candidates, key=filled))
+    by_fill = CONFIGURATIONS[kind][min((-(-N // 16) - 1) // processors, 3)]
+    R, C, W, registers = OUTPUT[kind] if N >= 32000 else TUNED[kind].get(N, by_fill)
+    deep = N < 32000 or kind == "fp" or (kind == "int8" and M == 1)
+    if kind == "int4" and M > 1:
+        C = 1  # a product for each group takes the registers
     bits = {"fp": 16, "int4": 4}.get(kind, 8)
-    while W * C * 512 // bits > K and W * C > 1:  # no more of K in a step than there is
+    while W * C * 512 // bits > max(K, 256) and W * C > 1:  # no more of K in a step than there is
         W, C = (W, C // 2) if C > 1 else (W // 2, C)
-    return R, C, W, kind == "fp" or N < 32000, registers
+    return R, C, W, deep, registers
 
 
 def fits(x: Tensor) -> bool:
@@ -501,17 +551,15 @@ def linear(
     K, N, kind = x.shape[-1], _out_features(weight), _kind(weight)
     rows = x.reshape(-1, K).contiguous()
     M = len(rows)
-    R, C, W, deep, registers = _configuration(kind, N, K)
+    R, C, W, deep, registers = _configuration(kind, N, K, M, _processors(x.device))
     hopper = is_hopper(x.device)
-    groups = scales.shape[-1] if kind == "int4" else 1
-    span = weight.shape[1] // scales.shape[1] if kind == "int4" else 1
     chunk = {"fp": 32, "int4": 128}.get(kind, 64)
     y = torch.empty(*x.shape[:-1], N, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(triton.cdiv(N, 8 * R),)](
         y, rows, weight.view(torch.int32), None if w3 is None else w3.view(torch.int32), scales, s3, bias, norm,
         None if residual is None else residual.contiguous(), M, N, K, eps,
-        KIND=kind, GROUPS=groups, SPAN=span, ACT=None if w3 is None else act, COLS=4 if M <= 4 else 8 if M <= 8 else 16,
-        R=R, C=C, W=W, DEEP=deep, EVEN=K % (W * C * chunk) == 0,
+        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, ACT=None if w3 is None else act,
+        COLS=1 if M == 1 else 8 if M <= 8 else 16, R=R, C=C, W=W, DEEP=deep, EVEN=K % (W * C * chunk) == 0,
         ASM=_assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": registers} if hopper else {}),
     )  # fmt: skip

@@ -139,7 +139,9 @@ def sample_triton(logits, temperature, top_k, min_p, rng):
     k = top_k if 0 < top_k < V and not greedy else V
     margin = temperature * math.log(min_p) if min_p > 0 and not greedy else -math.inf
     filtered = k < V or margin > -math.inf
-    block, part = 1024, 64 if k <= V // 256 else 8  # four times as many maxima as wanted leave few tokens to settle
+    block = 1024
+    # Twice as many maxima as wanted, or more, leave few tokens to settle.
+    part = 2 ** min(8, int(math.log2(max(1, V // (2 * k)))))
     blocks, count = triton.cdiv(V, block), triton.cdiv(V, part)
     maxima = torch.empty(B, count if filtered else 0, dtype=torch.float32, device=device)
     best = torch.empty(B, blocks, dtype=torch.int64, device=device)
@@ -152,7 +154,7 @@ def sample_triton(logits, temperature, top_k, min_p, rng):
         out, logits, rng, zeros(device, 2 * B + 1), maxima, best, listed, V, k,
         1.0 if greedy else 1 / temperature, 0.0 if greedy else 1.0, margin,
         BLOCKS=blocks, BLOCKS2=triton.next_power_of_2(blocks), COUNT2=triton.next_power_of_2(count), FILTER=filtered,
-        num_warps=16, **options,
+        num_warps=8, **options,
     )  # fmt: skip
     return out
 

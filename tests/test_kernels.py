@@ -100,14 +100,31 @@ def test_linear(kind, M, N, K, dtype):
     assert error(out, kernels.linear_reference(x.float(), dense, norm=gain, eps=1e-5)) < 4e-3  # x * gain is rounded
 
 
+CONFIGURATIONS = sorted({c for table in kernels.CONFIGURATIONS.values() for c in table} | set(kernels.OUTPUT.values()))
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+@pytest.mark.parametrize("kind", ["16-bit", "int8", "int4:32", "int4:128"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_configurations(kind, configuration, deep, monkeypatch):
+    R, C, W, registers = configuration
+    C = min(C, {"16-bit": 8, "int8": 4}.get(kind, 2))
+    monkeypatch.setattr(kernels, "_configuration", lambda *_: (R, C, W, deep, registers))
+    generator = torch.Generator().manual_seed(3)
+    w, s, dense = make_weight(kind, 40, 3104, torch.float16, generator)
+    x = torch.randn(1, 3104, generator=generator).half()
+    x, w, s, dense = on_device(x, w, s, dense)
+    assert error(kernels.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
-def test_gated_linear(kind, act, dtype):
+@pytest.mark.parametrize("act,rows", [("silu", 1), ("silu", 3), ("gelu_tanh", 3)])
+def test_gated_linear(kind, act, rows, dtype):
     generator = torch.Generator().manual_seed(1)
     w1, s1, dense1 = make_weight(kind, 24, 576, dtype, generator)
     w3, s3, dense3 = make_weight(kind, 24, 576, dtype, generator)
-    x = torch.randn(3, 576, generator=generator).to(dtype)
+    x = torch.randn(rows, 576, generator=generator).to(dtype)
     gain = torch.rand(576, generator=generator).to(dtype)
     x, w1, w3, s1, s3, dense1, dense3, gain = on_device(x, w1, w3, s1, s3, dense1, dense3, gain)
     out = kernels.linear(x, w1, s1, norm=gain, eps=1e-5, w3=w3, s3=s3, act=act)
