@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run f
 
 from gguf_tokenizer import gguf_tokenizer_files
 
-from checkpoint import DTYPES, abridged, model_shapes, new_state_dict, torch_load
+from checkpoint import DTYPES, abridged, blank_state_dict, new_state_dict, torch_load
 from errors import UserError, read_json, run_cli
 from model import BUILTIN, ModelConfig, llama3_scaling, rope_table
 
@@ -310,9 +310,9 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
     config = ModelConfig.from_hf(source.config)
     if config.tied and _untied(source):
         config = ModelConfig.from_hf({**source.config, "tie_word_embeddings": False})
-    shapes = model_shapes(config)
-    _check(source, config, shapes)
-    with new_state_dict(directory / "model.pth", {name: (shape, dtype) for name, shape in shapes.items()}) as target:
+    blank = {name: tensor.to(dtype) for name, tensor in blank_state_dict(config).items()}
+    _check(source, config, {name: tuple(tensor.shape) for name, tensor in blank.items()})
+    with new_state_dict(directory / "model.pth", blank) as target:
         for name, tensor in tqdm(target.items(), desc="converting", unit="tensor", disable=None):
             value = torch.cat([source.tensors[n].read() for n in source.names[name]])
             if not value.isfinite().all():

@@ -56,7 +56,7 @@ def to_generic_basis(source: Path, folder: Path, dtype: torch.dtype = torch.bflo
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(config.dim, config.dim, dtype=torch.float64, generator=generator))[0]
     gains = {"wqkv": "attention_norm", "w1": "ffn_norm", "w3": "ffn_norm"}
-    with new_state_dict(folder / "model.pth", {n: (tuple(t.shape), dtype) for n, t in state.items()}) as target:
+    with new_state_dict(folder / "model.pth", {n: t.to("meta", dtype) for n, t in state.items()}) as target:
         for name, tensor in state.items():
             prefix, kind = ".".join(name.split(".")[:2]), name.split(".")[-2]
             if kind in gains:

@@ -1,6 +1,7 @@
 """Every source format gives the same model; damaged ones are refused by name and leave nothing behind."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_model import REPO, build
 
 import checkpoint
-from checkpoint import load_model, model_shapes, new_state_dict, read_config, torch_load
+from checkpoint import blank_state_dict, load_model, new_state_dict, read_config, torch_load
 from errors import UserError
 from linear import quantizer
 from model import BUILTIN, KVCache, ModelConfig
@@ -226,10 +227,8 @@ def test_gguf_recovers_llama3_rope_scaling(tmp_path, hf):
 
 
 def test_model_name_stands_for_a_missing_config(tmp_path):
-    shapes = model_shapes(ModelConfig.from_name("stories15M"))
-    tensors = {}
-    for name, shape in shapes.items():
-        tensors[name] = torch.randn(shape)
+    blank = blank_state_dict(ModelConfig.from_name("stories15M"))
+    tensors = {name: torch.randn(tensor.shape) for name, tensor in blank.items()}
     hf_names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
     parts = {
         "attention.wo": "self_attn.o_proj",
@@ -326,19 +325,27 @@ def test_untied_output_of_a_model_called_tied_is_kept(tmp_path):
 
 
 def test_new_state_dict_is_an_ordinary_file_or_nothing(tmp_path):
-    spec = {"a": ((3, 5), torch.float32), "b": ((7,), torch.int8)}
-    with new_state_dict(tmp_path / "x.pth", spec) as tensors:
+    like = {"a": torch.empty(3, 5, device="meta"), "b": torch.empty(7, dtype=torch.int8)}
+    with new_state_dict(tmp_path / "x.pth", like) as tensors:
         tensors["a"].copy_(torch.arange(15.0).view(3, 5))
         tensors["b"].fill_(3)
         assert not (tmp_path / "x.pth").exists()
     state = torch.load(tmp_path / "x.pth", weights_only=True)
     assert torch.equal(state["a"], torch.arange(15.0).view(3, 5))
     assert torch.equal(state["b"], torch.full((7,), 3, dtype=torch.int8))
-    with pytest.raises(ZeroDivisionError), new_state_dict(tmp_path / "y.pth", spec):
-        _ = 1 / 0
+    for mistake in (ZeroDivisionError, RuntimeError, OSError):  # of the caller's: no trouble with writing
+        with pytest.raises(mistake, match="mine"), new_state_dict(tmp_path / "y.pth", like):
+            raise mistake("mine")
     assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
-    with pytest.raises(UserError, match="cannot write"), new_state_dict(tmp_path / "absent" / "z.pth", spec):
+    with pytest.raises(UserError, match="cannot write"), new_state_dict(tmp_path / "absent" / "z.pth", like):
         pass
+
+
+def test_new_state_dict_without_posix_fallocate(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
+    with new_state_dict(tmp_path / "x.pth", {"a": torch.empty(9)}) as tensors:
+        tensors["a"].fill_(3)
+    assert torch.load(tmp_path / "x.pth", weights_only=True)["a"].tolist() == [3.0] * 9
 
 
 STOPPED = """
@@ -348,7 +355,7 @@ import torch
 from checkpoint import new_state_dict
 from errors import run_cli
 def main():
-    with new_state_dict(Path(sys.argv[1]), {"a": ((9,), torch.float32)}):
+    with new_state_dict(Path(sys.argv[1]), {"a": torch.empty(9)}):
         print("writing", flush=True)
         time.sleep(60)
 run_cli(main)
@@ -371,7 +378,7 @@ def test_a_writer_that_is_stopped_leaves_nothing(tmp_path, number):
 
 def test_sigterm_is_as_before_once_a_file_is_written(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with new_state_dict(tmp_path / "x.pth", {"a": ((9,), torch.float32)}):
+    with new_state_dict(tmp_path / "x.pth", {"a": torch.empty(9)}):
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
 

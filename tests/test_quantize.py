@@ -15,7 +15,7 @@ from tiny import write_checkpoint
 
 import checkpoint
 import quantize
-from checkpoint import load_model, model_shapes, new_state_dict
+from checkpoint import blank_state_dict, load_model, new_state_dict, read_config
 from errors import UserError, run_cli
 from linear import Linear, quantizer
 from model import KVCache
@@ -224,9 +224,9 @@ def test_wrong_missing_and_truncated_sources(folder, capsys):
     state = torch.load(folder / "model.pth")
     path = folder / "model.pth"
     torch.save({**state, "norm.weight": torch.ones(65)}, path)
-    assert "norm.weight has shape (65,)" in fails(folder, capsys)
+    assert "norm.weight needs shape [64]; found [65]" in fails(folder, capsys)
     torch.save({n: t for n, t in state.items() if n != "output.weight"}, path)
-    assert "output.weight has shape None" in fails(folder, capsys)
+    assert "output needs a plain, int8, fp8 or int4 weight for [259, 64]; found none" in fails(folder, capsys)
     path.write_bytes(path.read_bytes()[:5000])
     assert "truncated" in fails(folder, capsys)
     path.unlink()
@@ -260,8 +260,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     folder.mkdir()
     config = '{"model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8,'
     (folder / "config.json").write_text(config + ' "intermediate_size": 2816, "vocab_size": 128256}')
-    shapes = model_shapes(quantize.read_config(folder))
-    with new_state_dict(folder / "model.pth", {n: (s, torch.bfloat16) for n, s in shapes.items()}):
+    blank = blank_state_dict(read_config(folder))
+    with new_state_dict(folder / "model.pth", {n: t.bfloat16() for n, t in blank.items()}):
         pass  # zeros
     size = (folder / "model.pth").stat().st_size
     process = command(folder, "--mode", "int4", stdout=subprocess.DEVNULL)
