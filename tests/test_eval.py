@@ -4,6 +4,7 @@ real formats (tests/data/eval) and on generated answers; its command line tells 
 import dataclasses
 import json
 import math
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import tokenizers
 import torch
 import transformers
 from convert_hf_checkpoint import convert
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch._dynamo.utils import counters
 
@@ -410,6 +412,21 @@ def test_data_files_lie_beside_their_yaml(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loaded = load_tasks(["local_text"], Path("mine"))
     assert loaded["tasks"]["local_text"].dataset["test"]["text"] == ["One.", "Two.", "Three."]
+
+
+def test_tasks_that_shuffle_do_it_as_under_lm_eval(tmp_path):
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(30)))
+    (tmp_path / "own.py").write_text("import random\nmix = lambda docs: docs.select(random.sample(range(30), 30))\n")
+    (tmp_path / "task.yaml").write_text(
+        f"task: mixed\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\n"
+        "process_docs: !function own.mix\noutput_type: loglikelihood_rolling\ntest_split: test\n"
+        "doc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+    )
+    random.seed(0)  # as lm_eval.simple_evaluate does
+    theirs = TaskManager(include_path=tmp_path, include_defaults=False).load(["mixed"])
+    random.seed(9)
+    found = load_tasks(["mixed"], tmp_path)["tasks"]["mixed"].task_docs["text"]
+    assert found == theirs["tasks"]["mixed"].task_docs["text"] != [str(i) for i in range(30)]
 
 
 def run(capsys, monkeypatch, *args) -> tuple[int, str, str]:
