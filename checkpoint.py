@@ -35,7 +35,7 @@ def torch_load(path: Path) -> dict:
     return _load_version(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
 
 
-@lru_cache(maxsize=2)  # a file in the old format, no zip, cannot be mapped: then one shard is resident at a time
+@lru_cache(maxsize=2)  # a layer may lie in two shards, which the old format, no zip, reads whole
 def _load_version(path: Path, version: tuple[int, ...]) -> dict:
     try:
         return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)

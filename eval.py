@@ -293,7 +293,7 @@ def load_tasks(names: list[str], include_path: Path | None = None) -> dict:
     try:
         if include_path:
             _anchor_data_files(manager, include_path.resolve())
-        return manager.load([match for name in names for match in manager.match_tasks([name])])
+        return manager.load(manager.match_tasks(names))
     except Exception as error:  # a task is YAML, code and data of others, and can raise anything
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot load lm-eval's {', '.join(names)}: {reason}") from error

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import load_model, new_state_dict, quantized, torch_load
@@ -18,23 +18,22 @@ from eval import load_tasks, read_text
 from generate import DEFAULT_CHECKPOINT, pick_device, positive
 from gptq import Hessian, gptq
 from linear import GROUPS, Int4Linear, Linear, quantizer
-from model import KVCache, ModelConfig, RMSNorm, TransformerBlock
+from model import KVCache, ModelConfig, RMSNorm, Transformer, TransformerBlock
 from tokenizer import load_tokenizer
-from tp import TensorParallel
 
 SHORTEST = 32  # tokens of a calibration sequence
 
 
-def open_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
-    """The blueprint of a model.pth, its mapped tensors, a tied output under a name of its own, and its linear layers'
-    names. Raises UserError when it is quantised already, and for what load_model would refuse.
+def open_model(path: Path) -> tuple[Transformer, dict[str, Tensor], list[str]]:
+    """The model of a model.pth on the meta device, its mapped tensors, a tied output under a name of its own, and its
+    linear layers' names. Raises UserError when it is quantised already, and for what load_model would refuse.
     """
     state, model = dict(torch_load(path)), load_model(path, device="meta")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     if quantised := [name for name, linear in linears.items() if type(linear) is not Linear]:
         raise UserError(f"{path} is quantised already ({quantised[0]}); give the full-precision checkpoint")
     state.setdefault("output.weight", state["tok_embeddings.weight"])
-    return model.config, state, list(linears)
+    return model, state, list(linears)
 
 
 def write_checkpoint(
@@ -82,45 +81,42 @@ def gptq_checkpoint(
     sequences: calibration tokens, int64 (B, S) each; offload: keep activations in host memory; options: gptq.gptq's.
     Raises UserError and leaves no file when the source is no full-precision checkpoint or activations are not finite.
     """
-    config, state, linears = open_model(source)
+    model, state, linears = open_model(source)
     # CPUs without half-precision arithmetic calibrate faster in fp32, and no CPU worse.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     home = torch.device("cpu") if offload else device
     activations = [state["tok_embeddings.weight"][tokens].to(home, dtype) for tokens in sequences]
 
     def results() -> Iterator[tuple[str, dict[str, Tensor]]]:
-        for name, linear, hessian in calibrated(config, state, activations, device, dtype):
+        for name, linear, hessian in calibrated(model, state, activations, device):
             if not linear.weight.isfinite().all():
                 raise UserError(f"{source}: {name} holds NaN or infinite weights")
             own = Int4Linear.tensors(*gptq(linear.weight, hessian.mean, group, **options))
             int4 = Int4Linear.from_tensors(linear.in_features, linear.out_features, own)
-            linear.weight.data = int4.dequantized(dtype)
+            linear.weight.data = int4.dequantized(linear.weight.dtype)
             yield name, own
 
     write_checkpoint(target, state, linears, f"int4:{group}", results())
 
 
 def calibrated(
-    config: ModelConfig,
-    state: dict[str, Tensor],
-    activations: list[Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
+    model: Transformer, state: dict[str, Tensor], activations: list[Tensor], device: torch.device
 ) -> Iterator[tuple[str, Linear, Hessian]]:
     """The name of each linear layer, the layer, and the Hessian of its inputs, in the order in which they run. What the
     caller makes of a layer's weight counts for the next ones. Only a block is resident; `activations` are consumed."""
-    for i in range(config.n_layer):
-        prefix = f"layers.{i}."
-        with torch.device("meta"):
-            block = TransformerBlock(config, i, TensorParallel())
-        own = {n.removeprefix(prefix): t.to(device, dtype) for n, t in state.items() if n.startswith(prefix)}
-        block.load_state_dict(own, assign=True)
-        for name, *rest in calibrated_block(config, block, activations, device):
-            yield prefix + name, *rest
-    norm = RMSNorm(config.dim, config.norm_eps).to(device, dtype)
-    norm.weight.copy_(state["norm.weight"])
-    output = Linear.from_tensors(config.dim, config.vocab_size, {"weight": state["output.weight"].to(device)})
-    yield "output", output, input_hessian(activations, norm)
+
+    def load(name: str, dtype: torch.dtype | None = activations[0].dtype) -> nn.Module:
+        names = [n for n in state if n.startswith(f"{name}.")]
+        module = model.get_submodule(name)
+        module.load_state_dict({n.removeprefix(f"{name}."): state[n].to(device, dtype) for n in names}, assign=True)
+        return module
+
+    for prefix in (f"layers.{i}" for i in range(model.config.n_layer)):
+        block = load(prefix)
+        for name, *rest in calibrated_block(model.config, block, activations, device):
+            yield f"{prefix}.{name}", *rest
+        block.to("meta")
+    yield "output", load("output", None), input_hessian(activations, load("norm"))
 
 
 def calibrated_block(

@@ -51,10 +51,10 @@ def texts() -> tuple[str, str]:
 
 def to_generic_basis(source: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
     """Write the same function in a random basis of the residual stream; returns its model.pth. The output is untied."""
-    config, state, _ = open_model(source)
+    model, state, _ = open_model(source)
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(config.dim, config.dim, dtype=torch.float64, generator=generator))[0]
+    generator, dim = torch.Generator().manual_seed(seed), model.config.dim
+    basis = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0]
     gains = {"wqkv": "attention_norm", "w1": "ffn_norm", "w3": "ffn_norm"}
     with new_state_dict(folder / "model.pth", {n: t.to("meta", dtype) for n, t in state.items()}) as target:
         for name, tensor in state.items():
