@@ -185,15 +185,13 @@ def calibration_sequences(
     (Nothing needs padding: a sequence runs at its own length, which is the same under causal attention.)
     Raises UserError when there is not one sequence.
     """
-    rows, rest, tokens = [], [], 0
+    rows, rest, tokens, least = [], [], 0, SHORTEST if pad else length
     for ids in map(encode, documents):
         tokens += len(ids)
         ids = rest + ids
-        whole = len(ids) - len(ids) % length
-        rows += [ids[a : a + length] for a in range(0, whole, length)]
-        rest = ids[whole:]
-        if pad:
-            rows, rest = rows + [rest] * (len(rest) >= SHORTEST), []
+        pieces = (ids[a : a + length] for a in range(0, len(ids), length))
+        rows += [piece for piece in pieces if len(piece) >= least]
+        rest = [] if pad else ids[len(ids) - len(ids) % length :]
         if len(rows) >= limit:
             break
     if not rows:

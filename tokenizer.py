@@ -195,11 +195,6 @@ class Tokenizer:
     chat_template: str | None  # Jinja source, the model's own or its family's
     template_tokens: Mapping[str, str]  # bos_token, eos_token, ... for the template
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens. A model's logits may be wider, padded."""
-        return len(self.backend.tokens)
-
     def encode(self, text: str, bos: bool = True, special: bool = True) -> list[int]:
         """Token ids of `text`.
 

@@ -156,7 +156,7 @@ def _safetensors(path: Path) -> dict[str, Lazy]:
 
 
 def _torch_file(path: Path) -> dict[str, Lazy]:
-    tensors = torch_load(path)  # not kept: of files that cannot be mapped, torch_load keeps but the latest
+    tensors = torch_load(path)  # not kept: of files that cannot be mapped, torch_load keeps but the latest two
     return {name: Lazy(tuple(t.shape), lambda name=name: torch_load(path)[name]) for name, t in tensors.items()}
 
 
@@ -302,7 +302,7 @@ def _gguf_rope_scaling(path: Path, meta: dict, tensors: dict[str, Lazy], config:
 
 def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: str | None = None) -> Path:
     """Convert whatever `directory` holds to directory/model.pth, and write config.json and tokenizer files where the
-    source keeps them inside (GGUF, Meta, llama2.c). Peak memory is about one layer, or a shard of an unmappable file.
+    source keeps them inside (GGUF, Meta, llama2.c). Peak memory is about a layer, or two shards that cannot be mapped.
 
     Raises UserError, and leaves no model.pth, for truncated files and missing, unexpected or wrongly shaped tensors.
     """
@@ -311,7 +311,7 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
     if config.tied and _untied(source):
         config = ModelConfig.from_hf({**source.config, "tie_word_embeddings": False})
     blank = {name: tensor.to(dtype) for name, tensor in blank_state_dict(config).items()}
-    _check(source, config, {name: tuple(tensor.shape) for name, tensor in blank.items()})
+    _check(source, config, {name: tensor.shape for name, tensor in blank.items()})
     with new_state_dict(directory / "model.pth", blank) as target:
         for name, tensor in tqdm(target.items(), desc="converting", unit="tensor", disable=None):
             value = torch.cat([source.tensors[n].read() for n in source.names[name]])
@@ -332,7 +332,7 @@ def _untied(source: Source) -> bool:
     return output is not None and embedding is not None and not torch.equal(output.read(), embedding.read())
 
 
-def _check(source: Source, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check(source: Source, config: ModelConfig, shapes: dict[str, torch.Size]) -> None:
     needed = {name: source.names.get(name) or [name] for name in shapes}
     used = set(itertools.chain.from_iterable(needed.values()))
     if missing := used - source.tensors.keys():

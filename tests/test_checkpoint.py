@@ -10,25 +10,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from convert_hf_checkpoint import convert
 from safetensors.torch import load_file, save_file
 from test_model import REPO, build
 
 import checkpoint
-from checkpoint import blank_state_dict, load_model, new_state_dict, read_config, torch_load
+from checkpoint import load_model, new_state_dict, read_config, torch_load
 from errors import UserError
 from linear import quantizer
-from model import BUILTIN, KVCache, ModelConfig
+from model import BUILTIN, KVCache, ModelConfig, llama3_scaling, rope_table
 from quantize import quantize_checkpoint
 
-META = {
-    "attention.wo": "attention.wo",
-    "feed_forward.w1": "feed_forward.w1",
-    "feed_forward.w2": "feed_forward.w2",
-    "feed_forward.w3": "feed_forward.w3",
-    "attention_norm": "attention_norm",
-    "ffn_norm": "ffn_norm",
-}
 GGUF = {
     "attention.wo": "attn_output",
     "feed_forward.w1": "ffn_gate",
@@ -94,36 +87,17 @@ def test_bin_shards(tmp_path, hf, zipped):
 
 @pytest.mark.parametrize("style", ["one", "llama2", "llama3"])
 def test_meta(tmp_path, hf, style):
-    names, shards = meta_names(hf[1]), []
+    state = {name: t[:96] if len(t) == 97 else t for name, t in hf[1].items()}  # a vocabulary that halves
     for rank in range(1 if style == "one" else 2):
-        shard = {}
-        for name, tensor in names.items():
+        shard = {"rope.freqs": torch.ones(4)}
+        for name, tensor in meta_names(state).items():
             by_rows = any(k in name for k in ("wq", "wk", "wv", "w1", "w3", "output"))
-            if "tok_embeddings" in name:
-                by_rows = style == "llama3"
-            if style == "one" or tensor.ndim < 2:
-                shard[name] = tensor
-            else:
-                parts = tensor.tensor_split(2, 0 if by_rows else 1)
-                # 97 rows do not halve evenly; real vocabularies do
-                shard[name] = parts[rank].clone()
-        shard["rope.freqs"] = torch.ones(4)
-        shards.append(shard)
-    if style != "one":  # make the vocabulary even
-        for shard in shards:
-            for name in ("tok_embeddings.weight", "output.weight"):
-                if shard[name].shape[0] in (97, 49, 48):
-                    shard[name] = shard[name][: 96 if shard[name].shape[0] == 97 else 48].clone()
-        expected = dict(hf[1])
-        rows = torch.cat((torch.arange(48), torch.arange(49, 97)))
-        expected["output.weight"] = hf[1]["output.weight"][rows]
-        expected["tok_embeddings.weight"] = hf[1]["tok_embeddings.weight"][rows if style == "llama3" else slice(96)]
-    else:
-        expected = hf[1]
-    for rank, shard in enumerate(shards):
+            by_rows = style == "llama3" if "tok_embeddings" in name else by_rows
+            whole = style == "one" or tensor.ndim < 2
+            shard[name] = tensor if whole else tensor.chunk(2, 0 if by_rows else 1)[rank].clone()
         torch.save(shard, tmp_path / f"consolidated.{rank:02}.pth")
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
-    assert_same(tmp_path, expected)
+    assert_same(tmp_path, state)
     config = read_config(tmp_path)
     assert (config.intermediate_size, config.rope_base, config.norm_eps) == (48, 500000.0, 1e-6)
 
@@ -207,13 +181,10 @@ def test_gguf(tmp_path, hf, kind):
 
 
 def test_gguf_recovers_llama3_rope_scaling(tmp_path, hf):
-    from model import llama3_scaling, rope_table
-
-    plain = ModelConfig.from_hf({**BUILTIN["7B"], "head_dim": 8, "rope_theta": 500000.0})
-    scaled = ModelConfig.from_hf(
-        {**BUILTIN["7B"], "head_dim": 8, "rope_theta": 500000.0, "rope_scaling": llama3_scaling(32.0)}
-    )
-    angles = [torch.atan2(rope_table(c, 2)[1, :, 1], rope_table(c, 2)[1, :, 0]) for c in (plain, scaled)]
+    config = {**BUILTIN["7B"], "head_dim": 8, "rope_theta": 500000.0}
+    scalings = (None, llama3_scaling(32.0))
+    tables = [rope_table(ModelConfig.from_hf({**config, "rope_scaling": s}), 2) for s in scalings]
+    angles = [torch.atan2(table[1, :, 1], table[1, :, 0]) for table in tables]
     factors = (angles[0] / angles[1]).numpy().astype(np.float32)
     write_gguf(tmp_path / "a.gguf", even(hf[1]), gguf.GGMLQuantizationType.F32, extra={"rope_freqs.weight": factors})
     convert(tmp_path)
@@ -227,30 +198,8 @@ def test_gguf_recovers_llama3_rope_scaling(tmp_path, hf):
 
 
 def test_model_name_stands_for_a_missing_config(tmp_path):
-    blank = blank_state_dict(ModelConfig.from_name("stories15M"))
-    tensors = {name: torch.randn(tensor.shape) for name, tensor in blank.items()}
-    hf_names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-    parts = {
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    out = {}
-    for name, tensor in tensors.items():
-        stem = name.removesuffix(".weight")
-        if stem in hf_names:
-            out[f"{hf_names[stem]}.weight"] = tensor
-        elif "wqkv" in stem:
-            layer = stem.split(".")[1]
-            for key, part in zip("qkv", tensor.chunk(3)):
-                out[f"model.layers.{layer}.self_attn.{key}_proj.weight"] = part.clone()
-        else:
-            _, layer, part = stem.split(".", 2)
-            out[f"model.layers.{layer}.{parts[part]}.weight"] = tensor
-    save_file(out, tmp_path / "model.safetensors")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**BUILTIN["stories15M"])).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"cannot read .*config\.json"):
         convert(tmp_path)
     convert(tmp_path, model_name="stories15M")
