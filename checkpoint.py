@@ -38,10 +38,13 @@ def torch_load(path: Path) -> dict:
 @lru_cache(maxsize=2)  # a layer may lie in two shards, which the old format, no zip, reads whole
 def _load_version(path: Path, version: tuple[int, ...]) -> dict:
     try:
-        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        if isinstance(state, dict):
+            return state
+        detail = f"it holds a {type(state).__name__}"
     except Exception as error:  # the unpickler's and the zip reader's errors have no common base
         detail = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"{path} is truncated or not a file of weights ({detail})") from None
+    raise UserError(f"{path} is truncated or not a file of weights ({detail})")
 
 
 def blank_state_dict(config: ModelConfig) -> dict[str, Tensor]:
@@ -113,7 +116,6 @@ def load_model(
     `device`: what quantize.py would have written. tp: read and load this rank's part only.
     Raises UserError for a missing or damaged file and for missing, unexpected or wrongly shaped tensors.
     """
-    path = Path(path)
     state = dict(torch_load(path))
     config = config or read_config(path.parent)
     with torch.device("meta"):

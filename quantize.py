@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--percdamp {args.percdamp} is not within 0 and 1")
     source, device = args.checkpoint_path, pick_device(args.device)
     suffix = f"{args.mode}.g{args.groupsize}" if args.mode.startswith("int4") else args.mode
-    target = source.with_name(f"{source.stem}{args.label}{suffix}.pth")
+    target = source.parent / f"{source.stem}{args.label}{suffix}.pth"
     try:
         if args.mode == "int4-gptq":
             file, length, limit = args.calibration_file, args.calibration_seq_length, args.calibration_limit

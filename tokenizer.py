@@ -297,14 +297,13 @@ class StopStrings:
         return text[: min((i for s in self._strings if (i := text.find(s)) >= 0), default=len(text))]
 
 
-def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a checkpoint directory, and what its config files say about BOS, stops and chat template.
 
     Reads tokenizer.json, or else tokenizer.model; the format is told from the content. tokenizer.json comes first as it
     holds the whole pipeline, added tokens included. A damaged one is an error even beside a good tokenizer.model: to
     go on in silence would hide a broken download. Raises UserError that names the file and what is accepted.
     """
-    folder = Path(checkpoint_dir)
     names = ("special_tokens_map.json", "tokenizer_config.json")
     config = {key: value for name in names for key, value in read_json(folder / name, missing={}).items()}
     backend = _load_backend(folder, config)

@@ -157,7 +157,8 @@ def _safetensors(path: Path) -> dict[str, Lazy]:
 
 def _torch_file(path: Path) -> dict[str, Lazy]:
     tensors = torch_load(path)  # not kept: of files that cannot be mapped, torch_load keeps but the latest two
-    return {name: Lazy(tuple(t.shape), lambda name=name: torch_load(path)[name]) for name, t in tensors.items()}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)}
+    return {name: Lazy(shape, lambda name=name: torch_load(path)[name]) for name, shape in shapes.items()}
 
 
 def _meta(folder: Path, files: list[Path]) -> Source:

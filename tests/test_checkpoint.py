@@ -264,6 +264,14 @@ def test_truncated_files(tmp_path, hf):
             assert not list(directory.glob("model.pth*"))
 
 
+def test_a_training_checkpoint_is_refused(hf):
+    source, state = hf
+    (source / "model.safetensors").unlink()
+    torch.save({"state_dict": state, "epoch": 3}, source / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"missing tensors: lm_head\.weight"):
+        convert(source)
+
+
 def test_untied_output_of_a_model_called_tied_is_kept(tmp_path):
     build(tmp_path, "llama3.2-tied")
     damage(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
@@ -437,6 +445,9 @@ def test_loading_names_what_is_wrong(tmp_path, hf):
             load_model(path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"model\.pth is truncated"):
+        load_model(path)
+    torch.save([state], path)
+    with pytest.raises(UserError, match=r"model\.pth is truncated or not a file of weights \(it holds a list\)"):
         load_model(path)
     with pytest.raises(UserError, match=r"does not exist"):
         load_model(source / "absent.pth")

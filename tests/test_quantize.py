@@ -192,6 +192,7 @@ def test_calibration_on_a_local_lm_eval_task(folder, tmp_path, capsys, monkeypat
         ([*GPTQ, __file__, "--percdamp", "-1"], ["--percdamp -1"]),
         ([*GPTQ, __file__, "--calibration_seq_length", "99999"], ["99999 tokens", "has"]),
         (["--device", "cuda:77"], ["cuda:77"]),
+        (["--label", "absent/_"], ["cannot write", "absent/_int8.pth"]),
     ],
 )
 def test_bad_arguments(folder, capsys, args, said):
