@@ -317,7 +317,9 @@ def evaluate(lm, tasks: dict, *, limit: int | None = None, num_fewshot: int | No
     """Run a model of lm-eval's on tasks from load_tasks, with its chat template if asked; returns lm-eval's results."""
     import lm_eval.evaluator  # brings transformers
 
-    for task in tasks["tasks"].values():
+    for name, task in tasks["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(f"lm-eval's {name} runs the code that a model writes; this program runs none")
         fixed = task.get_config("num_fewshot")
         if fixed is None or (num_fewshot is not None and fixed != 0):  # a task that says 0 means it
             task.set_config(key="num_fewshot", value=num_fewshot or 0)

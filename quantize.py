@@ -40,16 +40,16 @@ def write_checkpoint(
     path: Path, state: dict[str, Tensor], linears: list[str], mode: str, results: Iterable[tuple[str, dict]]
 ) -> None:
     """Write a quantised file: in place of each linear layer's weight what `results` has for it, all else as it is."""
-    weights = {name: state[f"{name}.weight"].to("meta") for name in linears}
-    blank = {f"{name}.{key}": t for name, weight in weights.items() for key, t in quantizer(mode)(weight).items()}
+    pending = {name: state[f"{name}.weight"].to("meta") for name in linears}
+    blank = {f"{name}.{key}": t for name, weight in pending.items() for key, t in quantizer(mode)(weight).items()}
     with new_state_dict(path, state | blank) as target:
         for name in state.keys() - blank.keys():
             target[name].copy_(state[name])
         for name, tensors in tqdm(results, desc="quantising", total=len(linears), unit="layer"):
-            del weights[name]
+            del pending[name]
             for key, tensor in tensors.items():
                 target[f"{name}.{key}"].copy_(tensor)
-        assert not weights, f"nothing was made of {list(weights)}"
+        assert not pending, f"nothing was made of {list(pending)}"
 
 
 def quantize_checkpoint(source: Path, target: Path, mode: str, device: torch.device) -> None:

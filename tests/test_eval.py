@@ -398,6 +398,13 @@ def test_builtin_text_has_20000_tokens(smollm2_dir):
 # --- tasks and the command line ---
 
 
+def test_tasks_that_run_a_models_code_are_refused(tiny, tmp_path):
+    task = (DATA / "answers.yaml").read_text().replace("answers.jsonl", str(DATA / "answers.jsonl"))
+    (tmp_path / "unsafe.yaml").write_text(task.replace("task: answers", "task: unsafe\nunsafe_code: true"))
+    with pytest.raises(UserError, match="lm-eval's unsafe runs the code"):
+        evaluate(ours(tiny.directory), load_tasks(["unsafe"], tmp_path))
+
+
 def test_data_files_lie_beside_their_yaml(tmp_path, monkeypatch):
     """In subdirectories, in lists, under an include path that is relative itself, and inside a group."""
     folder = tmp_path / "mine" / "sub"
