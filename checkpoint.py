@@ -47,13 +47,6 @@ def _load_version(path: Path, version: tuple[int, ...]) -> dict:
     raise UserError(f"{path} is truncated or not a file of weights ({detail})")
 
 
-def blank_state_dict(config: ModelConfig) -> dict[str, Tensor]:
-    """What model.pth holds, on the meta device. A tied output is stored once, as the embedding."""
-    with torch.device("meta"):
-        state = Transformer(config).state_dict()
-    return {name: tensor for name, tensor in state.items() if not (config.tied and name == "output.weight")}
-
-
 def abridged(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 

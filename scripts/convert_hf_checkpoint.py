@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run f
 
 from gguf_tokenizer import gguf_tokenizer_files
 
-from checkpoint import DTYPES, abridged, blank_state_dict, new_state_dict, torch_load
+from checkpoint import DTYPES, abridged, new_state_dict, torch_load
 from errors import UserError, read_json, run_cli
-from model import BUILTIN, ModelConfig, llama3_scaling, rope_table
+from model import BUILTIN, ModelConfig, Transformer, llama3_scaling, rope_table
 
 
 class Lazy(NamedTuple):
@@ -311,8 +311,11 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
     config = ModelConfig.from_hf(source.config)
     if config.tied and _untied(source):
         config = ModelConfig.from_hf({**source.config, "tie_word_embeddings": False})
-    blank = {name: tensor.to(dtype) for name, tensor in blank_state_dict(config).items()}
-    _check(source, config, {name: tensor.shape for name, tensor in blank.items()})
+    with torch.device("meta"):
+        blank = {name: tensor.to(dtype) for name, tensor in Transformer(config).state_dict().items()}
+    if config.tied:  # stored once, as the embedding
+        del blank["output.weight"]
+    _check(source, config, blank)
     with new_state_dict(directory / "model.pth", blank) as target:
         for name, tensor in tqdm(target.items(), desc="converting", unit="tensor", disable=None):
             value = torch.cat([source.tensors[n].read() for n in source.names[name]])
@@ -333,8 +336,8 @@ def _untied(source: Source) -> bool:
     return output is not None and embedding is not None and not torch.equal(output.read(), embedding.read())
 
 
-def _check(source: Source, config: ModelConfig, shapes: dict[str, torch.Size]) -> None:
-    needed = {name: source.names.get(name) or [name] for name in shapes}
+def _check(source: Source, config: ModelConfig, blank: dict[str, Tensor]) -> None:
+    needed = {name: source.names.get(name) or [name] for name in blank}
     used = set(itertools.chain.from_iterable(needed.values()))
     if missing := used - source.tensors.keys():
         raise UserError(f"missing tensors: {abridged(sorted(missing))}")
@@ -342,8 +345,8 @@ def _check(source: Source, config: ModelConfig, shapes: dict[str, torch.Size]) -
         used.update(source.names["output.weight"])
     if unexpected := [n for n in source.tensors if n not in used and not n.endswith(_IGNORED)]:
         raise UserError(f"unexpected tensors: {abridged(sorted(unexpected))}")
-    for name, shape in shapes.items():
-        parts = [source.tensors[n].shape for n in needed[name]]
+    for name, tensor in blank.items():
+        shape, parts = tuple(tensor.shape), [source.tensors[n].shape for n in needed[name]]
         if (sum(part[0] for part in parts), *shape[1:]) != shape or any(part[1:] != shape[1:] for part in parts):
             detail = ", ".join(f"{n} {list(part)}" for n, part in zip(needed[name], parts))
             raise UserError(f"wrongly shaped tensor: {detail}; {name} needs {list(shape)}")

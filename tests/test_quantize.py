@@ -15,10 +15,10 @@ from tiny import write_checkpoint
 
 import checkpoint
 import quantize
-from checkpoint import blank_state_dict, load_model, new_state_dict, read_config
+from checkpoint import load_model, new_state_dict, read_config
 from errors import UserError, run_cli
 from linear import Linear, quantizer
-from model import KVCache
+from model import KVCache, Transformer
 from quantize import calibration_sequences, main
 from scripts.quant_table import to_generic_basis
 
@@ -261,8 +261,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     folder.mkdir()
     config = '{"model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8,'
     (folder / "config.json").write_text(config + ' "intermediate_size": 2816, "vocab_size": 128256}')
-    blank = blank_state_dict(read_config(folder))
-    with new_state_dict(folder / "model.pth", {n: t.bfloat16() for n, t in blank.items()}):
+    with torch.device("meta"):
+        blank = Transformer(read_config(folder)).bfloat16().state_dict()
+    with new_state_dict(folder / "model.pth", blank):
         pass  # zeros
     size = (folder / "model.pth").stat().st_size
     process = command(folder, "--mode", "int4", stdout=subprocess.DEVNULL)
