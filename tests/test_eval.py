@@ -12,9 +12,9 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from convert_hf_checkpoint import convert
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tiny import write_checkpoint
 from torch._dynamo.utils import counters
 
 import eval as evaluation
@@ -57,8 +57,12 @@ def hf_backend(model, tokenizer, **options):
     return HFLM(pretrained=model, tokenizer=tokenizer, **options)
 
 
-def save_tiny(directory: Path, *, adds_bos: bool):
+def make_tiny(directory: Path, *, adds_bos: bool) -> SimpleNamespace:
     """A random Llama and a byte-level BPE tokenizer of transformers, saved and converted."""
+    torch.set_num_threads(1)
+    ids = {"bos_token_id": 0 if adds_bos else None, "eos_token_id": 1, "pad_token_id": 1}
+    model = write_checkpoint(directory, seed=5, vocab_size=400, **ids)
+    (directory / "generation_config.json").unlink()  # of another tokenizer
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -81,33 +85,7 @@ def save_tiny(directory: Path, *, adds_bos: bool):
         chat_template=TEMPLATE,
     )
     fast.save_pretrained(directory)
-    config = transformers.LlamaConfig(
-        vocab_size=400,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0 if adds_bos else None,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    torch.manual_seed(5)
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)  # far from uniform, so that an error shows
-    model.save_pretrained(directory)
-    convert(directory, torch.float32)
-    return model, fast
-
-
-def make_tiny(directory: Path, *, adds_bos: bool) -> SimpleNamespace:
-    torch.set_num_threads(1)
-    model, tokenizer = save_tiny(directory, adds_bos=adds_bos)
-    return SimpleNamespace(directory=directory, model=model, tokenizer=tokenizer)
+    return SimpleNamespace(directory=directory, model=model, tokenizer=fast)
 
 
 @pytest.fixture(scope="module")
