@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -34,54 +35,49 @@ def torch_load(path: Path) -> dict:
     return _load_version(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
 
 
-@lru_cache(maxsize=2)  # a file in the old format cannot be mapped: then one shard is resident at a time
+@lru_cache(maxsize=2)  # a layer may lie in two shards, which the old format, no zip, reads whole
 def _load_version(path: Path, version: tuple[int, ...]) -> dict:
-    for mapped in (True, False):
-        try:
-            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-        except Exception as error:  # the unpickler's and the zip reader's errors have no common base
-            detail = " ".join(str(error).split())[:120] or type(error).__name__
-            if "mmap can only be used" not in detail:
-                break
+    try:
+        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        if isinstance(state, dict):
+            return state
+        detail = f"it holds a {type(state).__name__}"
+    except Exception as error:  # the unpickler's and the zip reader's errors have no common base
+        detail = " ".join(str(error).split())[:120] or type(error).__name__
     raise UserError(f"{path} is truncated or not a file of weights ({detail})")
 
 
-def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor of model.pth. A tied output is stored once, as the embedding."""
-    with torch.device("meta"):
-        state = Transformer(config).state_dict()
-    return {name: tuple(t.shape) for name, t in state.items() if not (config.tied and name == "output.weight")}
-
-
-def abridged(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def abridged(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 @contextmanager
-def new_state_dict(path: Path, spec: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Iterator[dict[str, Tensor]]:
+def new_state_dict(path: Path, like: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Write a state dict larger than memory: yields its tensors, mapped from a temporary file, to be filled in place.
 
-    spec: name -> (shape, dtype). On success the file takes its name at once; on any error, Ctrl-C or SIGTERM nothing is
-    left behind. The result is an ordinary torch.save file. Raises UserError when the disk is full or the directory not
-    writable.
+    like: tensors, perhaps on the meta device, of which only names, shapes and dtypes count. The result is an ordinary
+    torch.save file, which takes its name once it is complete; on any error, Ctrl-C or SIGTERM nothing is left behind.
+    Raises UserError when the disk is full or the directory not writable.
     """
     partial = path.with_name(path.name + ".tmp")
     main = threading.current_thread() is threading.main_thread()  # which alone receives signals
     previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if main else None
     try:
-        with FakeTensorMode():
-            fakes = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in spec.items()}
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(fakes, partial)
-        with partial.open("r+b") as file:  # claim the blocks now: a full disk is an error here, a SIGBUS later
-            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            tensors = torch.load(partial, mmap=True, weights_only=True)
+        try:
+            with FakeTensorMode():
+                fakes = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save(fakes, partial)
+            if hasattr(os, "posix_fallocate"):  # claim the blocks now: a full disk is an error here, a SIGBUS later
+                with partial.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+            with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+                tensors = torch.load(partial, mmap=True, weights_only=True)
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise UserError(f"cannot write {path}: {reason}") from None
         yield tensors
         partial.replace(path)
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}") from None
     finally:
         partial.unlink(missing_ok=True)
         if main:
@@ -113,7 +109,6 @@ def load_model(
     `device`: what quantize.py would have written. tp: read and load this rank's part only.
     Raises UserError for a missing or damaged file and for missing, unexpected or wrongly shaped tensors.
     """
-    path = Path(path)
     state = dict(torch_load(path))
     config = config or read_config(path.parent)
     with torch.device("meta"):
@@ -153,16 +148,13 @@ def load_model(
     return model.eval()
 
 
-def quantized(
-    mode: str, tensors: dict[str, Tensor], name: str, device: torch.device | str, out: dict[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """quantize_linear's result, or `out` filled with it; made on `device` some rows at a time, since fp32 copies of a
-    large output would not fit."""
-    weight, rows = tensors["weight"], max(1, CHUNK // tensors["weight"].shape[1])
-    layout = quantizer(mode)(weight.to("meta"))
-    out = out or {**tensors, **{key: torch.empty_like(t, device=device) for key, t in layout.items()}}
-    for start in range(0, len(weight), rows):
-        part = quantize_linear(mode, {**tensors, "weight": weight[start : start + rows].to(device)}, name)
-        for key in layout:
-            out[key][start : start + rows].copy_(part[key])
-    return out
+def quantized(mode: str, tensors: dict[str, Tensor], name: str, device: torch.device | str) -> dict[str, Tensor]:
+    """quantize_linear's result, made on `device` some rows at a time: fp32 copies of a large output would not fit."""
+    weight = tensors["weight"]
+    out = {key: torch.empty_like(t, device=device) for key, t in quantizer(mode)(weight.to("meta")).items()}
+    step = max(1, CHUNK // weight.shape[1])
+    for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
+        piece = quantize_linear(mode, {**tensors, "weight": weight[rows].to(device)}, name)
+        for key, tensor in out.items():
+            tensor[rows] = piece[key]
+    return tensors | out

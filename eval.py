@@ -6,7 +6,6 @@ python eval.py --checkpoint_path checkpoints/$MODEL_REPO/model_int8.pth --perple
 
 import argparse
 import difflib
-import itertools
 import json
 import math
 import platform
@@ -38,7 +37,7 @@ from tp import TensorParallel, session
 
 try:
     from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models import utils as lm_eval_utils
     from lm_eval.utils import make_table
 except ImportError:  # perplexity does without lm-eval; load_tasks says that it is missing
     TemplateLM = None
@@ -121,8 +120,8 @@ class LanguageModel(TemplateLM or object):
             raise UserError(f"a continuation has {longest} tokens, more than --max_seq_length {self.max_length}")
         rows = [(tuple(context[-(self.max_length + 1 - len(target)) :]), tuple(target)) for context, target in pairs]
         # Equal contexts side by side, longest first: memory peaks at once, and there is little padding.
-        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]), rows[i][0], -len(rows[i][1])))
-        order = [i for i in order if rows[i][1]]
+        order = [i for i, (_, target) in enumerate(rows) if target]
+        order.sort(key=lambda i: (-len(rows[i][0]), rows[i][0], -len(rows[i][1])))
         longest = max((len(rows[i][0]) + len(rows[i][1]) for i in order), default=1)
         size = max(1, min(self.batch_size, MAX_BATCH_TOKENS // longest))
         results = [(0.0, True)] * len(rows)  # what an empty continuation gets
@@ -181,22 +180,15 @@ class LanguageModel(TemplateLM or object):
     # --- generation ---
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
-        options = [json.dumps(request.args[1], sort_keys=True) for request in requests]
-        results = [""] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: (options[i], -len(prompts[i])))
-        with tqdm(total=len(requests), desc="generating", disable=disable_tqdm) as bar:
-            for same, group in itertools.groupby(order, options.__getitem__):
-                group = list(group)
-                for i, text in zip(group, self._generate([prompts[i] for i in group], json.loads(same))):
-                    results[i] = text
-                    bar.update()
-        return results
+        pairs = [(self.tok_encode(text) or [self.prefix_token_id], how) for text, how in (r.args for r in requests)]
+        groups = lm_eval_utils.Collator(pairs, sort_fn=lambda pair: -len(pair[0]), group_by="gen_kwargs")
+        texts = (text for group in groups.get_batched(n=0) for text in self._generate(*zip(*group)))
+        return groups.get_original(list(tqdm(texts, desc="generating", total=len(pairs), disable=disable_tqdm)))
 
-    def _generate(self, prompts: list[list[int]], options: dict) -> Iterator[str]:
-        """A text for each prompt, as lm-eval's generation_kwargs say. The longest prompt comes first."""
-        tokenizer, options = self.text_tokenizer, normalize_gen_kwargs(options)
-        until = handle_stop_sequences(options.pop("until", None), tokenizer.decode([self.eot_token_id]))
+    def _generate(self, prompts: tuple[list[int]], options: tuple[dict]) -> Iterator[str]:
+        """A text for each prompt, of which the longest comes first; options: lm-eval's generation_kwargs, all equal."""
+        tokenizer, options = self.text_tokenizer, lm_eval_utils.normalize_gen_kwargs(options[0])
+        until = lm_eval_utils.handle_stop_sequences(options.pop("until", None), tokenizer.decode([self.eot_token_id]))
         until = [string for string in until if string]
         budget = options.pop("max_gen_toks")
         options.pop("do_sample")  # the temperature says the same
@@ -221,7 +213,8 @@ class LanguageModel(TemplateLM or object):
             full = batch + batch[-1:] * (size - len(batch))
             answers, _ = answer(llm, full, budget, stop_strings=tuple(until), continues=False)
             for reply in answers[: len(batch)]:
-                yield postprocess_generated_text(tokenizer.decode(reply.tokens, skip_special=True), until, None)
+                text = tokenizer.decode(reply.tokens, skip_special=True)
+                yield lm_eval_utils.postprocess_generated_text(text, until, None)
 
 
 def rolling_windows(tokens: list[int], prefix: int, length: int) -> list[tuple[list[int], list[int]]]:
@@ -295,10 +288,12 @@ def load_tasks(names: list[str], include_path: Path | None = None) -> dict:
         if not manager.match_tasks([name]):
             close = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=5)) or "none"
             raise UserError(f"lm-eval has no task {name!r}; close names: {close}")
+    random.seed(0)  # lm-eval's own seeds, for tasks that shuffle what they load
+    np.random.seed(1234)  # noqa: NPY002
     try:
         if include_path:
             _anchor_data_files(manager, include_path.resolve())
-        return manager.load([match for name in names for match in manager.match_tasks([name])])
+        return manager.load(manager.match_tasks(names))
     except Exception as error:  # a task is YAML, code and data of others, and can raise anything
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot load lm-eval's {', '.join(names)}: {reason}") from error
@@ -322,10 +317,9 @@ def evaluate(lm, tasks: dict, *, limit: int | None = None, num_fewshot: int | No
     """Run a model of lm-eval's on tasks from load_tasks, with its chat template if asked; returns lm-eval's results."""
     import lm_eval.evaluator  # brings transformers
 
-    random.seed(0)  # lm-eval's own seeds, for tasks that shuffle
-    np.random.seed(1234)  # noqa: NPY002
-    torch.manual_seed(1234)
-    for task in tasks["tasks"].values():
+    for name, task in tasks["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(f"lm-eval's {name} runs the code that a model writes; this program runs none")
         fixed = task.get_config("num_fewshot")
         if fixed is None or (num_fewshot is not None and fixed != 0):  # a task that says 0 means it
             task.set_config(key="num_fewshot", value=num_fewshot or 0)

@@ -5,57 +5,51 @@ int8, fp8 and int4 stream tensor by tensor from the mapped source to the mapped 
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import model_shapes, new_state_dict, quantized, read_config, torch_load
+from checkpoint import load_model, new_state_dict, quantized, torch_load
 from errors import UserError, run_cli
 from eval import load_tasks, read_text
 from generate import DEFAULT_CHECKPOINT, pick_device, positive
 from gptq import Hessian, gptq
 from linear import GROUPS, Int4Linear, Linear, quantizer
-from model import KVCache, ModelConfig, RMSNorm, TransformerBlock
+from model import KVCache, ModelConfig, RMSNorm, Transformer, TransformerBlock
 from tokenizer import load_tokenizer
-from tp import TensorParallel
 
 SHORTEST = 32  # tokens of a calibration sequence
 
 
-def open_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
-    """The blueprint of a model.pth, its mapped tensors, a tied output under a name of its own, and its linear layers'
-    names. Raises UserError when it is quantised already, and for missing, unexpected or wrongly shaped tensors.
+def open_model(path: Path) -> tuple[Transformer, dict[str, Tensor], list[str]]:
+    """The model of a model.pth on the meta device, its mapped tensors, a tied output under a name of its own, and its
+    linear layers' names. Raises UserError when it is quantised already, and for what load_model would refuse.
     """
-    state = dict(torch_load(path))
-    config = read_config(path.parent)
-    if quantised := [n for n, t in state.items() if n.endswith(".scales") or t.dtype.itemsize < 2]:
+    state, model = dict(torch_load(path)), load_model(path, device="meta")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    if quantised := [name for name, linear in linears.items() if type(linear) is not Linear]:
         raise UserError(f"{path} is quantised already ({quantised[0]}); give the full-precision checkpoint")
-    if config.tied and "tok_embeddings.weight" in state:
-        state.setdefault("output.weight", state["tok_embeddings.weight"])
-    shapes = {**model_shapes(config), "output.weight": (config.vocab_size, config.dim)}
-    for name in sorted(shapes.keys() | state.keys()):
-        expected, found = shapes.get(name), tuple(state[name].shape) if name in state else None
-        if expected != found:
-            raise UserError(f"{path}: {name} has shape {found} where config.json implies {expected}")
-    matrices = [name for name, shape in shapes.items() if len(shape) == 2 and name != "tok_embeddings.weight"]
-    return config, state, [name.removesuffix(".weight") for name in matrices]
+    state.setdefault("output.weight", state["tok_embeddings.weight"])
+    return model, state, list(linears)
 
 
-@contextmanager
-def new_checkpoint(path: Path, state: dict[str, Tensor], linears: list[str], mode: str) -> Iterator[dict[str, Tensor]]:
-    """The tensors of the quantised file, to be filled: linear weights in `mode`'s layout, all else copied already."""
-    spec = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
-    for name in linears:
-        layout = quantizer(mode)(state[f"{name}.weight"].to("meta"))
-        spec |= {f"{name}.{key}": (tuple(t.shape), t.dtype) for key, t in layout.items()}
-    with new_state_dict(path, spec) as target:
-        for name in state.keys() - {f"{linear}.weight" for linear in linears}:
+def write_checkpoint(
+    path: Path, state: dict[str, Tensor], linears: list[str], mode: str, results: Iterable[tuple[str, dict]]
+) -> None:
+    """Write a quantised file: in place of each linear layer's weight what `results` has for it, all else as it is."""
+    pending = {name: state[f"{name}.weight"].to("meta") for name in linears}
+    blank = {f"{name}.{key}": t for name, weight in pending.items() for key, t in quantizer(mode)(weight).items()}
+    with new_state_dict(path, state | blank) as target:
+        for name in state.keys() - blank.keys():
             target[name].copy_(state[name])
-        yield target
+        for name, tensors in tqdm(results, desc="quantising", total=len(linears), unit="layer"):
+            del pending[name]
+            for key, tensor in tensors.items():
+                target[f"{name}.{key}"].copy_(tensor)
+        assert not pending, f"nothing was made of {list(pending)}"
 
 
 def quantize_checkpoint(source: Path, target: Path, mode: str, device: torch.device) -> None:
@@ -64,10 +58,9 @@ def quantize_checkpoint(source: Path, target: Path, mode: str, device: torch.dev
     Raises UserError and leaves no file when the source is no full-precision checkpoint or holds NaN.
     """
     _, state, linears = open_model(source)
-    with new_checkpoint(target, state, linears, mode) as tensors:
-        for name in tqdm(linears, desc="quantising", unit="layer"):
-            out = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-            quantized(mode, {"weight": state[f"{name}.weight"]}, f"{source}: {name}", device, out)
+    tensors = ((name, {"weight": state[f"{name}.weight"]}) for name in linears)
+    results = ((name, quantized(mode, own, f"{source}: {name}", device)) for name, own in tensors)
+    write_checkpoint(target, state, linears, mode, results)
 
 
 # --- GPTQ -------------------------------------------------------------------------------------------------------------
@@ -88,46 +81,42 @@ def gptq_checkpoint(
     sequences: calibration tokens, int64 (B, S) each; offload: keep activations in host memory; options: gptq.gptq's.
     Raises UserError and leaves no file when the source is no full-precision checkpoint or activations are not finite.
     """
-    config, state, linears = open_model(source)
+    model, state, linears = open_model(source)
     # CPUs without half-precision arithmetic calibrate faster in fp32, and no CPU worse.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     home = torch.device("cpu") if offload else device
     activations = [state["tok_embeddings.weight"][tokens].to(home, dtype) for tokens in sequences]
-    pending, steps = set(linears), calibrated(config, state, activations, device, dtype)
-    with new_checkpoint(target, state, linears, f"int4:{group}") as tensors:
-        for name, linear, hessian in tqdm(steps, desc="quantising", total=len(linears), unit="layer"):
+
+    def results() -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name, linear, hessian in calibrated(model, state, activations, device):
             if not linear.weight.isfinite().all():
                 raise UserError(f"{source}: {name} holds NaN or infinite weights")
             own = Int4Linear.tensors(*gptq(linear.weight, hessian.mean, group, **options))
-            for key, value in own.items():
-                tensors[f"{name}.{key}"].copy_(value)
             int4 = Int4Linear.from_tensors(linear.in_features, linear.out_features, own)
-            linear.weight.data = int4.dequantized(dtype)
-            pending.remove(name)
-        assert not pending, f"`calibrated` knows nothing of {pending}"
+            linear.weight.data = int4.dequantized(linear.weight.dtype)
+            yield name, own
+
+    write_checkpoint(target, state, linears, f"int4:{group}", results())
 
 
 def calibrated(
-    config: ModelConfig,
-    state: dict[str, Tensor],
-    activations: list[Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
+    model: Transformer, state: dict[str, Tensor], activations: list[Tensor], device: torch.device
 ) -> Iterator[tuple[str, Linear, Hessian]]:
     """The name of each linear layer, the layer, and the Hessian of its inputs, in the order in which they run. What the
     caller makes of a layer's weight counts for the next ones. Only a block is resident; `activations` are consumed."""
-    for i in range(config.n_layer):
-        prefix = f"layers.{i}."
-        with torch.device("meta"):
-            block = TransformerBlock(config, i, TensorParallel())
-        own = {n.removeprefix(prefix): t.to(device, dtype) for n, t in state.items() if n.startswith(prefix)}
-        block.load_state_dict(own, assign=True)
-        for name, *rest in calibrated_block(config, block, activations, device):
-            yield prefix + name, *rest
-    norm = RMSNorm(config.dim, config.norm_eps).to(device, dtype)
-    norm.weight.copy_(state["norm.weight"])
-    output = Linear.from_tensors(config.dim, config.vocab_size, {"weight": state["output.weight"].to(device)})
-    yield "output", output, input_hessian(activations, norm)
+
+    def load(name: str, dtype: torch.dtype | None = activations[0].dtype) -> nn.Module:
+        names = [n for n in state if n.startswith(f"{name}.")]
+        module = model.get_submodule(name)
+        module.load_state_dict({n.removeprefix(f"{name}."): state[n].to(device, dtype) for n in names}, assign=True)
+        return module
+
+    for prefix in (f"layers.{i}" for i in range(model.config.n_layer)):
+        block = load(prefix)
+        for name, *rest in calibrated_block(model.config, block, activations, device):
+            yield f"{prefix}.{name}", *rest
+        block.to("meta")
+    yield "output", load("output", None), input_hessian(activations, load("norm"))
 
 
 def calibrated_block(
@@ -196,15 +185,13 @@ def calibration_sequences(
     (Nothing needs padding: a sequence runs at its own length, which is the same under causal attention.)
     Raises UserError when there is not one sequence.
     """
-    rows, rest, tokens = [], [], 0
+    rows, rest, tokens, least = [], [], 0, SHORTEST if pad else length
     for ids in map(encode, documents):
         tokens += len(ids)
         ids = rest + ids
-        whole = len(ids) - len(ids) % length
-        rows += [ids[a : a + length] for a in range(0, whole, length)]
-        rest = ids[whole:]
-        if pad:
-            rows, rest = rows + [rest] * (len(rest) >= SHORTEST), []
+        pieces = (ids[a : a + length] for a in range(0, len(ids), length))
+        rows += [piece for piece in pieces if len(piece) >= least]
+        rest = [] if pad else ids[len(ids) - len(ids) % length :]
         if len(rows) >= limit:
             break
     if not rows:
@@ -232,9 +219,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--calibration_seq_length", type=int, default=100, help="tokens of a sequence")
     group.add_argument("--pad_calibration_inputs", action="store_true", help="join no documents; use short ones too")
     group.add_argument("--percdamp", type=float, default=0.01, help="dampening, a share of the Hessian's diagonal")
-    group.add_argument(
-        "--blocksize", type=positive, default=128, help="columns between updates of the rest of the weight"
-    )
+    group.add_argument("--blocksize", type=positive, default=128, help="columns between updates of the others")
     group.add_argument("--mse", action=argparse.BooleanOptionalAction, default=True, help="search each group's range")
     group.add_argument("--offload", action="store_true", help="keep the calibration activations in host memory")
     return parser.parse_args(argv)
@@ -249,13 +234,19 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--percdamp {args.percdamp} is not within 0 and 1")
     source, device = args.checkpoint_path, pick_device(args.device)
     suffix = f"{args.mode}.g{args.groupsize}" if args.mode.startswith("int4") else args.mode
-    target = source.with_name(f"{source.stem}{args.label}{suffix}.pth")
-    if args.mode == "int4-gptq":
-        sequences = read_calibration(args)
-        options = {name: getattr(args, name) for name in ("percdamp", "blocksize", "mse", "offload")}
-        gptq_checkpoint(source, target, args.groupsize, sequences, device, **options)
-    else:
-        quantize_checkpoint(source, target, f"int4:{args.groupsize}" if args.mode == "int4" else args.mode, device)
+    target = source.parent / f"{source.stem}{args.label}{suffix}.pth"
+    try:
+        if args.mode == "int4-gptq":
+            file, length, limit = args.calibration_file, args.calibration_seq_length, args.calibration_limit
+            documents = [read_text(file)] if file else task_documents(args.calibration_tasks, args.include_path)
+            encode = load_tokenizer(source.parent).encode
+            sequences = calibration_sequences(documents, encode, length, limit, pad=args.pad_calibration_inputs)
+            options = {name: getattr(args, name) for name in ("percdamp", "blocksize", "mse", "offload")}
+            gptq_checkpoint(source, target, args.groupsize, sequences, device, **options)
+        else:
+            quantize_checkpoint(source, target, f"int4:{args.groupsize}" if args.mode == "int4" else args.mode, device)
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory on {device}; try --offload (of int4-gptq) or --device cpu") from None
     if args.mode.startswith("int4"):
         _, state, linears = open_model(source)
         widths = [state[f"{name}.weight"].shape[1] for name in linears]
@@ -263,14 +254,6 @@ def main(argv: list[str] | None = None) -> None:
             sizes = ", ".join(f"{K} to {K + -K % args.groupsize}" for K in sorted(set(padded)))
             print(f"padded {len(padded)} of {len(widths)} layers, whose inputs the group does not divide: {sizes}")
     print(f"wrote {target} ({target.stat().st_size / 1e9:.3f} GB)")
-
-
-def read_calibration(args: argparse.Namespace) -> list[Tensor]:
-    file, tasks = args.calibration_file, args.calibration_tasks
-    documents = [read_text(file)] if file else task_documents(tasks, args.include_path)
-    encode = load_tokenizer(args.checkpoint_path.parent).encode
-    length, limit = args.calibration_seq_length, args.calibration_limit
-    return calibration_sequences(documents, encode, length, limit, pad=args.pad_calibration_inputs)
 
 
 if __name__ == "__main__":

@@ -195,11 +195,6 @@ class Tokenizer:
     chat_template: str | None  # Jinja source, the model's own or its family's
     template_tokens: Mapping[str, str]  # bos_token, eos_token, ... for the template
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens. A model's logits may be wider, padded."""
-        return len(self.backend.tokens)
-
     def encode(self, text: str, bos: bool = True, special: bool = True) -> list[int]:
         """Token ids of `text`.
 
@@ -289,9 +284,9 @@ class StopStrings:
         """(text that may be shown, whether a stop string was met). After a stop, nothing comes."""
         if self._stopped:
             return "", True
-        text, cut = self._held + text, 0
-        while cut < len(text) and not any(text.startswith(s, cut) or s.startswith(text[cut:]) for s in self._strings):
-            cut += 1  # to where a stop string begins, or may
+        text = self._held + text
+        begins = (i for i in range(len(text)) if any(s.startswith(text[i : i + len(s)]) for s in self._strings))
+        cut = next(begins, len(text))  # where a stop string begins, or may
         self._stopped = any(text.startswith(s, cut) for s in self._strings)
         self._held = "" if self._stopped else text[cut:]
         return text[:cut], self._stopped
@@ -302,14 +297,13 @@ class StopStrings:
         return text[: min((i for s in self._strings if (i := text.find(s)) >= 0), default=len(text))]
 
 
-def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a checkpoint directory, and what its config files say about BOS, stops and chat template.
 
     Reads tokenizer.json, or else tokenizer.model; the format is told from the content. tokenizer.json comes first as it
     holds the whole pipeline, added tokens included. A damaged one is an error even beside a good tokenizer.model: to
     go on in silence would hide a broken download. Raises UserError that names the file and what is accepted.
     """
-    folder = Path(checkpoint_dir)
     names = ("special_tokens_map.json", "tokenizer_config.json")
     config = {key: value for name in names for key, value in read_json(folder / name, missing={}).items()}
     backend = _load_backend(folder, config)
@@ -364,17 +358,15 @@ def _read_chat_template(folder: Path, config: Mapping[str, Any], backend: Backen
     """The template's source: its own file before the config, as in transformers, before the family's."""
     if (path := folder / "chat_template.jinja").is_file():
         return path.read_text(encoding="utf-8", errors="replace")
-    match config.get("chat_template"):
-        case str(template):
-            return template
-        case None:
-            return next((template for token, template in FAMILY_TEMPLATES.items() if token in backend.added), None)
-        case [*entries]:
-            for entry in entries:
-                match entry:
-                    case {"name": "default", "template": str(template)}:
-                        return template
-    raise UserError(f"{folder}: chat_template must be a text, or a list of named ones with one called 'default'")
+    template = config.get("chat_template")
+    if template is None:
+        return next((template for token, template in FAMILY_TEMPLATES.items() if token in backend.added), None)
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not isinstance(template, str):
+        raise UserError(f"{folder}: chat_template must be a text, or a list of named ones with one called 'default'")
+    return template
 
 
 def _token_text(value: object) -> str | None:

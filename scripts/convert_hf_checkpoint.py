@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run f
 
 from gguf_tokenizer import gguf_tokenizer_files
 
-from checkpoint import DTYPES, abridged, model_shapes, new_state_dict, torch_load
+from checkpoint import DTYPES, abridged, new_state_dict, torch_load
 from errors import UserError, read_json, run_cli
-from model import BUILTIN, ModelConfig, llama3_scaling, rope_table
+from model import BUILTIN, ModelConfig, Transformer, llama3_scaling, rope_table
 
 
 class Lazy(NamedTuple):
@@ -156,8 +156,9 @@ def _safetensors(path: Path) -> dict[str, Lazy]:
 
 
 def _torch_file(path: Path) -> dict[str, Lazy]:
-    tensors = torch_load(path)  # not kept: of files that cannot be mapped, torch_load keeps but the latest
-    return {name: Lazy(tuple(t.shape), lambda name=name: torch_load(path)[name]) for name, t in tensors.items()}
+    tensors = torch_load(path)  # not kept: of files that cannot be mapped, torch_load keeps but the latest two
+    shapes = {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)}
+    return {name: Lazy(shape, lambda name=name: torch_load(path)[name]) for name, shape in shapes.items()}
 
 
 def _meta(folder: Path, files: list[Path]) -> Source:
@@ -302,7 +303,7 @@ def _gguf_rope_scaling(path: Path, meta: dict, tensors: dict[str, Lazy], config:
 
 def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: str | None = None) -> Path:
     """Convert whatever `directory` holds to directory/model.pth, and write config.json and tokenizer files where the
-    source keeps them inside (GGUF, Meta, llama2.c). Peak memory is about one layer, or a shard of an unmappable file.
+    source keeps them inside (GGUF, Meta, llama2.c). Peak memory is about a layer, or two shards that cannot be mapped.
 
     Raises UserError, and leaves no model.pth, for truncated files and missing, unexpected or wrongly shaped tensors.
     """
@@ -310,9 +311,12 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
     config = ModelConfig.from_hf(source.config)
     if config.tied and _untied(source):
         config = ModelConfig.from_hf({**source.config, "tie_word_embeddings": False})
-    shapes = model_shapes(config)
-    _check(source, config, shapes)
-    with new_state_dict(directory / "model.pth", {name: (shape, dtype) for name, shape in shapes.items()}) as target:
+    with torch.device("meta"):
+        blank = {name: tensor.to(dtype) for name, tensor in Transformer(config).state_dict().items()}
+    if config.tied:  # stored once, as the embedding
+        del blank["output.weight"]
+    _check(source, config, blank)
+    with new_state_dict(directory / "model.pth", blank) as target:
         for name, tensor in tqdm(target.items(), desc="converting", unit="tensor", disable=None):
             value = torch.cat([source.tensors[n].read() for n in source.names[name]])
             if not value.isfinite().all():
@@ -332,8 +336,8 @@ def _untied(source: Source) -> bool:
     return output is not None and embedding is not None and not torch.equal(output.read(), embedding.read())
 
 
-def _check(source: Source, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
-    needed = {name: source.names.get(name) or [name] for name in shapes}
+def _check(source: Source, config: ModelConfig, blank: dict[str, Tensor]) -> None:
+    needed = {name: source.names.get(name) or [name] for name in blank}
     used = set(itertools.chain.from_iterable(needed.values()))
     if missing := used - source.tensors.keys():
         raise UserError(f"missing tensors: {abridged(sorted(missing))}")
@@ -341,8 +345,8 @@ def _check(source: Source, config: ModelConfig, shapes: dict[str, tuple[int, ...
         used.update(source.names["output.weight"])
     if unexpected := [n for n in source.tensors if n not in used and not n.endswith(_IGNORED)]:
         raise UserError(f"unexpected tensors: {abridged(sorted(unexpected))}")
-    for name, shape in shapes.items():
-        parts = [source.tensors[n].shape for n in needed[name]]
+    for name, tensor in blank.items():
+        shape, parts = tuple(tensor.shape), [source.tensors[n].shape for n in needed[name]]
         if (sum(part[0] for part in parts), *shape[1:]) != shape or any(part[1:] != shape[1:] for part in parts):
             detail = ", ".join(f"{n} {list(part)}" for n, part in zip(needed[name], parts))
             raise UserError(f"wrongly shaped tensor: {detail}; {name} needs {list(shape)}")

@@ -29,8 +29,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import load_model, new_state_dict, read_json
-from errors import UserError, run_cli
+from checkpoint import load_model, new_state_dict
+from errors import UserError, read_json, run_cli
 from generate import pick_device
 from linear import GROUPS, Linear
 from model import KVCache
@@ -49,14 +49,14 @@ def texts() -> tuple[str, str]:
     return "\n\n".join(pages[:half]), "\n\n".join(pages[half:])
 
 
-def to_generic_basis(source: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+def to_generic_basis(source: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write the same function in a random basis of the residual stream; returns its model.pth. The output is untied."""
-    config, state, _ = open_model(source)
+    model, state, _ = open_model(source)
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(config.dim, config.dim, dtype=torch.float64, generator=generator))[0]
+    dim, generator = model.config.dim, torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0]
     gains = {"wqkv": "attention_norm", "w1": "ffn_norm", "w3": "ffn_norm"}
-    with new_state_dict(folder / "model.pth", {n: (tuple(t.shape), dtype) for n, t in state.items()}) as target:
+    with new_state_dict(folder / "model.pth", {n: t.to("meta", dtype) for n, t in state.items()}) as target:
         for name, tensor in state.items():
             prefix, kind = ".".join(name.split(".")[:2]), name.split(".")[-2]
             if kind in gains:

@@ -1,6 +1,7 @@
 """Every source format gives the same model; damaged ones are refused by name and leave nothing behind."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,25 +10,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from convert_hf_checkpoint import convert
 from safetensors.torch import load_file, save_file
 from test_model import REPO, build
 
 import checkpoint
-from checkpoint import load_model, model_shapes, new_state_dict, read_config, torch_load
+from checkpoint import load_model, new_state_dict, read_config, torch_load
 from errors import UserError
 from linear import quantizer
-from model import BUILTIN, KVCache, ModelConfig
+from model import BUILTIN, KVCache, ModelConfig, llama3_scaling, rope_table
 from quantize import quantize_checkpoint
 
-META = {
-    "attention.wo": "attention.wo",
-    "feed_forward.w1": "feed_forward.w1",
-    "feed_forward.w2": "feed_forward.w2",
-    "feed_forward.w3": "feed_forward.w3",
-    "attention_norm": "attention_norm",
-    "ffn_norm": "ffn_norm",
-}
 GGUF = {
     "attention.wo": "attn_output",
     "feed_forward.w1": "ffn_gate",
@@ -93,36 +87,17 @@ def test_bin_shards(tmp_path, hf, zipped):
 
 @pytest.mark.parametrize("style", ["one", "llama2", "llama3"])
 def test_meta(tmp_path, hf, style):
-    names, shards = meta_names(hf[1]), []
+    state = {name: t[:96] if len(t) == 97 else t for name, t in hf[1].items()}  # a vocabulary that halves
     for rank in range(1 if style == "one" else 2):
-        shard = {}
-        for name, tensor in names.items():
+        shard = {"rope.freqs": torch.ones(4)}
+        for name, tensor in meta_names(state).items():
             by_rows = any(k in name for k in ("wq", "wk", "wv", "w1", "w3", "output"))
-            if "tok_embeddings" in name:
-                by_rows = style == "llama3"
-            if style == "one" or tensor.ndim < 2:
-                shard[name] = tensor
-            else:
-                parts = tensor.tensor_split(2, 0 if by_rows else 1)
-                # 97 rows do not halve evenly; real vocabularies do
-                shard[name] = parts[rank].clone()
-        shard["rope.freqs"] = torch.ones(4)
-        shards.append(shard)
-    if style != "one":  # make the vocabulary even
-        for shard in shards:
-            for name in ("tok_embeddings.weight", "output.weight"):
-                if shard[name].shape[0] in (97, 49, 48):
-                    shard[name] = shard[name][: 96 if shard[name].shape[0] == 97 else 48].clone()
-        expected = dict(hf[1])
-        rows = torch.cat((torch.arange(48), torch.arange(49, 97)))
-        expected["output.weight"] = hf[1]["output.weight"][rows]
-        expected["tok_embeddings.weight"] = hf[1]["tok_embeddings.weight"][rows if style == "llama3" else slice(96)]
-    else:
-        expected = hf[1]
-    for rank, shard in enumerate(shards):
+            by_rows = style == "llama3" if "tok_embeddings" in name else by_rows
+            whole = style == "one" or tensor.ndim < 2
+            shard[name] = tensor if whole else tensor.chunk(2, 0 if by_rows else 1)[rank].clone()
         torch.save(shard, tmp_path / f"consolidated.{rank:02}.pth")
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
-    assert_same(tmp_path, expected)
+    assert_same(tmp_path, state)
     config = read_config(tmp_path)
     assert (config.intermediate_size, config.rope_base, config.norm_eps) == (48, 500000.0, 1e-6)
 
@@ -206,13 +181,10 @@ def test_gguf(tmp_path, hf, kind):
 
 
 def test_gguf_recovers_llama3_rope_scaling(tmp_path, hf):
-    from model import llama3_scaling, rope_table
-
-    plain = ModelConfig.from_hf({**BUILTIN["7B"], "head_dim": 8, "rope_theta": 500000.0})
-    scaled = ModelConfig.from_hf(
-        {**BUILTIN["7B"], "head_dim": 8, "rope_theta": 500000.0, "rope_scaling": llama3_scaling(32.0)}
-    )
-    angles = [torch.atan2(rope_table(c, 2)[1, :, 1], rope_table(c, 2)[1, :, 0]) for c in (plain, scaled)]
+    config = {**BUILTIN["7B"], "head_dim": 8, "rope_theta": 500000.0}
+    scalings = (None, llama3_scaling(32.0))
+    tables = [rope_table(ModelConfig.from_hf({**config, "rope_scaling": s}), 2) for s in scalings]
+    angles = [torch.atan2(table[1, :, 1], table[1, :, 0]) for table in tables]
     factors = (angles[0] / angles[1]).numpy().astype(np.float32)
     write_gguf(tmp_path / "a.gguf", even(hf[1]), gguf.GGMLQuantizationType.F32, extra={"rope_freqs.weight": factors})
     convert(tmp_path)
@@ -226,32 +198,8 @@ def test_gguf_recovers_llama3_rope_scaling(tmp_path, hf):
 
 
 def test_model_name_stands_for_a_missing_config(tmp_path):
-    shapes = model_shapes(ModelConfig.from_name("stories15M"))
-    tensors = {}
-    for name, shape in shapes.items():
-        tensors[name] = torch.randn(shape)
-    hf_names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-    parts = {
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    out = {}
-    for name, tensor in tensors.items():
-        stem = name.removesuffix(".weight")
-        if stem in hf_names:
-            out[f"{hf_names[stem]}.weight"] = tensor
-        elif "wqkv" in stem:
-            layer = stem.split(".")[1]
-            for key, part in zip("qkv", tensor.chunk(3)):
-                out[f"model.layers.{layer}.self_attn.{key}_proj.weight"] = part.clone()
-        else:
-            _, layer, part = stem.split(".", 2)
-            out[f"model.layers.{layer}.{parts[part]}.weight"] = tensor
-    save_file(out, tmp_path / "model.safetensors")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**BUILTIN["stories15M"])).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"cannot read .*config\.json"):
         convert(tmp_path)
     convert(tmp_path, model_name="stories15M")
@@ -316,6 +264,14 @@ def test_truncated_files(tmp_path, hf):
             assert not list(directory.glob("model.pth*"))
 
 
+def test_a_training_checkpoint_is_refused(hf):
+    source, state = hf
+    (source / "model.safetensors").unlink()
+    torch.save({"state_dict": state, "epoch": 3}, source / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"missing tensors: lm_head\.weight"):
+        convert(source)
+
+
 def test_untied_output_of_a_model_called_tied_is_kept(tmp_path):
     build(tmp_path, "llama3.2-tied")
     damage(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
@@ -326,19 +282,27 @@ def test_untied_output_of_a_model_called_tied_is_kept(tmp_path):
 
 
 def test_new_state_dict_is_an_ordinary_file_or_nothing(tmp_path):
-    spec = {"a": ((3, 5), torch.float32), "b": ((7,), torch.int8)}
-    with new_state_dict(tmp_path / "x.pth", spec) as tensors:
+    like = {"a": torch.empty(3, 5, device="meta"), "b": torch.empty(7, dtype=torch.int8)}
+    with new_state_dict(tmp_path / "x.pth", like) as tensors:
         tensors["a"].copy_(torch.arange(15.0).view(3, 5))
         tensors["b"].fill_(3)
         assert not (tmp_path / "x.pth").exists()
     state = torch.load(tmp_path / "x.pth", weights_only=True)
     assert torch.equal(state["a"], torch.arange(15.0).view(3, 5))
     assert torch.equal(state["b"], torch.full((7,), 3, dtype=torch.int8))
-    with pytest.raises(ZeroDivisionError), new_state_dict(tmp_path / "y.pth", spec):
-        _ = 1 / 0
+    for mistake in (ZeroDivisionError, RuntimeError, OSError):  # of the caller's: no trouble with writing
+        with pytest.raises(mistake, match="mine"), new_state_dict(tmp_path / "y.pth", like):
+            raise mistake("mine")
     assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
-    with pytest.raises(UserError, match="cannot write"), new_state_dict(tmp_path / "absent" / "z.pth", spec):
+    with pytest.raises(UserError, match="cannot write"), new_state_dict(tmp_path / "absent" / "z.pth", like):
         pass
+
+
+def test_new_state_dict_without_posix_fallocate(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
+    with new_state_dict(tmp_path / "x.pth", {"a": torch.empty(9)}) as tensors:
+        tensors["a"].fill_(3)
+    assert torch.load(tmp_path / "x.pth", weights_only=True)["a"].tolist() == [3.0] * 9
 
 
 STOPPED = """
@@ -348,7 +312,7 @@ import torch
 from checkpoint import new_state_dict
 from errors import run_cli
 def main():
-    with new_state_dict(Path(sys.argv[1]), {"a": ((9,), torch.float32)}):
+    with new_state_dict(Path(sys.argv[1]), {"a": torch.empty(9)}):
         print("writing", flush=True)
         time.sleep(60)
 run_cli(main)
@@ -371,7 +335,7 @@ def test_a_writer_that_is_stopped_leaves_nothing(tmp_path, number):
 
 def test_sigterm_is_as_before_once_a_file_is_written(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with new_state_dict(tmp_path / "x.pth", {"a": ((9,), torch.float32)}):
+    with new_state_dict(tmp_path / "x.pth", {"a": torch.empty(9)}):
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -481,6 +445,9 @@ def test_loading_names_what_is_wrong(tmp_path, hf):
             load_model(path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"model\.pth is truncated"):
+        load_model(path)
+    torch.save([state], path)
+    with pytest.raises(UserError, match=r"model\.pth is truncated or not a file of weights \(it holds a list\)"):
         load_model(path)
     with pytest.raises(UserError, match=r"does not exist"):
         load_model(source / "absent.pth")

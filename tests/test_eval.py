@@ -4,6 +4,7 @@ real formats (tests/data/eval) and on generated answers; its command line tells 
 import dataclasses
 import json
 import math
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,9 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from convert_hf_checkpoint import convert
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tiny import write_checkpoint
 from torch._dynamo.utils import counters
 
 import eval as evaluation
@@ -55,8 +57,12 @@ def hf_backend(model, tokenizer, **options):
     return HFLM(pretrained=model, tokenizer=tokenizer, **options)
 
 
-def save_tiny(directory: Path, *, adds_bos: bool):
+def make_tiny(directory: Path, *, adds_bos: bool) -> SimpleNamespace:
     """A random Llama and a byte-level BPE tokenizer of transformers, saved and converted."""
+    torch.set_num_threads(1)
+    ids = {"bos_token_id": 0 if adds_bos else None, "eos_token_id": 1, "pad_token_id": 1}
+    model = write_checkpoint(directory, seed=5, vocab_size=400, **ids)
+    (directory / "generation_config.json").unlink()  # of another tokenizer
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -79,33 +85,7 @@ def save_tiny(directory: Path, *, adds_bos: bool):
         chat_template=TEMPLATE,
     )
     fast.save_pretrained(directory)
-    config = transformers.LlamaConfig(
-        vocab_size=400,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0 if adds_bos else None,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    torch.manual_seed(5)
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)  # far from uniform, so that an error shows
-    model.save_pretrained(directory)
-    convert(directory, torch.float32)
-    return model, fast
-
-
-def make_tiny(directory: Path, *, adds_bos: bool) -> SimpleNamespace:
-    torch.set_num_threads(1)
-    model, tokenizer = save_tiny(directory, adds_bos=adds_bos)
-    return SimpleNamespace(directory=directory, model=model, tokenizer=tokenizer)
+    return SimpleNamespace(directory=directory, model=model, tokenizer=fast)
 
 
 @pytest.fixture(scope="module")
@@ -396,6 +376,13 @@ def test_builtin_text_has_20000_tokens(smollm2_dir):
 # --- tasks and the command line ---
 
 
+def test_tasks_that_run_a_models_code_are_refused(tiny, tmp_path):
+    task = (DATA / "answers.yaml").read_text().replace("answers.jsonl", str(DATA / "answers.jsonl"))
+    (tmp_path / "unsafe.yaml").write_text(task.replace("task: answers", "task: unsafe\nunsafe_code: true"))
+    with pytest.raises(UserError, match="lm-eval's unsafe runs the code"):
+        evaluate(ours(tiny.directory), load_tasks(["unsafe"], tmp_path))
+
+
 def test_data_files_lie_beside_their_yaml(tmp_path, monkeypatch):
     """In subdirectories, in lists, under an include path that is relative itself, and inside a group."""
     folder = tmp_path / "mine" / "sub"
@@ -410,6 +397,21 @@ def test_data_files_lie_beside_their_yaml(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loaded = load_tasks(["local_text"], Path("mine"))
     assert loaded["tasks"]["local_text"].dataset["test"]["text"] == ["One.", "Two.", "Three."]
+
+
+def test_tasks_that_shuffle_do_it_as_under_lm_eval(tmp_path):
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(30)))
+    (tmp_path / "own.py").write_text("import random\nmix = lambda docs: docs.select(random.sample(range(30), 30))\n")
+    (tmp_path / "task.yaml").write_text(
+        f"task: mixed\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\n"
+        "process_docs: !function own.mix\noutput_type: loglikelihood_rolling\ntest_split: test\n"
+        "doc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+    )
+    random.seed(0)  # as lm_eval.simple_evaluate does
+    theirs = TaskManager(include_path=tmp_path, include_defaults=False).load(["mixed"])
+    random.seed(9)
+    found = load_tasks(["mixed"], tmp_path)["tasks"]["mixed"].task_docs["text"]
+    assert found == theirs["tasks"]["mixed"].task_docs["text"] != [str(i) for i in range(30)]
 
 
 def run(capsys, monkeypatch, *args) -> tuple[int, str, str]:

@@ -15,10 +15,10 @@ from tiny import write_checkpoint
 
 import checkpoint
 import quantize
-from checkpoint import load_model, model_shapes, new_state_dict
+from checkpoint import load_model, new_state_dict, read_config
 from errors import UserError, run_cli
 from linear import Linear, quantizer
-from model import KVCache
+from model import KVCache, Transformer
 from quantize import calibration_sequences, main
 from scripts.quant_table import to_generic_basis
 
@@ -192,6 +192,7 @@ def test_calibration_on_a_local_lm_eval_task(folder, tmp_path, capsys, monkeypat
         ([*GPTQ, __file__, "--percdamp", "-1"], ["--percdamp -1"]),
         ([*GPTQ, __file__, "--calibration_seq_length", "99999"], ["99999 tokens", "has"]),
         (["--device", "cuda:77"], ["cuda:77"]),
+        (["--label", "absent/_"], ["cannot write", "absent/_int8.pth"]),
     ],
 )
 def test_bad_arguments(folder, capsys, args, said):
@@ -224,9 +225,9 @@ def test_wrong_missing_and_truncated_sources(folder, capsys):
     state = torch.load(folder / "model.pth")
     path = folder / "model.pth"
     torch.save({**state, "norm.weight": torch.ones(65)}, path)
-    assert "norm.weight has shape (65,)" in fails(folder, capsys)
+    assert "norm.weight needs shape [64]; found [65]" in fails(folder, capsys)
     torch.save({n: t for n, t in state.items() if n != "output.weight"}, path)
-    assert "output.weight has shape None" in fails(folder, capsys)
+    assert "output needs a plain, int8, fp8 or int4 weight for [259, 64]; found none" in fails(folder, capsys)
     path.write_bytes(path.read_bytes()[:5000])
     assert "truncated" in fails(folder, capsys)
     path.unlink()
@@ -260,8 +261,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     folder.mkdir()
     config = '{"model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8,'
     (folder / "config.json").write_text(config + ' "intermediate_size": 2816, "vocab_size": 128256}')
-    shapes = model_shapes(quantize.read_config(folder))
-    with new_state_dict(folder / "model.pth", {n: (s, torch.bfloat16) for n, s in shapes.items()}):
+    with torch.device("meta"):
+        blank = Transformer(read_config(folder)).bfloat16().state_dict()
+    with new_state_dict(folder / "model.pth", blank):
         pass  # zeros
     size = (folder / "model.pth").stat().st_size
     process = command(folder, "--mode", "int4", stdout=subprocess.DEVNULL)
