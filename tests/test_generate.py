@@ -2,6 +2,7 @@
 compilation counts, and the real model's golden tokens."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tiny import write_checkpoint
 
 import engine
 from errors import UserError
-from generate import Engine, answer, generate, load
+from generate import Engine, answer, generate, load, peak_memory
 from sampling import Sampler
 
 GREEDY = Sampler(temperature=0.0)
@@ -274,6 +275,13 @@ def test_compiled_golden_tokens(smollm2_dir):
         smollm2_dir / "model.pth", device="cpu", precision="fp32", sampler=GREEDY, max_seq_length=160, compile=True
     )
     assert list(generate(llm, case["prompt_ids"], 60, is_stop=never))[:55] == case["greedy_ids"][:55]
+
+
+def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch):
+    linux = peak_memory()
+    assert linux > 50e6  # PyTorch alone takes more
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert 1024 * peak_memory() == pytest.approx(linux, rel=0.2)  # where the system counts bytes, not kilobytes
 
 
 def test_engine_without_a_tokenizer(tiny):
