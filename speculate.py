@@ -168,9 +168,13 @@ class Speculator:
             self.forward = torch.compile(self.forward, fullgraph=True, dynamic=self.k == "auto")
             if self.model:
                 self.draft.step = torch.compile(self.draft.step, fullgraph=True, dynamic=False)
-        self.llm.pos.fill_(1)  # a draft looks back by one
+        self.llm.pos.fill_(1)  # a draft looks back by one,
+        self.limit.fill_(1)  # and so no row may leave this place
         self.rounds = {k: self.capture(round) for k, round in self.rounds.items()}
-        self._time_rounds()
+        for round in self.rounds.values():
+            round()  # now torch.compile does its work
+        if self.k == "auto":
+            self._time_rounds()
 
     def _time_rounds(self) -> None:
         self.seconds = {k: self.time(round) for k, round in self.rounds.items()}

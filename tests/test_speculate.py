@@ -112,6 +112,20 @@ def test_compiled_rounds_equal_eager_ones_and_never_recompile(tiny, draft):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
+@torch.inference_mode()
+def test_rounds_are_captured_where_a_draft_can_look_back(tiny):
+    """As engine._cuda_graph does: a round runs before it is captured, when no generation has set a limit."""
+    llm = engine(tiny, draft=draft_of(tiny, "same"), speculate_k=4)
+
+    def capture(function):
+        for _ in range(3):
+            function()
+        return function
+
+    llm.speculator.compile(llm._step, inductor=False, capture=capture)
+    assert list(generate(llm, [5], 30, is_stop=never)) == list(generate(engine(tiny), [5], 30, is_stop=never))
+
+
 def test_the_target_as_its_own_draft_is_always_right_and_leaves_plain_decodings_cache(tiny):
     plain, llm = engine(tiny), engine(tiny, draft=draft_of(tiny, "same"), speculate_k=5)
     tokens = list(generate(plain, [5, 6, 7], 50, is_stop=never))
