@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -177,8 +178,6 @@ def assert_one_line(result, words):
     last = result.stderr.strip().splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert "error: " in last
-    import re
-
     assert re.search(words, last), last
 
 

@@ -1,8 +1,6 @@
 """Logits of every supported architecture equal transformers' on tiny random models, through the whole path:
 save_pretrained -> convert -> load -> prefill and step-by-step decode."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
@@ -12,7 +10,6 @@ from checkpoint import load_model
 from errors import UserError
 from model import BUILTIN, KVCache, ModelConfig, rope_table
 
-REPO = Path(__file__).resolve().parent.parent
 TINY = {
     "vocab_size": 97,
     "hidden_size": 32,

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import write_checkpoint
+from chance import chi_square, filtered
+from tiny import never, write_checkpoint
 
-import sampling
 from checkpoint import load_model
 from errors import UserError
 from generate import Engine, answer, generate, load
@@ -40,10 +40,6 @@ def draft_of(tiny, name):
     if name in ("prompt_lookup", "other"):
         return tiny[1] / "model.pth" if name == "other" else name
     return load_model(tiny[0] / "model.pth", dtype=torch.float32, quantize=None if name == "same" else name)
-
-
-def never(row, token):
-    return False
 
 
 DRAFTS = ("same", "int8", "int4", "other", "prompt_lookup")
@@ -191,30 +187,9 @@ def exact(model, sampler, prompt, n):
         if sampler.repetition_penalty != 1:
             for token in {*prompt, *tail}:
                 logits[token] *= sampler.repetition_penalty if logits[token] < 0 else 1 / sampler.repetition_penalty
-        probs = torch.softmax(logits / sampler.temperature, -1)
-        if sampler.top_k:
-            probs[torch.argsort(-probs)[sampler.top_k :]] = 0
-            probs /= probs.sum()
-        if sampler.top_p:
-            order = torch.argsort(-probs)
-            probs[order[probs[order].cumsum(0) - probs[order] >= sampler.top_p]] = 0
-            probs /= probs.sum()
+        probs = filtered(logits, sampler)
         stack += [((*tail, token), probability * probs[token].item()) for token in range(V) if probs[token] > 0]
     return result
-
-
-def chi_square(counts, expected):
-    """The statistic over its cells, in standard deviations above its mean; rare cells are thrown together."""
-    total = counts.total()
-    cells = [(counts[key], total * p) for key, p in expected.items()]
-    rare = [cell for cell in cells if cell[1] < 5]
-    cells = [cell for cell in cells if cell[1] >= 5]
-    if rare:
-        cells.append(tuple(map(sum, zip(*rare))))
-    assert sum(count for count, _ in cells) == total  # nothing impossible was drawn
-    statistic = sum((count - mean) ** 2 / mean for count, mean in cells if mean > 0)
-    degrees = len(cells) - 1
-    return (statistic - degrees) / (2 * degrees) ** 0.5
 
 
 def drawn(draft, sampler, prompt, k, runs=4):
@@ -399,7 +374,6 @@ def test_cuda_graphs_equal_eager_rounds(tiny, draft, k):
     model = draft_of(tiny, draft) if draft != "same" else load_model(tiny[0] / "model.pth", device="cuda")
     plain = load(tiny[0] / "model.pth", sampler=GREEDY, compile=True, **options)
     llm = load(tiny[0] / "model.pth", sampler=GREEDY, compile=True, draft=model, speculate_k=k, **options)
-    sampling.sample(torch.zeros(1, 8, device="cuda"), 0.0, 0, 0.0, torch.zeros(2, dtype=torch.int64, device="cuda"))
     for prompt in PROMPTS:
         expected = list(generate(plain, prompt, 60, is_stop=never))
         got = list(generate(llm, prompt, 60, is_stop=never))
