@@ -113,15 +113,14 @@ def generate(
     vocab = llm.model.config.vocab_size
     if bad := [token for row in prompts for token in row if not 0 <= token < vocab]:
         raise UserError(f"token id {bad[0]} is outside the vocabulary of {vocab}")
-    if is_stop is None:
-        stop_ids = llm.tokenizer.stop_ids if llm.tokenizer else frozenset()
-        is_stop = lambda row, token: token in stop_ids  # noqa: E731
+    stop_ids = llm.tokenizer.stop_ids if llm.tokenizer else ()
+    is_stop = is_stop or (lambda row, token: token in stop_ids)
     longest = max(map(len, prompts))
     llm.prefill(prompts, start)
     live = [True] * len(prompts)
     for tokens in llm.decode(min(max_new_tokens - 1, llm.cache.length - longest), live):
         step = [token if alive else None for token, alive in zip(tokens, live)]
-        live[:] = [alive and not is_stop(row, token) for row, (token, alive) in enumerate(zip(tokens, live))]
+        live[:] = [token is not None and not is_stop(row, token) for row, token in enumerate(step)]
         yield step[0] if single else step
         if not any(live):
             return
@@ -156,11 +155,9 @@ class Measure:
 
 def weight_bytes(model: Transformer) -> int:
     """Bytes of the weights that a decode step reads: all but the embedding table, unless it is the output as well."""
-    tensors = {t.data_ptr(): t for t in itertools.chain(model.parameters(), model.buffers())}
     embedding = model.tok_embeddings.weight
-    if model.output.weight is not embedding:
-        tensors.pop(embedding.data_ptr())
-    return sum(t.nbytes for t in tensors.values())
+    unread = 0 if model.output.weight is embedding else embedding.nbytes
+    return sum(p.nbytes for p in model.parameters()) - unread
 
 
 def report(llm: Engine, measure: Measure, read_bandwidth: float) -> dict:
@@ -322,9 +319,7 @@ def _emit(text: str) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generate text from a transformer checkpoint, fast.")
-    parser.add_argument(
-        "--prompt", type=_int_or_str, default="Hello, my name is", help="text, or a number of random tokens"
-    )
+    parser.add_argument("--prompt", type=_int_or_str, default="Hello, my name is", help="text, or a number of tokens")
     parser.add_argument("--prompt_file", type=Path, help="a prompt a line, generated as one ragged batch")
     parser.add_argument("--interactive", action="store_true", help="chat on the terminal")
     parser.add_argument("--chat", action="store_true", help="put the prompt in the model's chat template")
@@ -344,9 +339,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quantize", metavar="KIND", help="quantise on load: int8, fp8, int4 or int4:GROUP")
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
     parser.add_argument("--compile_prefill", action="store_true", help="compile the prefill, too (for long prompts)")
-    parser.add_argument(
-        "--draft_checkpoint_path", type=Path, metavar="PATH", help="speculate by this model, which guesses tokens ahead"
-    )
+    parser.add_argument("--draft_checkpoint_path", type=Path, metavar="PATH", help="speculate by this model's guesses")
     parser.add_argument("--speculate", choices=[PROMPT_LOOKUP], help="speculate by copying from the text so far")
     parser.add_argument("--speculate_k", type=_int_or_str, help="guesses a round, or auto; 5, or 7 by lookup")
     parser.add_argument("--profile", type=Path, help="write a Chrome trace of the last sample to PROFILE.json")

@@ -75,19 +75,14 @@ def test_interactive_chat(cli, tiny):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-def test_ctrl_c_ends_an_answer_not_the_chat(tiny):
-    command = [sys.executable, REPO / "generate.py", *run_args(tiny), "--interactive", "--max_new_tokens", "100000"]
-    command += ["--temperature", "0"]
-    # An answer long enough to be interrupted: nothing stops it but the signal.
-    directory = tiny.parent / "endless"
-    shutil.copytree(tiny, directory, dirs_exist_ok=True)
-    config = json.loads((directory / "config.json").read_text()) | {"max_position_embeddings": 60000}
-    (directory / "config.json").write_text(json.dumps(config))
-    command[command.index(tiny / "model.pth")] = directory / "model.pth"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def test_ctrl_c_ends_an_answer_not_the_chat(tiny, tmp_path):
+    directory = shutil.copytree(tiny, tmp_path / "endless")
+    edit_json(directory / "config.json", max_position_embeddings=60000)  # so that only the signal ends the answer
+    flags = ["--interactive", "--max_new_tokens", "100000", "--max_seq_length", "50000", "--temperature", "0"]
     process = subprocess.Popen(
-        [*map(str, command), "--max_seq_length", "50000"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+        [sys.executable, REPO / "generate.py", *run_args(directory), *flags],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     process.stdin.write("Tell me everything\n")
     process.stdin.flush()

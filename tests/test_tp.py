@@ -203,6 +203,10 @@ def _rank(directory: Path) -> None:
         print("all equal")
 
 
+def never(row, token):
+    return False
+
+
 def place(tp):
     """A GPU a rank, where there are enough."""
     return f"cuda:{tp.rank}" if torch.cuda.device_count() >= tp.world else "cpu"
@@ -239,13 +243,13 @@ def _same_tokens(path, config, tp):
             model = load_model(path, config=config, dtype=torch.float32, device=place(tp), tp=ranks)
             llm = Engine(model, batch_size=3, max_seq_length=40, sampler=sampler)
             llm.seed(3)
-            texts.append(list(generate(llm, prompts, 20, is_stop=lambda row, token: False)))
+            texts.append(list(generate(llm, prompts, 20, is_stop=never)))
         if sampler.temperature == 0:  # guesses must not change greedy text
             options = {"config": config, "dtype": torch.float32, "device": place(tp)}
             whole = load_model(path, quantize="int8", **options)  # each rank runs all of this draft
             for draft in (model, whole, "prompt_lookup"):
                 llm = Engine(model, batch_size=3, max_seq_length=40, sampler=sampler, draft=draft, speculate_k=3)
-                assert texts[0] == list(generate(llm, prompts, 20, is_stop=lambda row, token: False)), draft
+                assert texts[0] == list(generate(llm, prompts, 20, is_stop=never)), draft
         assert texts[0] == texts[1], f"rank {tp.rank}, {sampler}: {texts}"
     if place(tp) != "cpu":  # the kernels' path, in a CUDA graph and not
         model = load_model(path, config=config, device=place(tp), tp=tp)
@@ -253,7 +257,7 @@ def _same_tokens(path, config, tp):
         for compiled in (False, True):
             llm = Engine(model, batch_size=3, max_seq_length=40, compile=compiled)
             llm.seed(3)
-            texts.append(list(generate(llm, prompts, 30, is_stop=lambda row, token: False)))
+            texts.append(list(generate(llm, prompts, 30, is_stop=never)))
         assert texts[0] == texts[1], f"rank {tp.rank}: {texts}"
     every = [None] * tp.world
     torch.distributed.all_gather_object(every, texts)
