@@ -161,7 +161,7 @@ def weight_bytes(model: Transformer) -> int:
 
 
 def report(llm: Engine, measure: Measure, read_bandwidth: float) -> dict:
-    """The measures of design: rates, bytes per token, and the share of the device's read bandwidth they make."""
+    """Rates, bytes per token, and the share of the device's read bandwidth that they make."""
     weights, rate = weight_bytes(llm.model), measure.decode_rate
     positions = measure.prompt_tokens + llm.batch_size * (measure.steps + 1) / 2  # that an average step attends to
     kv = positions * llm.cache.bytes_per_position

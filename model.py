@@ -28,7 +28,13 @@ FAMILIES: dict[str, dict] = {
     "qwen3": {"qk_norm": True},
     "smollm3": {},
 }
-ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")
+ROPE_TYPES = {  # and the parameters that each needs in config.json
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+    "yarn": ("factor",),
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,10 @@ class ModelConfig:
         head_dim = config.get("head_dim") or dim // n_head
         context = config.get("max_position_embeddings", 2048)
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        rope_type = rope.get("rope_type") or rope.get("type") or "default"  # `type` is the older spelling
+        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"  # `type` is the older spelling
+        needed = ROPE_TYPES[_choice("rope_type", rope["rope_type"], ROPE_TYPES)]
+        if missing := [key for key in needed if key not in rope]:
+            raise UserError(f"config.json: rope_type {rope['rope_type']!r} needs {', '.join(missing)}")
         partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
         bias = bool(config.get("attention_bias", False))
         fields = {
@@ -98,7 +107,6 @@ class ModelConfig:
                 "original_max_position_embeddings": config.get("original_max_position_embeddings") or context,
                 "max_position_embeddings": context,
                 **rope,
-                "rope_type": _choice("rope_type", rope_type, ROPE_TYPES),
             },
             rotary_dim=int(head_dim * partial),
             tied=bool(config.get("tie_word_embeddings", False)),

@@ -62,7 +62,8 @@ class DraftModel:
         vocab, own = llm.model.config.vocab_size, model.config.vocab_size
         if own != vocab:
             raise UserError(f"the draft's vocabulary has {own} tokens, the target's {vocab}; they must be the same")
-        size, target = (sum(t.nbytes for t in m.parameters()) / 1e6 for m in (model, llm.model))
+        # Of all ranks together: a draft may be whole on each of them.
+        size, target = (sum(t.nbytes for t in m.parameters()) * m.tp.world / 1e6 for m in (model, llm.model))
         if size > target:
             raise UserError(f"the draft's weights are {size:.1f} MB; it must not exceed the target's {target:.1f} MB")
         self.llm, self.model = llm, model

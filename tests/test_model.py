@@ -156,6 +156,8 @@ def test_builtin_names():
         ({"model_type": None}, r"model_type None"),
         ({"hidden_act": "relu"}, r"hidden_act 'relu'"),
         ({"rope_scaling": {"type": "su"}}, r"rope_type 'su' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"rope_type 'llama3' needs low_freq_factor, high"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, r"rope_type 'yarn' needs factor"),
         ({"hidden_size": "big"}, r"hidden_size is 'big'"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads 3 does not divide 4"),
     ],

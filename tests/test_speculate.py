@@ -335,6 +335,7 @@ def test_the_command(tiny, cli):
     for options, message in (
         (("--speculate_k", "3"), "--speculate_k needs"),
         (("--speculate", "prompt_lookup", "--draft_checkpoint_path", other), "give one of them"),
+        (("--speculate", "prompt_lookup", "--speculate_k", "0"), "1 to 15"),
         (("--speculate", "prompt_lookup", "--speculate_k", "99"), "1 to 15"),
         (("--draft_checkpoint_path", "nowhere/model.pth"), "nowhere/model.pth does not exist"),
     ):

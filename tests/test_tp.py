@@ -103,6 +103,12 @@ def test_world_sizes_that_work_are_named():
     assert TensorParallel(5, 6).heads(12, 2) == (range(10, 12), range(1, 2))  # three ranks share a head
 
 
+def test_a_draft_that_every_rank_holds_whole_is_compared_with_the_whole_target():
+    config = tiny_config(2)
+    target, draft = Transformer(config, TensorParallel(0, 2)), Transformer(config)
+    assert Engine(target, max_seq_length=8, draft=draft).speculator.draft.model is draft
+
+
 @pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("mode", ["sum fp32", "sum fp16", "gather", "embed"])
