@@ -167,7 +167,7 @@ _LLAMA3 = {"kv": 8, "vocab": 128256, "context": 8192, "base": 5e5}
 _LLAMA31 = {**_LLAMA3, "context": 131072, "rope_scaling": llama3_scaling(8.0)}
 _LLAMA32 = {**_LLAMA3, "context": 131072, "rope_scaling": llama3_scaling(32.0), "tie_word_embeddings": True}
 
-# The dense models that gpt-fast lists by name, llama2.c's, Llama 3.2's and the default model, in config.json's terms.
+# The dense models that gpt-fast lists by name, llama2.c's and Llama 3.2's, in config.json's terms.
 BUILTIN: dict[str, dict] = {
     "CodeLlama-7b-Python-hf": _llama(4096, 32, 32, 11008, context=16384, base=1e6),
     "7B": _llama(4096, 32, 32, 11008),
@@ -336,7 +336,7 @@ class KVCache:
         self, config: ModelConfig, batch_size: int, length: int, *, dtype: torch.dtype, device, shards: int = 1
     ):
         shape = (batch_size, max(1, config.n_local_heads // shards), length, config.head_dim)
-        self.batch_size, self.length = batch_size, length
+        self.length = length
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.rope = rope_table(config, length).to(device)

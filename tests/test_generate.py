@@ -200,6 +200,18 @@ def test_answers_stop_at_strings_and_stream_whole_characters(tiny):
     assert cut.text == whole.text[: whole.text.index(stop)]
 
 
+def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch):
+    linux = peak_memory()
+    assert linux > 50e6  # PyTorch alone takes more
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert 1024 * peak_memory() == pytest.approx(linux, rel=0.2)  # where the system counts bytes, not kilobytes
+
+
+def test_engine_without_a_tokenizer(tiny):
+    llm = Engine(tiny_engine(tiny).model, sampler=GREEDY, max_seq_length=32)
+    assert list(generate(llm, [5, 6], 4)) == reference_greedy(tiny[1], [5, 6], 4)
+
+
 # --- the real model ---------------------------------------------------------------------------------------------------
 
 
@@ -246,15 +258,3 @@ def test_compiled_golden_tokens(smollm2_dir):
         smollm2_dir / "model.pth", device="cpu", precision="fp32", sampler=GREEDY, max_seq_length=160, compile=True
     )
     assert list(generate(llm, case["prompt_ids"], 60, is_stop=never))[:55] == case["greedy_ids"][:55]
-
-
-def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch):
-    linux = peak_memory()
-    assert linux > 50e6  # PyTorch alone takes more
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert 1024 * peak_memory() == pytest.approx(linux, rel=0.2)  # where the system counts bytes, not kilobytes
-
-
-def test_engine_without_a_tokenizer(tiny):
-    llm = Engine(tiny_engine(tiny).model, sampler=GREEDY, max_seq_length=32)
-    assert list(generate(llm, [5, 6], 4)) == reference_greedy(tiny[1], [5, 6], 4)
