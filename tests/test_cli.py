@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -168,24 +169,37 @@ DAMAGES = {
 }
 
 
-def assert_one_line(result, words):
-    assert result.status == 2, result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in result.stderr
+def assert_one_line(status, stderr, words):
+    assert status == 2, stderr
+    last = stderr.strip().splitlines()[-1]
+    assert "Traceback" not in stderr
     assert "error: " in last
     assert re.search(words, last), last
 
 
+@pytest.fixture
+def refuses(monkeypatch, capsys):
+    """Checks that a script, run as a program but in this process, ends with one line that has these words."""
+
+    def check(script, *args, words):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(REPO / script), run_name="__main__")
+        assert_one_line(end.value.code, capsys.readouterr().err, words)
+
+    return check
+
+
 @pytest.mark.parametrize("case", FLAGS)
-def test_bad_flags(cli, tiny, case):
+def test_bad_flags(refuses, tiny, case):
     flags, words = FLAGS[case]
-    assert_one_line(cli("generate.py", *run_args(tiny), *flags), words)
+    refuses("generate.py", *run_args(tiny), *flags, words=words)
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_damaged_checkpoints(cli, tiny, tmp_path, case):
+def test_damaged_checkpoints(refuses, tiny, tmp_path, case):
     change, words = DAMAGES[case]
-    assert_one_line(cli("generate.py", *damaged(tiny, tmp_path, change)), words)
+    refuses("generate.py", *damaged(tiny, tmp_path, change), words=words)
 
 
 def test_chat_without_a_template(cli, tiny, tmp_path):
@@ -194,8 +208,8 @@ def test_chat_without_a_template(cli, tiny, tmp_path):
         text = (directory / "tokenizer.json").read_text().replace("<|im_start|>", "<|other|>")
         (directory / "tokenizer.json").write_text(text)
 
-    flags = damaged(tiny, tmp_path, forget_chat)
-    assert_one_line(cli("generate.py", *flags, "--chat"), r"has no chat template")
+    result = cli("generate.py", *damaged(tiny, tmp_path, forget_chat), "--chat")
+    assert_one_line(result.status, result.stderr, r"has no chat template")
 
 
 @pytest.mark.parametrize(
@@ -209,18 +223,10 @@ def test_chat_without_a_template(cli, tiny, tmp_path):
         ({"consolidated.00.pth": b"junk"}, r"cannot read .*params\.json"),
     ],
 )
-def test_bad_conversions(cli, tmp_path, files, words):
+def test_bad_conversions(refuses, tmp_path, files, words):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | _SIZES))
-    assert_one_line(cli("scripts/convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path), words)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 97} | sizes))
+    refuses("scripts/convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path, words=words)
     assert not list(tmp_path.glob("model.pth*"))
-
-
-_SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "vocab_size": 97,
-}
