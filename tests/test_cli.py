@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -12,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, assert_one_line
 from tiny import write_checkpoint
 
 
@@ -169,27 +167,6 @@ DAMAGES = {
 }
 
 
-def assert_one_line(status, stderr, words):
-    assert status == 2, stderr
-    last = stderr.strip().splitlines()[-1]
-    assert "Traceback" not in stderr
-    assert "error: " in last
-    assert re.search(words, last), last
-
-
-@pytest.fixture
-def refuses(monkeypatch, capsys):
-    """Checks that a script, run as a program but in this process, ends with one line that has these words."""
-
-    def check(script, *args, words):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(REPO / script), run_name="__main__")
-        assert_one_line(end.value.code, capsys.readouterr().err, words)
-
-    return check
-
-
 @pytest.mark.parametrize("case", FLAGS)
 def test_bad_flags(refuses, tiny, case):
     flags, words = FLAGS[case]
@@ -208,8 +185,7 @@ def test_chat_without_a_template(cli, tiny, tmp_path):
         text = (directory / "tokenizer.json").read_text().replace("<|im_start|>", "<|other|>")
         (directory / "tokenizer.json").write_text(text)
 
-    result = cli("generate.py", *damaged(tiny, tmp_path, forget_chat), "--chat")
-    assert_one_line(result.status, result.stderr, r"has no chat template")
+    assert_one_line(cli("generate.py", *damaged(tiny, tmp_path, forget_chat), "--chat"), r"has no chat template")
 
 
 @pytest.mark.parametrize(
