@@ -148,6 +148,12 @@ def start(*command):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def torchrun(*args, ranks):
     return start("-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *args)
 
@@ -172,10 +178,7 @@ def test_ranks_compute_what_one_process_computes(world, tmp_path):
 
 def _launch(directory: Path, world: int) -> None:
     """torchrun's part, by forking: the ranks need not import PyTorch each for itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     ranks = []
     for rank in range(world):
         if (pid := os.fork()) == 0:
@@ -289,13 +292,14 @@ def test_two_machines_then_one_with_a_damaged_file(tmp_path):
     prompt = llm.tokenizer.encode("abc")
     expected = llm.tokenizer.decode(prompt + list(generate(llm, prompt, 12))) + "\n"
 
-    def nodes(port, paths):
+    def nodes(paths):
         """Two agents, as on two machines: the same command but for the checkpoint's place."""
-        where = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
+        where = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+        where.append("--local_addr=127.0.0.1")
         running = [torchrun(*where, *generate_py(p, *args), ranks=1) for p in paths]
         return [finish(process) for process in running]
 
-    results = nodes(29617, [path, path])
+    results = nodes([path, path])
     assert [status for status, _, _ in results] == [0, 0], results
     assert sorted(out for _, out, _ in results) == ["", expected]  # one of them holds rank 0
 
@@ -303,7 +307,7 @@ def test_two_machines_then_one_with_a_damaged_file(tmp_path):
     write_tiny_checkpoint(damaged.parent)
     damaged.write_bytes(path.read_bytes()[:5000])
     begin = time.monotonic()
-    results = nodes(29618, [path, damaged])
+    results = nodes([path, damaged])
     assert time.monotonic() - begin < 60
     assert all(status != 0 for status, _, _ in results)
     assert f"error: {damaged} is truncated or not a file of weights" in results[1][2]
@@ -347,6 +351,7 @@ def test_all_ranks_end_together(how, tmp_path):
     assert status != 0
     words = {"killed rank": r"rank +: 1 .*\n.*SIGKILL", "Ctrl-C": "interrupted"}  # torchrun's, and our own
     assert re.search(words[how], err), err
+    assert how == "Ctrl-C" or re.search("error: .*another rank has stopped", err), err  # says the rank that was left
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
