@@ -12,9 +12,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ import kernels
 from checkpoint import DTYPES, load_model, read_config
 from engine import Engine
 from errors import UserError, run_cli
-from model import Transformer
+from model import ModelConfig, Transformer
 from sampling import Sampler
 from speculate import PROMPT_LOOKUP, summary
 from tokenizer import StopStrings, StreamDecoder, Tokenizer, load_tokenizer
@@ -46,8 +46,7 @@ def pick_device(name: str | None) -> torch.device:
         raise UserError(f"device {name!r} is not known; accepted: cpu, cuda, cuda:N, mps") from None
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise UserError(f"device '{device}' was asked for, but this machine has {count} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device 'mps' was asked for, but this machine has none")
@@ -61,33 +60,33 @@ def load(
     precision: str = "bf16",
     quantize: str | None = None,
     tp: TensorParallel | None = None,
-    draft: str | Path | None = None,
+    draft: str | Path | Transformer | None = None,
     **engine,
 ) -> Engine:
     """Load a checkpoint, its tokenizer and perhaps a draft's checkpoint (or "prompt_lookup"), and make an Engine;
     `engine` takes its options (compile, sampler, ...).
     """
-    path, options = Path(checkpoint_path), {"device": pick_device(device), "dtype": DTYPES[precision], "tp": tp}
-    model, tokenizer = load_model(path, quantize=quantize, **options), load_tokenizer(path.parent)
-    return Engine(model, tokenizer, draft=load_draft(draft, tokenizer, **options), **engine)
+    model, tokenizer, draft = load_parts(checkpoint_path, device, precision, quantize, tp, draft)
+    return Engine(model, tokenizer, draft=draft, **engine)
 
 
-def load_draft(draft, tokenizer: Tokenizer, tp: TensorParallel | None, **options) -> Transformer | str | None:
-    """The model of a draft's checkpoint, whose tokenizer must be the target's. Anything but a path stays as it is.
-
-    Where its heads do not divide over the ranks, each of them runs all of it.
-    """
+def load_parts(
+    checkpoint_path, device, precision, quantize, tp, draft
+) -> tuple[Transformer, Tokenizer, Transformer | str | None]:
+    """What `load`, whose arguments these are, makes an Engine of: the model, its tokenizer, and the draft."""
+    path, options = Path(checkpoint_path), {"device": pick_device(device), "dtype": DTYPES[precision]}
+    model, tokenizer = load_model(path, quantize=quantize, tp=tp, **options), load_tokenizer(path.parent)
     if draft in (None, PROMPT_LOOKUP) or isinstance(draft, Transformer):
-        return draft
-    if not Path(draft).is_file():
+        return model, tokenizer, draft
+    path = Path(draft)
+    if not path.is_file():
         raise UserError(f"the draft {draft} does not exist; scripts/prepare.sh makes checkpoints")
-    config = read_config(Path(draft).parent)
-    divides = tp is None or tp.world in tp.worlds(config.n_head, config.n_local_heads)
-    model = load_model(Path(draft), tp=tp if divides else None, **options)
-    own = load_tokenizer(Path(draft).parent)
+    own, config = load_tokenizer(path.parent), read_config(path.parent)
     if any(own.encode(text) != tokenizer.encode(text) for text in PROBES):
         raise UserError(f"the tokenizer of the draft {draft} differs from the target's; they must be the same")
-    return model
+    if tp and tp.world not in tp.worlds(config.n_head, config.n_local_heads):
+        tp = None  # its heads do not divide over the ranks: each of them runs all of it
+    return model, tokenizer, load_model(path, tp=tp, **options)
 
 
 def generate(
@@ -114,15 +113,14 @@ def generate(
     vocab = llm.model.config.vocab_size
     if bad := [token for row in prompts for token in row if not 0 <= token < vocab]:
         raise UserError(f"token id {bad[0]} is outside the vocabulary of {vocab}")
-    if is_stop is None:
-        stop_ids = llm.tokenizer.stop_ids if llm.tokenizer else frozenset()
-        is_stop = lambda row, token: token in stop_ids  # noqa: E731
+    stop_ids = llm.tokenizer.stop_ids if llm.tokenizer else ()
+    is_stop = is_stop or (lambda row, token: token in stop_ids)
     longest = max(map(len, prompts))
     llm.prefill(prompts, start)
     live = [True] * len(prompts)
     for tokens in llm.decode(min(max_new_tokens - 1, llm.cache.length - longest), live):
         step = [token if alive else None for token, alive in zip(tokens, live)]
-        live[:] = [alive and not is_stop(row, token) for row, (token, alive) in enumerate(zip(tokens, live))]
+        live[:] = [token is not None and not is_stop(row, token) for row, token in enumerate(step)]
         yield step[0] if single else step
         if not any(live):
             return
@@ -133,45 +131,49 @@ def generate(
 
 @dataclass
 class Measure:
-    """What one generation took. Times in seconds, sizes in bytes, rates per second."""
+    """What one generation took. Times in seconds, rates per second."""
 
-    prompt_tokens: int = 0  # all rows together, padding not counted
-    new_tokens: int = 0  # all rows together
-    steps: int = 0  # decode steps after the first token
-    time_to_first_token: float = 0.0
-    decode_seconds: float = 0.0
-    positions: int = 0  # cache positions read by the decode steps, all rows together
+    prompt_tokens: int  # all rows together, padding not counted
+    new_tokens: int  # all rows together
+    steps: int  # decode steps after the first token
+    time_to_first_token: float
+    decode_seconds: float
 
     @property
     def seconds(self) -> float:
         return self.time_to_first_token + self.decode_seconds
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second of each row, after the first."""
+        return self.steps / self.decode_seconds if self.steps else 0.0
+
 
 def weight_bytes(model: Transformer) -> int:
     """Bytes of the weights that a decode step reads: all but the embedding table, unless it is the output as well."""
-    tensors = {t.data_ptr(): t for t in itertools.chain(model.parameters(), model.buffers())}
     embedding = model.tok_embeddings.weight
-    if model.output.weight is not embedding:
-        tensors.pop(embedding.data_ptr())
-    return sum(t.nbytes for t in tensors.values())
+    unread = 0 if model.output.weight is embedding else embedding.nbytes
+    return sum(p.nbytes for p in model.parameters()) - unread
 
 
 def report(llm: Engine, measure: Measure, read_bandwidth: float) -> dict:
-    """The measures of design: rates, bytes per token, and the share of the device's read bandwidth they make."""
-    steps, decode = max(measure.steps, 1), max(measure.decode_seconds, 1e-9)
-    weights = weight_bytes(llm.model)
-    kv = measure.positions / steps * llm.cache.bytes_per_position
-    rate = measure.steps / decode  # per user; each step yields a token for every row
+    """Rates, bytes per token, and the share of the device's read bandwidth that they make."""
+    weights, rate = weight_bytes(llm.model), measure.decode_rate
+    positions = measure.prompt_tokens + llm.batch_size * (measure.steps + 1) / 2  # that an average step attends to
+    kv = positions * llm.cache.bytes_per_position
     read = weights + kv  # for a token
     if llm.speculator:
         passes, guesses = llm.speculator.work_per_token()
         read = read * passes + (weight_bytes(llm.speculator.model) * guesses if llm.speculator.model else 0)
-    memory = torch.cuda.max_memory_reserved() if llm.device.type == "cuda" else _peak_rss()
     return {
         **asdict(measure),
         "seconds": measure.seconds,
-        "tokens_per_second": measure.new_tokens / max(measure.seconds, 1e-9),
-        "prefill_tokens_per_second": measure.prompt_tokens / max(measure.time_to_first_token, 1e-9),
+        "tokens_per_second": measure.tokens_per_second,
+        "prefill_tokens_per_second": measure.prompt_tokens / measure.time_to_first_token,
         "decode_tokens_per_second": rate,
         "decode_tokens_per_second_total": rate * llm.batch_size,
         "weight_bytes_per_step": weights,
@@ -180,48 +182,57 @@ def report(llm: Engine, measure: Measure, read_bandwidth: float) -> dict:
         "read_bandwidth": read_bandwidth,
         "bandwidth_fraction": read * rate / read_bandwidth,
         "compile_seconds": llm.compile_seconds,
-        "memory_bytes": memory,
+        "memory_bytes": torch.cuda.max_memory_reserved() if llm.device.type == "cuda" else peak_memory(),
     }
 
 
-def _peak_rss() -> int:
+def peak_memory() -> int:
+    """The most bytes of main memory that this process has held at once."""
     import resource  # Unix only; a GPU machine of another kind does not need it
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Answer:
-    """A row's text as it grows: decoded without half characters, cut at a stop string or stop id."""
+    """A row's text as it grows: decoded without half characters, ended by a stop id or before a stop string.
 
-    decoder: StreamDecoder
-    stops: StopStrings
-    stop_ids: frozenset[int]
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    stopped: bool = False
+    prompt: the ids whose text it continues; none for a text of its own, as in a chat. emit is given the text that has
+    become certain.
+    """
 
-    def put(self, token: int) -> str:
-        """Take a token; returns the text that has become certain."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+        emit: Callable[[str], None] | None = None,
+    ):
+        self.decoder, self.stops = StreamDecoder(tokenizer, prompt), StopStrings(stop_strings)
+        self.stop_ids, self.emit = tokenizer.stop_ids, emit
+        self.tokens: list[int] = []
+        self.text, self.stopped = "", False
+
+    def put(self, token: int) -> bool:
+        """Take a token. Returns whether it ends the answer."""
         self.tokens.append(token)
         if token in self.stop_ids:
             self.stopped = True
-            return ""
-        piece, self.stopped = self.stops.put(self.decoder.put(token))
-        self.text += piece
-        return piece
+        else:
+            piece, self.stopped = self.stops.put(self.decoder.put(token))
+            self._add(piece)
+        return self.stopped
 
-    def finish(self) -> str:
-        """The text held back in case it began a character or a stop string."""
-        piece = ""
-        if not self.stopped or self.tokens[-1] in self.stop_ids:
-            piece, _ = self.stops.put(self.decoder.flush())
-            piece += self.stops.flush()
+    def finish(self) -> None:
+        """Add the text held back in case it began a character or a stop string."""
+        self._add(self.stops.put(self.decoder.flush())[0] + self.stops.flush())
+
+    def _add(self, piece: str) -> None:
         self.text += piece
-        return piece
+        if self.emit and piece:
+            self.emit(piece)
 
 
 def answer(
@@ -229,44 +240,26 @@ def answer(
     prompts: list[list[int]],
     max_new_tokens: int,
     *,
-    stop_strings: tuple[str, ...] = (),
+    stop_strings: Sequence[str] = (),
     emit: Callable[[str], None] | None = None,
-    start: int = 0,
     continues: bool = True,
-    answers: list[Answer] | None = None,
 ) -> tuple[list[Answer], Measure]:
-    """Generate one answer a prompt, emitting row 0's text as it comes; `answers` lets the caller keep a partial one.
+    """Generate one answer a prompt, emitting row 0's text as it comes.
 
     continues: whether an answer goes on with its prompt's text, or is a text of its own, as in a chat.
     """
-    answers = [] if answers is None else answers
-    stop_ids = llm.tokenizer.stop_ids
-    for prompt in prompts:
-        decoder = StreamDecoder(llm.tokenizer, prompt if continues else ())
-        answers.append(Answer(decoder, StopStrings(stop_strings), stop_ids))
-    measure = Measure(prompt_tokens=sum(len(prompt) - start for prompt in prompts))
-
-    def is_stop(row: int, token: int) -> bool:
-        piece = answers[row].put(token)
-        if emit and row == 0 and piece:
-            emit(piece)
-        return answers[row].stopped
-
-    begin = previous = time.perf_counter()
-    for tokens in generate(llm, prompts, max_new_tokens, is_stop=is_stop, start=start):
-        previous = time.perf_counter()
-        live = [row for row, token in enumerate(tokens) if token is not None]
-        measure.new_tokens += len(live)
-        if not measure.time_to_first_token:
-            measure.time_to_first_token = previous - begin
-            continue
-        measure.steps += 1
-        measure.positions += sum(len(prompts[row]) + measure.steps for row in range(len(prompts)))
-    measure.decode_seconds = previous - begin - measure.time_to_first_token
-    rest = [row.finish() for row in answers]
-    if emit and rest[0]:
-        emit(rest[0])
-    return answers, measure
+    answers = [
+        Answer(llm.tokenizer, prompt if continues else (), stop_strings, None if row else emit)
+        for row, prompt in enumerate(prompts)
+    ]
+    times = [time.perf_counter()]
+    for _ in generate(llm, prompts, max_new_tokens, is_stop=lambda row, token: answers[row].put(token)):
+        times.append(time.perf_counter())
+    for row in answers:
+        row.finish()
+    new = sum(len(row.tokens) for row in answers)
+    first, decode = times[1] - times[0], times[-1] - times[1]
+    return answers, Measure(sum(map(len, prompts)), new, len(times) - 2, first, decode)
 
 
 def chat(llm: Engine, args: argparse.Namespace) -> None:
@@ -283,10 +276,9 @@ def chat(llm: Engine, args: argparse.Namespace) -> None:
         if text is None:
             print()
             return
-        if not text.strip():
-            continue
         if text.strip() == "/clear":
             messages.clear()
+        if text.strip() in ("", "/clear"):
             continue
         messages.append({"role": "user", "content": text})
         prompt = llm.tokenizer.encode_chat(messages)
@@ -297,21 +289,20 @@ def chat(llm: Engine, args: argparse.Namespace) -> None:
             continue
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(cached, prompt)))
         start = min(same, len(prompt) - 1)  # at least one token must be fed to get logits
-        answers: list[Answer] = []
-        interrupted = False
+        reply = Answer(llm.tokenizer, stop_strings=args.stop, emit=_emit)
         try:
-            budget = min(args.max_new_tokens, room)
-            options = {"stop_strings": tuple(args.stop), "emit": _emit, "start": start, "answers": answers}
-            answer(llm, [prompt], budget, continues=False, **options)
+            for token in generate(llm, prompt, min(args.max_new_tokens, room), start=start):
+                if reply.put(token):
+                    break
+            reply.finish()
+            print()
+            if len(reply.tokens) == room and not reply.stopped:
+                print(f"[the context is full: {llm.cache.length} tokens; /clear starts anew]")
         except KeyboardInterrupt:
-            interrupted = True
-        reply = answers[0] if answers else None
-        print(" [interrupted]" if interrupted else "")
-        if reply and not reply.stopped and not interrupted and len(reply.tokens) >= room:
-            print(f"[the context is full: {llm.cache.length} tokens; /clear starts anew]")
-        messages.append({"role": "assistant", "content": reply.text if reply else ""})
+            print(" [interrupted]")
+        messages.append({"role": "assistant", "content": reply.text})
         # The last token was sampled but never fed; an interrupted prefill may have left anything.
-        cached = prompt + reply.tokens[:-1] if reply and reply.tokens else cached[:start]
+        cached = prompt + reply.tokens[:-1] if reply.tokens else cached[:start]
 
 
 def _ask() -> str | None:
@@ -326,11 +317,9 @@ def _emit(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generate text from a transformer checkpoint, fast.")
-    parser.add_argument(
-        "--prompt", type=_int_or_str, default="Hello, my name is", help="text, or a number of random tokens"
-    )
+    parser.add_argument("--prompt", type=_int_or_str, default="Hello, my name is", help="text, or a number of tokens")
     parser.add_argument("--prompt_file", type=Path, help="a prompt a line, generated as one ragged batch")
     parser.add_argument("--interactive", action="store_true", help="chat on the terminal")
     parser.add_argument("--chat", action="store_true", help="put the prompt in the model's chat template")
@@ -350,24 +339,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quantize", metavar="KIND", help="quantise on load: int8, fp8, int4 or int4:GROUP")
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
     parser.add_argument("--compile_prefill", action="store_true", help="compile the prefill, too (for long prompts)")
-    parser.add_argument(
-        "--draft_checkpoint_path", type=Path, metavar="PATH", help="speculate by this model, which guesses tokens ahead"
-    )
+    parser.add_argument("--draft_checkpoint_path", type=Path, metavar="PATH", help="speculate by this model's guesses")
     parser.add_argument("--speculate", choices=[PROMPT_LOOKUP], help="speculate by copying from the text so far")
-    parser.add_argument("--speculate_k", type=_positive_or_auto, help="guesses a round, or auto; 5, or 7 by lookup")
+    parser.add_argument("--speculate_k", type=_int_or_str, help="guesses a round, or auto; 5, or 7 by lookup")
     parser.add_argument("--profile", type=Path, help="write a Chrome trace of the last sample to PROFILE.json")
     parser.add_argument("--stream", action="store_true", help="print text as it comes")
     parser.add_argument("--json", action="store_true", help="print the measures as one JSON line, last")
     parser.add_argument("--device", help="cpu, cuda, cuda:N, mps; by default a GPU where there is one")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def _int_or_str(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
-
-
-def _positive_or_auto(text: str) -> int | str:
-    return text if text == "auto" else positive(text)
 
 
 def positive(text: str) -> int:
@@ -378,6 +361,7 @@ def positive(text: str) -> int:
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
     """The prompts of the command line as token ids."""
+    texts = [args.prompt] * args.batch_size
     if args.prompt_file:
         try:
             texts = [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -385,27 +369,23 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int
             raise UserError(f"cannot read --prompt_file {args.prompt_file}: {error}") from None
         if not texts:
             raise UserError(f"--prompt_file {args.prompt_file} holds no prompts; one a line is needed")
-    elif isinstance(args.prompt, int):
-        if args.prompt < 1:
-            raise UserError("--prompt 0 asks for an empty prompt; at least one token is needed")
+    if isinstance(texts[0], int):
         # Ids from the low thousand exist in every vocabulary and are ordinary tokens in most.
         generator = torch.Generator().manual_seed(args.seed)
-        synthetic = torch.randint(0, min(1024, vocab_size), (args.prompt,), generator=generator).tolist()
-        return [synthetic] * args.batch_size
-    else:
-        texts = [args.prompt] * args.batch_size
-    if args.chat:
+        ids = torch.randint(0, min(1024, vocab_size), (args.prompt,), generator=generator).tolist()
+        prompts = [ids] * args.batch_size
+    elif args.chat:
         prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
     else:
         prompts = [tokenizer.encode(text) for text in texts]
     if not all(prompts):
-        raise UserError("--prompt is empty; at least one token is needed")
+        raise UserError(f"--prompt {args.prompt!r} is an empty prompt; at least one token is needed")
     return prompts
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     with session() as tp:
-        _run(parse_args(argv), tp)
+        _run(parse_args(), tp)
 
 
 def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
@@ -415,30 +395,28 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     draft = args.draft_checkpoint_path or args.speculate
     if args.draft_checkpoint_path and args.speculate:
         raise UserError("--draft_checkpoint_path and --speculate are two ways to speculate; give one of them")
-    if args.speculate_k and not draft:
+    if args.speculate_k is None:
+        args.speculate_k = 7 if args.speculate else 5
+    elif not draft:
         raise UserError("--speculate_k needs --draft_checkpoint_path PATH or --speculate prompt_lookup")
     device = pick_device(args.device)
     print(f"Using device={device}" + (f" and {tp.world} ranks" if tp.world > 1 else ""), file=sys.stderr)
     start = time.perf_counter()
-    options = {"device": device, "dtype": DTYPES[args.precision], "tp": tp}
-    model = load_model(args.checkpoint_path, quantize=args.quantize, **options)
-    tokenizer = load_tokenizer(args.checkpoint_path.parent)
-    draft = load_draft(draft, tokenizer, **options)
+    model, tokenizer, draft = load_parts(args.checkpoint_path, device, args.precision, args.quantize, tp, draft)
     load_seconds = time.perf_counter() - start
     print(f"Time to load model: {load_seconds:.02f} seconds", file=sys.stderr)
     reads = tp.rank == 0 and not args.interactive
     prompts = tp.share(read_prompts(args, tokenizer, model.config.vocab_size) if reads else [])
-    length = _cache_length(args, model, max(map(len, prompts), default=0))
     llm = Engine(
         model,
         tokenizer,
         batch_size=max(len(prompts), 1),
-        max_seq_length=length,
+        max_seq_length=_cache_length(args, model.config, max(map(len, prompts), default=0)),
         sampler=sampler,
         compile=args.compile,
         compile_prefill=args.compile_prefill,
         draft=draft,
-        speculate_k=args.speculate_k or (7 if args.speculate else 5),
+        speculate_k=args.speculate_k,
     )
     if llm.compile_seconds:
         print(f"Compilation time: {llm.compile_seconds:.2f} seconds", file=sys.stderr)
@@ -446,13 +424,12 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     if args.interactive:
         chat(llm, args)
     else:
-        measures = _samples(llm, prompts, args)
-        _print_measures(llm, measures, args.json, load_seconds)
+        _print_measures(llm, _samples(llm, prompts, args), args.json, load_seconds)
 
 
-def _cache_length(args: argparse.Namespace, model: Transformer, longest: int) -> int | None:
+def _cache_length(args: argparse.Namespace, config: ModelConfig, longest: int) -> int | None:
     """The cache's length: as asked for, or what the prompts and answers need, within the model's context."""
-    context = model.config.block_size
+    context = config.block_size
     if args.max_seq_length and args.max_seq_length > context:
         raise UserError(f"--max_seq_length {args.max_seq_length} exceeds the model's context of {context} tokens")
     if args.interactive:
@@ -465,26 +442,23 @@ def _cache_length(args: argparse.Namespace, model: Transformer, longest: int) ->
 
 def _samples(llm: Engine, prompts: list[list[int]], args: argparse.Namespace) -> list[Measure]:
     measures = []
-    for sample in range(args.num_samples):
-        last = sample == args.num_samples - 1
-        profiling = torch.profiler.profile() if args.profile and last else nullcontext()
+    options = {"stop_strings": args.stop, "emit": _emit if args.stream else None, "continues": not args.chat}
+    for sample in range(1, args.num_samples + 1):
         if args.stream:
-            print(llm.tokenizer.decode(prompts[0]), end="", flush=True)
-        with profiling as profiler:
-            emit = _emit if args.stream else None
-            options = {"stop_strings": tuple(args.stop), "emit": emit, "continues": not args.chat}
+            _emit(llm.tokenizer.decode(prompts[0]))
+        profiled = args.profile and sample == args.num_samples
+        with torch.profiler.profile() if profiled else nullcontext() as profiler:
             answers, measure = answer(llm, prompts, args.max_new_tokens, **options)
             llm.synchronize()
+        texts = [llm.tokenizer.decode(prompt) + reply.text for prompt, reply in zip(prompts, answers)]
         if args.stream:
-            print()
-        for row, (prompt, reply) in enumerate(zip(prompts, answers)):
-            if not args.stream or row > 0:
-                print(llm.tokenizer.decode(prompt) + reply.text)
+            texts[0] = ""  # it is there already, but for the end of its line
+        print("\n".join(texts))
         if profiler:
             profiler.export_chrome_trace(f"{args.profile}.json")
         print(
-            f"Time for inference {sample + 1}: {measure.seconds:.02f} sec total, "
-            f"{measure.new_tokens / measure.seconds:.02f} tokens/sec",
+            f"Time for inference {sample}: {measure.seconds:.02f} sec total, "
+            f"{measure.tokens_per_second:.02f} tokens/sec",
             file=sys.stderr,
         )
         measures.append(measure)
@@ -493,9 +467,9 @@ def _samples(llm: Engine, prompts: list[list[int]], args: argparse.Namespace) ->
 
 def _print_measures(llm: Engine, measures: list[Measure], as_json: bool, load_seconds: float) -> None:
     """gpt-fast's closing lines and what they leave out, from the sample of median speed."""
-    median = sorted(measures, key=lambda m: m.new_tokens / m.seconds)[len(measures) // 2]
+    median = sorted(measures, key=lambda m: m.tokens_per_second)[len(measures) // 2]
     r = report(llm, median, kernels.read_bandwidth(llm.device)) | {"load_seconds": load_seconds}
-    r["tokens_per_second_of_samples"] = rates = [m.new_tokens / m.seconds for m in measures]
+    r["tokens_per_second_of_samples"] = rates = [m.tokens_per_second for m in measures]
     total = f" ({r['decode_tokens_per_second_total']:.2f} in total)" if llm.batch_size > 1 else ""
     megabytes = (r["weight_bytes_per_step"] + r["kv_bytes_per_step"]) / 1e6
     lines = [
@@ -508,7 +482,7 @@ def _print_measures(llm: Engine, measures: list[Measure], as_json: bool, load_se
         f"{r['bandwidth_fraction']:.3f} of the {r['read_bandwidth'] / 1e9:.1f} GB/s this device reads",
     ]
     if llm.speculator:
-        r["speculation"] = llm.speculator.report(measures[-1].steps / max(measures[-1].decode_seconds, 1e-9))
+        r["speculation"] = llm.speculator.report(measures[-1].decode_rate)
         lines.append(summary(r["speculation"]))
     lines += [f"Average tokens/sec: {sum(rates) / len(rates):.2f}", f"Memory used: {r['memory_bytes'] / 1e9:.02f} GB"]
     print("\n".join(lines), file=sys.stderr)

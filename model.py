@@ -6,13 +6,13 @@ C model dim.
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import RMSNorm
 
 from attention import attend
 from errors import UserError
@@ -28,7 +28,13 @@ FAMILIES: dict[str, dict] = {
     "qwen3": {"qk_norm": True},
     "smollm3": {},
 }
-ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")
+ROPE_TYPES = {  # and the parameters that each needs in config.json
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+    "yarn": ("factor",),
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class ModelConfig:
     block_size: int = 2048  # longest context the model was trained for, in tokens
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
-    rope_scaling: tuple[tuple[str, object], ...] = ()  # config.json's rope parameters as sorted pairs; () is plain RoPE
+    rope_scaling: Mapping[str, object] = field(default_factory=dict)  # config.json's rope parameters; {} is plain RoPE
     rotary_dim: int = 0  # leading features of a head that rotate; 0 means head_dim
     qkv_bias: bool = False
     o_bias: bool = False
@@ -70,16 +76,13 @@ class ModelConfig:
                 f"config.json: num_key_value_heads {n_local_heads} does not divide {n_head} attention heads"
             )
         head_dim = config.get("head_dim") or dim // n_head
+        context = config.get("max_position_embeddings", 2048)
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        rope_type = rope.pop("type", None)  # the older spelling of rope_type
-        rope_type = _choice("rope_type", rope.setdefault("rope_type", rope_type or "default"), ROPE_TYPES)
-        base = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-        partial = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-        rope.setdefault(
-            "original_max_position_embeddings",
-            config.get("original_max_position_embeddings") or config.get("max_position_embeddings", 2048),
-        )
-        rope.setdefault("max_position_embeddings", config.get("max_position_embeddings", 2048))
+        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"  # `type` is the older spelling
+        needed = ROPE_TYPES[_choice("rope_type", rope["rope_type"], ROPE_TYPES)]
+        if missing := [key for key in needed if key not in rope]:
+            raise UserError(f"config.json: rope_type {rope['rope_type']!r} needs {', '.join(missing)}")
+        partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
         bias = bool(config.get("attention_bias", False))
         fields = {
             "qkv_bias": bias,
@@ -97,10 +100,14 @@ class ModelConfig:
             head_dim=head_dim,
             intermediate_size=config["intermediate_size"],
             vocab_size=config["vocab_size"],
-            block_size=config.get("max_position_embeddings", 2048),
+            block_size=context,
             norm_eps=config.get("rms_norm_eps", 1e-5),
-            rope_base=float(base),
-            rope_scaling=() if rope_type == "default" else tuple(sorted((k, _freeze(v)) for k, v in rope.items())),
+            rope_base=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            rope_scaling={
+                "original_max_position_embeddings": config.get("original_max_position_embeddings") or context,
+                "max_position_embeddings": context,
+                **rope,
+            },
             rotary_dim=int(head_dim * partial),
             tied=bool(config.get("tie_word_embeddings", False)),
             **fields,
@@ -111,21 +118,11 @@ class ModelConfig:
         """The blueprint of one of gpt-fast's model names, for directories that hold no config.json."""
         return cls.from_hf(BUILTIN[_choice("model name", name, BUILTIN)])
 
-    def window(self, layer: int) -> int:
-        return self.windows[layer] if self.windows else 0
-
-    def rotates(self, layer: int) -> bool:
-        return self.rope_layers[layer] if self.rope_layers else True
-
 
 def _choice(what: str, value: object, known) -> str:
     if value not in known:
         raise UserError(f"{what} {value!r} is not supported; supported: {', '.join(sorted(known))}")
     return value
-
-
-def _freeze(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _windows(config: dict, n_layer: int) -> tuple[int, ...]:
@@ -170,7 +167,7 @@ _LLAMA3 = {"kv": 8, "vocab": 128256, "context": 8192, "base": 5e5}
 _LLAMA31 = {**_LLAMA3, "context": 131072, "rope_scaling": llama3_scaling(8.0)}
 _LLAMA32 = {**_LLAMA3, "context": 131072, "rope_scaling": llama3_scaling(32.0), "tie_word_embeddings": True}
 
-# The dense models that gpt-fast lists by name, llama2.c's, Llama 3.2's and the default model, in config.json's terms.
+# The dense models that gpt-fast lists by name, llama2.c's and Llama 3.2's, in config.json's terms.
 BUILTIN: dict[str, dict] = {
     "CodeLlama-7b-Python-hf": _llama(4096, 32, 32, 11008, context=16384, base=1e6),
     "7B": _llama(4096, 32, 32, 11008),
@@ -192,18 +189,6 @@ BUILTIN: dict[str, dict] = {
 }
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last dimension (arXiv 1910.07467), computed in fp32."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
 def _alike(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Let torch.compile compile a method for the first layer and reuse it for the others, when decoding a token a row
     (these regions do not take the dynamic lengths of a prefill)."""
@@ -223,8 +208,9 @@ class Attention(nn.Module):
         super().__init__()
         H, Hkv = map(len, tp.heads(config.n_head, config.n_local_heads))
         D = config.head_dim
-        self.tp, self.n_head, self.head_dim, self.eps = tp, H, D, config.norm_eps
-        self.window, self.rotates = config.window(layer), config.rotates(layer)
+        self.tp, self.n_head, self.eps = tp, H, config.norm_eps
+        self.window = config.windows[layer] if config.windows else 0
+        self.rotates = not config.rope_layers or config.rope_layers[layer]
         self.wqkv = Linear(config.dim, (H + 2 * Hkv) * D, bias=config.qkv_bias)
         self.wo = Linear(H * D, config.dim, bias=config.o_bias)
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
@@ -300,6 +286,7 @@ class Transformer(nn.Module):
         self.output = Linear(config.dim, rows)
         if config.tied:
             self.output.weight = self.tok_embeddings.weight
+        self.requires_grad_(False)
 
     def hidden(self, tokens: Tensor, input_pos: Tensor, cache: "KVCache", *, context: int = 0) -> Tensor:
         """What the output layer reads of new tokens (before the last norm), whose keys and values enter the cache.
@@ -349,7 +336,7 @@ class KVCache:
         self, config: ModelConfig, batch_size: int, length: int, *, dtype: torch.dtype, device, shards: int = 1
     ):
         shape = (batch_size, max(1, config.n_local_heads // shards), length, config.head_dim)
-        self.batch_size, self.length = batch_size, length
+        self.length = length
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.rope = rope_table(config, length).to(device)
@@ -369,7 +356,7 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
     dim = config.rotary_dim or config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
     freqs, magnitude = config.rope_base**-exponents, 1.0
-    scaling = dict(config.rope_scaling)
+    scaling = config.rope_scaling
     kind = scaling.get("rope_type", "default")
     if kind == "linear":
         freqs = freqs / scaling["factor"]
@@ -389,7 +376,7 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
     return (torch.stack((angles.cos(), angles.sin()), -1) * magnitude).float()
 
 
-def _llama3_frequencies(freqs: Tensor, scaling: dict) -> Tensor:
+def _llama3_frequencies(freqs: Tensor, scaling: Mapping) -> Tensor:
     """Long wavelengths are slowed by `factor`, short ones kept, those between interpolated."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)  # rotations over the original context
@@ -397,7 +384,7 @@ def _llama3_frequencies(freqs: Tensor, scaling: dict) -> Tensor:
     return freqs * (smooth + (1 - smooth) / scaling["factor"])
 
 
-def _yarn(freqs: Tensor, base: float, dim: int, scaling: dict) -> tuple[Tensor, float]:
+def _yarn(freqs: Tensor, base: float, dim: int, scaling: Mapping) -> tuple[Tensor, float]:
     """YaRN's frequencies and the factor on cos and sin that stands for its attention temperature."""
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
 

@@ -62,7 +62,8 @@ class DraftModel:
         vocab, own = llm.model.config.vocab_size, model.config.vocab_size
         if own != vocab:
             raise UserError(f"the draft's vocabulary has {own} tokens, the target's {vocab}; they must be the same")
-        size, target = (sum(t.nbytes for t in m.parameters()) / 1e6 for m in (model, llm.model))
+        # Of all ranks together: a draft may be whole on each of them.
+        size, target = (sum(t.nbytes for t in m.parameters()) * m.tp.world / 1e6 for m in (model, llm.model))
         if size > target:
             raise UserError(f"the draft's weights are {size:.1f} MB; it must not exceed the target's {target:.1f} MB")
         self.llm, self.model = llm, model
@@ -168,9 +169,13 @@ class Speculator:
             self.forward = torch.compile(self.forward, fullgraph=True, dynamic=self.k == "auto")
             if self.model:
                 self.draft.step = torch.compile(self.draft.step, fullgraph=True, dynamic=False)
-        self.llm.pos.fill_(1)  # a draft looks back by one
+        self.llm.pos.fill_(1)  # a draft looks back by one,
+        self.limit.fill_(1)  # and so no row may leave this place
         self.rounds = {k: self.capture(round) for k, round in self.rounds.items()}
-        self._time_rounds()
+        for round in self.rounds.values():
+            round()  # now torch.compile does its work
+        if self.k == "auto":
+            self._time_rounds()
 
     def _time_rounds(self) -> None:
         self.seconds = {k: self.time(round) for k, round in self.rounds.items()}

@@ -37,6 +37,10 @@ BLOCK = 256  # words a program of the exchange kernel
 ARRIVAL = timedelta(minutes=5)  # how long a rank waits for the others to start,
 SILENCE = timedelta(seconds=20)  # for a sign of life from them,
 PATIENCE = timedelta(days=7)  # and for what they send, which may be what a user has yet to type
+ENDING = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "error: ended by SIGTERM, which torchrun sends when another rank has stopped",
+}
 
 
 @dataclass(frozen=True)
@@ -142,12 +146,11 @@ def session() -> Iterator[TensorParallel]:
         return
     for name, value in (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")):
         os.environ.setdefault(name, value)  # NVLink multicast is not needed, and not everywhere safe
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # before any thread starts
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # before any thread starts
     try:
         store, rank, world = next(rendezvous("env://"))
         end = functools.partial(_end, rank, store.clone())
-        # A thread waits for Ctrl-C, since the main one may be waiting in C.
-        threading.Thread(target=lambda: end("interrupted", 128 + signal.sigwait({signal.SIGINT})), daemon=True).start()
+        threading.Thread(target=_listen, args=(end,), daemon=True).start()
         store.set(f"rank {rank}", "here")
         store.wait([f"rank {other}" for other in range(world)], ARRIVAL)
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=PATIENCE)
@@ -176,6 +179,12 @@ def session() -> Iterator[TensorParallel]:
         watch.join()
         gc.collect()  # NCCL ends only after the CUDA graphs that hold its calls
         dist.destroy_process_group()
+
+
+def _listen(end: Callable[[str, int], None]) -> None:
+    """Wait for a signal that ends this process: the main thread, which may be waiting in C, would not hear it."""
+    number = signal.sigwait(ENDING)
+    end(ENDING[number], 128 + number)
 
 
 def _watch(group: dist.ProcessGroup, done: threading.Event, end: Callable[[str, int], None]) -> None:

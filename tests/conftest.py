@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -67,3 +69,26 @@ def cli() -> Callable[..., Result]:
         return Result(process.returncode, process.stdout, process.stderr)
 
     return run
+
+
+def assert_one_line(result: Result, words: str) -> None:
+    """A command ended by a user error: status 2, nothing on stdout, a last line that this regular expression finds."""
+    assert result.status == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert "error: " in last
+    assert re.search(words, last), last
+    assert result.stdout == ""
+
+
+@pytest.fixture
+def refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., None]:
+    """Runs a script as a program but in this process, for speed, and checks that it ends with a user error."""
+
+    def check(script: str, *args: object, words: str) -> None:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(REPO / script), run_name="__main__")
+        assert_one_line(Result(end.value.code, *capsys.readouterr()), words)
+
+    return check

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, assert_one_line
 from tiny import write_checkpoint
 
 
@@ -74,19 +74,14 @@ def test_interactive_chat(cli, tiny):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-def test_ctrl_c_ends_an_answer_not_the_chat(tiny):
-    command = [sys.executable, REPO / "generate.py", *run_args(tiny), "--interactive", "--max_new_tokens", "100000"]
-    command += ["--temperature", "0"]
-    # An answer long enough to be interrupted: nothing stops it but the signal.
-    directory = tiny.parent / "endless"
-    shutil.copytree(tiny, directory, dirs_exist_ok=True)
-    config = json.loads((directory / "config.json").read_text()) | {"max_position_embeddings": 60000}
-    (directory / "config.json").write_text(json.dumps(config))
-    command[command.index(tiny / "model.pth")] = directory / "model.pth"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def test_ctrl_c_ends_an_answer_not_the_chat(tiny, tmp_path):
+    directory = shutil.copytree(tiny, tmp_path / "endless")
+    edit_json(directory / "config.json", max_position_embeddings=60000)  # so that only the signal ends the answer
+    flags = ["--interactive", "--max_new_tokens", "100000", "--max_seq_length", "50000", "--temperature", "0"]
     process = subprocess.Popen(
-        [*map(str, command), "--max_seq_length", "50000"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+        [sys.executable, REPO / "generate.py", *run_args(directory), *flags],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     process.stdin.write("Tell me everything\n")
     process.stdin.flush()
@@ -135,8 +130,8 @@ FLAGS = {
     "no new tokens": (["--max_new_tokens", "0"], r"'0' is not a positive integer"),
     "no samples": (["--num_samples", "-1"], r"num_samples"),
     "empty batch": (["--batch_size", "0"], r"'0' is not a positive integer"),
-    "empty prompt": (["--prompt", ""], r"prompt is empty"),
-    "synthetic prompt of nothing": (["--prompt", "0"], r"empty prompt"),
+    "empty prompt": (["--prompt", ""], r"--prompt .. is an empty prompt"),
+    "synthetic prompt of nothing": (["--prompt", "0"], r"--prompt 0 is an empty prompt"),
     "empty stop string": (["--stop", ""], r"--stop is empty"),
     "prompt longer than the cache": (["--prompt", "30", "--max_seq_length", "20"], r"has 30 tokens.*20 tokens"),
     "prompt longer than the context": (["--prompt", "999"], r"has 999 tokens.*256 tokens"),
@@ -172,26 +167,16 @@ DAMAGES = {
 }
 
 
-def assert_one_line(result, words):
-    assert result.status == 2, result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in result.stderr
-    assert "error: " in last
-    import re
-
-    assert re.search(words, last), last
-
-
 @pytest.mark.parametrize("case", FLAGS)
-def test_bad_flags(cli, tiny, case):
+def test_bad_flags(refuses, tiny, case):
     flags, words = FLAGS[case]
-    assert_one_line(cli("generate.py", *run_args(tiny), *flags), words)
+    refuses("generate.py", *run_args(tiny), *flags, words=words)
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_damaged_checkpoints(cli, tiny, tmp_path, case):
+def test_damaged_checkpoints(refuses, tiny, tmp_path, case):
     change, words = DAMAGES[case]
-    assert_one_line(cli("generate.py", *damaged(tiny, tmp_path, change)), words)
+    refuses("generate.py", *damaged(tiny, tmp_path, change), words=words)
 
 
 def test_chat_without_a_template(cli, tiny, tmp_path):
@@ -200,8 +185,7 @@ def test_chat_without_a_template(cli, tiny, tmp_path):
         text = (directory / "tokenizer.json").read_text().replace("<|im_start|>", "<|other|>")
         (directory / "tokenizer.json").write_text(text)
 
-    flags = damaged(tiny, tmp_path, forget_chat)
-    assert_one_line(cli("generate.py", *flags, "--chat"), r"has no chat template")
+    assert_one_line(cli("generate.py", *damaged(tiny, tmp_path, forget_chat), "--chat"), r"has no chat template")
 
 
 @pytest.mark.parametrize(
@@ -215,18 +199,10 @@ def test_chat_without_a_template(cli, tiny, tmp_path):
         ({"consolidated.00.pth": b"junk"}, r"cannot read .*params\.json"),
     ],
 )
-def test_bad_conversions(cli, tmp_path, files, words):
+def test_bad_conversions(refuses, tmp_path, files, words):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | _SIZES))
-    assert_one_line(cli("scripts/convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path), words)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 97} | sizes))
+    refuses("scripts/convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path, words=words)
     assert not list(tmp_path.glob("model.pth*"))
-
-
-_SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "vocab_size": 97,
-}

@@ -2,19 +2,22 @@
 compilation counts, and the real model's golden tokens."""
 
 import json
-from pathlib import Path
+import sys
+from collections import Counter
 
 import pytest
 import torch
-from tiny import write_checkpoint
+from chance import chi_square, filtered
+from conftest import REPO, SMOLLM2
+from tiny import never, write_checkpoint
 
 import engine
 from errors import UserError
-from generate import Engine, answer, generate, load
+from generate import Engine, answer, generate, load, peak_memory
 from sampling import Sampler
 
 GREEDY = Sampler(temperature=0.0)
-ORACLE = json.loads((Path(__file__).parent / "data/smollm2_135m_instruct.json").read_text())
+ORACLE = json.loads((REPO / "tests/data/smollm2_135m_instruct.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +28,6 @@ def tiny(tmp_path_factory):
 
 def tiny_engine(tiny, **options):
     return load(tiny[0] / "model.pth", device="cpu", precision="fp32", **{"sampler": GREEDY, **options})
-
-
-def never(row, token):
-    return False
 
 
 def reference_greedy(model, prompt, n):
@@ -141,22 +140,6 @@ def test_seed_repeats_a_run(tiny):
     assert runs[0] == runs[1] != runs[2]
 
 
-def filtered(logits, sampler):
-    """Probabilities by the definitions of the filters, one at a time, in float64."""
-    probs = torch.softmax(logits.double() / sampler.temperature, -1)
-    if sampler.top_k:
-        probs[torch.argsort(-logits)[sampler.top_k :]] = 0
-        probs /= probs.sum()
-    if sampler.top_p:
-        order = torch.argsort(-probs)
-        before = probs[order].cumsum(0) - probs[order]
-        probs[order[before >= sampler.top_p]] = 0
-        probs /= probs.sum()
-    if sampler.min_p:
-        probs[probs < sampler.min_p * probs.max()] = 0
-    return probs / probs.sum()
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -173,15 +156,8 @@ def test_sampling_follows_the_distribution(options):
     logits = torch.randn(40) * 2
     n = 20000
     history, pos = torch.zeros(n, 4, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
-    drawn = (
-        sampler(logits.expand(n, -1).contiguous(), history, pos, torch.tensor([7, 0])).bincount(minlength=40).double()
-    )
-    expected = filtered(logits, sampler) * n
-    assert drawn[expected == 0].sum() == 0
-    big = expected > 5
-    chi2 = ((drawn - expected)[big] ** 2 / expected[big]).sum().item()
-    degrees = int(big.sum()) - 1
-    assert chi2 < degrees + 5 * (2 * degrees) ** 0.5  # five standard deviations
+    drawn = Counter(sampler(logits.expand(n, -1).contiguous(), history, pos, torch.tensor([7, 0])).tolist())
+    assert chi_square(drawn, dict(enumerate(filtered(logits, sampler).tolist()))) < 5
 
 
 def test_repetition_penalty():
@@ -191,9 +167,7 @@ def test_repetition_penalty():
     assert sampler(logits, history, torch.tensor([1]), rng).item() == 2
     assert sampler(logits, history, torch.tensor([2]), rng).item() == 0
     both = torch.tensor([[-0.5, -0.1, -3.0, -0.3]])
-    assert (
-        sampler(both, history, torch.tensor([1]), rng).item() == 1
-    )  # -0.1 becomes -0.2: a penalty lowers negative ones
+    assert sampler(both, history, torch.tensor([1]), rng).item() == 1  # -0.1 becomes -0.2: negative ones fall, too
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": -2}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 2}])
@@ -226,13 +200,23 @@ def test_answers_stop_at_strings_and_stream_whole_characters(tiny):
     assert cut.text == whole.text[: whole.text.index(stop)]
 
 
+def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch):
+    linux = peak_memory()
+    assert linux > 50e6  # PyTorch alone takes more
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert 1024 * peak_memory() == pytest.approx(linux, rel=0.2)  # where the system counts bytes, not kilobytes
+
+
+def test_engine_without_a_tokenizer(tiny):
+    llm = Engine(tiny_engine(tiny).model, sampler=GREEDY, max_seq_length=32)
+    assert list(generate(llm, [5, 6], 4)) == reference_greedy(tiny[1], [5, 6], 4)
+
+
 # --- the real model ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def smollm2(request):
-    from conftest import SMOLLM2
-
     return load(SMOLLM2 / "model.pth", device=request.param, precision="fp32", sampler=GREEDY, max_seq_length=1088)
 
 
@@ -274,8 +258,3 @@ def test_compiled_golden_tokens(smollm2_dir):
         smollm2_dir / "model.pth", device="cpu", precision="fp32", sampler=GREEDY, max_seq_length=160, compile=True
     )
     assert list(generate(llm, case["prompt_ids"], 60, is_stop=never))[:55] == case["greedy_ids"][:55]
-
-
-def test_engine_without_a_tokenizer(tiny):
-    llm = Engine(tiny_engine(tiny).model, sampler=GREEDY, max_seq_length=32)
-    assert list(generate(llm, [5, 6], 4)) == reference_greedy(tiny[1], [5, 6], 4)

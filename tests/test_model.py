@@ -1,8 +1,6 @@
 """Logits of every supported architecture equal transformers' on tiny random models, through the whole path:
 save_pretrained -> convert -> load -> prefill and step-by-step decode."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
@@ -12,7 +10,6 @@ from checkpoint import load_model
 from errors import UserError
 from model import BUILTIN, KVCache, ModelConfig, rope_table
 
-REPO = Path(__file__).resolve().parent.parent
 TINY = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -159,6 +156,8 @@ def test_builtin_names():
         ({"model_type": None}, r"model_type None"),
         ({"hidden_act": "relu"}, r"hidden_act 'relu'"),
         ({"rope_scaling": {"type": "su"}}, r"rope_type 'su' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"rope_type 'llama3' needs low_freq_factor, high"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, r"rope_type 'yarn' needs factor"),
         ({"hidden_size": "big"}, r"hidden_size is 'big'"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads 3 does not divide 4"),
     ],

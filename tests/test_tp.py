@@ -103,6 +103,12 @@ def test_world_sizes_that_work_are_named():
     assert TensorParallel(5, 6).heads(12, 2) == (range(10, 12), range(1, 2))  # three ranks share a head
 
 
+def test_a_draft_that_every_rank_holds_whole_is_compared_with_the_whole_target():
+    config = tiny_config(2)
+    target, draft = Transformer(config, TensorParallel(0, 2)), Transformer(config)
+    assert Engine(target, max_seq_length=8, draft=draft).speculator.draft.model is draft
+
+
 @pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("mode", ["sum fp32", "sum fp16", "gather", "embed"])
@@ -142,6 +148,12 @@ def start(*command):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def torchrun(*args, ranks):
     return start("-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *args)
 
@@ -166,10 +178,7 @@ def test_ranks_compute_what_one_process_computes(world, tmp_path):
 
 def _launch(directory: Path, world: int) -> None:
     """torchrun's part, by forking: the ranks need not import PyTorch each for itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     ranks = []
     for rank in range(world):
         if (pid := os.fork()) == 0:
@@ -201,6 +210,10 @@ def _rank(directory: Path) -> None:
         _compare(directory / "0.pth", plain, torch.float32, "int4:64", tp)  # quantised on the way
         _same_tokens(directory / "0.pth", plain, tp)
         print("all equal")
+
+
+def never(row, token):
+    return False
 
 
 def place(tp):
@@ -239,13 +252,13 @@ def _same_tokens(path, config, tp):
             model = load_model(path, config=config, dtype=torch.float32, device=place(tp), tp=ranks)
             llm = Engine(model, batch_size=3, max_seq_length=40, sampler=sampler)
             llm.seed(3)
-            texts.append(list(generate(llm, prompts, 20, is_stop=lambda row, token: False)))
+            texts.append(list(generate(llm, prompts, 20, is_stop=never)))
         if sampler.temperature == 0:  # guesses must not change greedy text
             options = {"config": config, "dtype": torch.float32, "device": place(tp)}
             whole = load_model(path, quantize="int8", **options)  # each rank runs all of this draft
             for draft in (model, whole, "prompt_lookup"):
                 llm = Engine(model, batch_size=3, max_seq_length=40, sampler=sampler, draft=draft, speculate_k=3)
-                assert texts[0] == list(generate(llm, prompts, 20, is_stop=lambda row, token: False)), draft
+                assert texts[0] == list(generate(llm, prompts, 20, is_stop=never)), draft
         assert texts[0] == texts[1], f"rank {tp.rank}, {sampler}: {texts}"
     if place(tp) != "cpu":  # the kernels' path, in a CUDA graph and not
         model = load_model(path, config=config, device=place(tp), tp=tp)
@@ -253,7 +266,7 @@ def _same_tokens(path, config, tp):
         for compiled in (False, True):
             llm = Engine(model, batch_size=3, max_seq_length=40, compile=compiled)
             llm.seed(3)
-            texts.append(list(generate(llm, prompts, 30, is_stop=lambda row, token: False)))
+            texts.append(list(generate(llm, prompts, 30, is_stop=never)))
         assert texts[0] == texts[1], f"rank {tp.rank}: {texts}"
     every = [None] * tp.world
     torch.distributed.all_gather_object(every, texts)
@@ -279,13 +292,14 @@ def test_two_machines_then_one_with_a_damaged_file(tmp_path):
     prompt = llm.tokenizer.encode("abc")
     expected = llm.tokenizer.decode(prompt + list(generate(llm, prompt, 12))) + "\n"
 
-    def nodes(port, paths):
+    def nodes(paths):
         """Two agents, as on two machines: the same command but for the checkpoint's place."""
-        where = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
+        where = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+        where.append("--local_addr=127.0.0.1")
         running = [torchrun(*where, *generate_py(p, *args), ranks=1) for p in paths]
         return [finish(process) for process in running]
 
-    results = nodes(29617, [path, path])
+    results = nodes([path, path])
     assert [status for status, _, _ in results] == [0, 0], results
     assert sorted(out for _, out, _ in results) == ["", expected]  # one of them holds rank 0
 
@@ -293,7 +307,7 @@ def test_two_machines_then_one_with_a_damaged_file(tmp_path):
     write_tiny_checkpoint(damaged.parent)
     damaged.write_bytes(path.read_bytes()[:5000])
     begin = time.monotonic()
-    results = nodes(29618, [path, damaged])
+    results = nodes([path, damaged])
     assert time.monotonic() - begin < 60
     assert all(status != 0 for status, _, _ in results)
     assert f"error: {damaged} is truncated or not a file of weights" in results[1][2]
@@ -337,6 +351,7 @@ def test_all_ranks_end_together(how, tmp_path):
     assert status != 0
     words = {"killed rank": r"rank +: 1 .*\n.*SIGKILL", "Ctrl-C": "interrupted"}  # torchrun's, and our own
     assert re.search(words[how], err), err
+    assert how == "Ctrl-C" or re.search("error: .*another rank has stopped", err), err  # says the rank that was left
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
