@@ -143,7 +143,6 @@ class LanguageModel(TemplateLM or object):
         if len(contexts) < len(rows):
             source = torch.tensor([contexts[context] for context, _ in rows], device=self._device)
             cache.k, cache.v = [k[source] for k in cache.k], [v[source] for v in cache.v]
-            cache.batch_size = len(rows)
         targets, logprobs, greedy = self._padded([target for _, target in rows]), [], []
         inputs, start = [(context[-1], *target[:-1]) for context, target in rows], [len(c) - 1 for c, _ in rows]
         size = max(1, MAX_LOGITS // (len(rows) * self.model.config.vocab_size))

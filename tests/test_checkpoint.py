@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import REPO
 from convert_hf_checkpoint import convert
 from safetensors.torch import load_file, save_file
-from test_model import REPO, build
+from test_model import build
 
 import checkpoint
 from checkpoint import load_model, new_state_dict, read_config, torch_load
