@@ -481,31 +481,38 @@ def _out_features(weight: Tensor) -> int:
     return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
 
 
-# R, C, W and registers of the linear kernel, see there, for weights whose programs of 16 rows fill the multiprocessors
-# once, twice, three times, or more often. Registers are a bound that ptxas would undercut, at the price of delaying
-# loads until their values are needed. The pick of about 20 each on an H200, for the shapes of Llama 7B, 8B and 1B.
+# R, C, W and registers of the linear kernel, see there. Registers are a bound that ptxas would undercut, at the price
+# of delaying loads until their values are needed. The pick of about 20 each on an H200, for the shapes of Llama 7B, 8B
+# and 1B, with one row of x and with 8. By the kind of weight and whether x has more rows than one; where programs of 16
+# rows of the weight fill the multiprocessors once, twice, three times, or more often:
 CONFIGURATIONS = {
-    "fp": ((2, 4, 16, 128), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128)),
-    "int8": ((2, 2, 16, 96), (2, 2, 8, 128), (2, 2, 8, 80), (2, 2, 4, 128)),
-    "int4": ((2, 1, 16, 128), (2, 2, 8, 128), (2, 1, 8, 80), (2, 2, 4, 128)),
+    ("fp", False): ((2, 4, 16, 128), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128)),
+    ("int8", False): ((2, 2, 16, 96), (2, 2, 8, 128), (2, 2, 8, 80), (2, 2, 4, 128)),
+    ("int4", False): ((2, 1, 16, 128), (2, 2, 8, 128), (2, 1, 8, 80), (2, 2, 4, 128)),
+    ("fp", True): ((2, 4, 8, 128), (2, 4, 8, 128), (2, 4, 4, 168), (2, 4, 4, 168)),
+    ("int8", True): ((2, 2, 8, 128), (2, 2, 8, 128), (2, 4, 4, 168), (2, 2, 4, 128)),
+    ("int4", True): ((2, 1, 8, 128), (2, 1, 8, 128), (2, 2, 4, 168), (2, 1, 4, 128)),
 }
-OUTPUT = {"fp": (4, 2, 4, 128), "int8": (4, 2, 4, 128), "int4": (4, 2, 4, 128)}  # 32000 rows or more
-TUNED = {  # by rows of the weight
-    "fp": {5504: (2, 4, 4, 168), 11008: (2, 4, 4, 168), 12288: (2, 2, 4, 96)},
-    "int8": {5504: (2, 4, 4, 168), 11008: (4, 2, 4, 168), 12288: (4, 2, 4, 168)},
-    "int4": {5504: (2, 2, 4, 128), 11008: (4, 1, 4, 168), 12288: (4, 2, 4, 168)},
+TUNED = {  # weights of so many rows
+    ("fp", False): {5504: (2, 4, 4, 168), 11008: (2, 4, 4, 168), 12288: (2, 2, 4, 96)},
+    ("int8", False): {5504: (2, 4, 4, 168), 11008: (4, 2, 4, 168), 12288: (4, 2, 4, 168)},
+    ("int4", False): {5504: (2, 2, 4, 128), 11008: (4, 1, 4, 168), 12288: (4, 2, 4, 168)},
+    ("fp", True): {11008: (4, 2, 4, 168), 12288: (4, 2, 4, 168)},
+    ("int8", True): {11008: (4, 2, 4, 168), 12288: (4, 2, 4, 168)},
+    ("int4", True): {11008: (4, 1, 4, 168), 12288: (4, 1, 4, 168)},
 }
 
 
 def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[int, int, int, bool, int]:
     """R, C, W, DEEP and registers of the linear kernel for a weight (N, K) and M rows, on so many multiprocessors."""
     kind = "int8" if kind == "fp8" else kind
-    by_fill = CONFIGURATIONS[kind][min((-(-N // 16) - 1) // processors, 3)]
-    R, C, W, registers = OUTPUT[kind] if N >= 32000 else TUNED[kind].get(N, by_fill)
-    deep = N < 32000 or kind == "fp" or (kind == "int8" and M == 1)
-    if kind == "int4" and M > 1:
-        C = 1  # a product for each group takes the registers
-    bits = {"fp": 16, "int4": 4}.get(kind, 8)
+    bits, more = {"fp": 16, "int8": 8, "int4": 4}[kind], M > 1
+    if N >= 32000:  # an output layer
+        R, C, W, registers = 4, 1 if kind == "int4" and more else 2, 4, 128
+        deep = kind == "fp" or (kind == "int8" and not more)
+    else:
+        by_fill = CONFIGURATIONS[kind, more][min((-(-N // 16) - 1) // processors, 3)]
+        (R, C, W, registers), deep = TUNED[kind, more].get(N, by_fill), True
     while W * C * 512 // bits > max(K, 256) and W * C > 1:  # no more of K in a step than there is
         W, C = (W, C // 2) if C > 1 else (W // 2, C)
     return R, C, W, deep, registers

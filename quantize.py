@@ -4,6 +4,7 @@ int8, fp8 and int4 stream tensor by tensor from the mapped source to the mapped 
 """
 
 import argparse
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from checkpoint import load_model, new_state_dict, quantized, torch_load
 from errors import UserError, run_cli
 from eval import load_tasks, read_text
-from generate import DEFAULT_CHECKPOINT, pick_device, positive
+from generate import DEFAULT_CHECKPOINT, peak_memory, pick_device, positive
 from gptq import Hessian, gptq
 from linear import GROUPS, Int4Linear, Linear, quantizer
 from model import KVCache, ModelConfig, RMSNorm, Transformer, TransformerBlock
@@ -227,7 +228,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    start, args = time.perf_counter(), parse_args(argv)
     if args.calibration_seq_length < SHORTEST:
         raise UserError(f"--calibration_seq_length {args.calibration_seq_length} is too short; at least {SHORTEST}")
     if not 0 <= args.percdamp < 1:
@@ -253,7 +254,11 @@ def main(argv: list[str] | None = None) -> None:
         if padded := [K for K in widths if K % args.groupsize]:
             sizes = ", ".join(f"{K} to {K + -K % args.groupsize}" for K in sorted(set(padded)))
             print(f"padded {len(padded)} of {len(widths)} layers, whose inputs the group does not divide: {sizes}")
+    memory = f"{peak_memory() / 1e9:.1f} GB of memory at most, what it read of the mapped source included"
+    if device.type == "cuda":
+        memory += f", and {torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the GPU's"
     print(f"wrote {target} ({target.stat().st_size / 1e9:.3f} GB)")
+    print(f"in {time.perf_counter() - start:.0f} s, with {memory}")
 
 
 if __name__ == "__main__":

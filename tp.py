@@ -153,7 +153,9 @@ def session() -> Iterator[TensorParallel]:
         threading.Thread(target=_listen, args=(end,), daemon=True).start()
         store.set(f"rank {rank}", "here")
         store.wait([f"rank {other}" for other in range(world)], ARRIVAL)
-        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        # Left to itself, PyTorch takes NCCL alone where there is a GPU; `share` is for what the host holds.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
         done, group = threading.Event(), dist.new_group(backend="gloo", timeout=SILENCE)
     except dist.DistError as error:
         raise UserError(f"cannot reach the other ranks: {str(error).splitlines()[0]}") from None

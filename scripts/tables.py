@@ -33,7 +33,30 @@ def speed(result: dict) -> str:
             f"({low:.1f}-{high:.1f}) | {row['gigabytes_per_second']:.0f} | **{row['fraction']:.3f}** | {steps} | "
             f"{row['memory_gigabytes']:.1f} |"
         )
+    first = result["first_token"]
+    warm = " to ".join(map(str, first["warm caches"]))
+    lines += ["", f"From the start of `generate.py --compile` to the first token of a 7B in bf16: {warm} s,"]
+    lines += [f"and {first['cold caches']} s before the kernels have been compiled once."]
     return "\n".join(lines)
+
+
+def quant_7b(result: dict) -> str:
+    cells = [f"{kind} {row['seconds']:.0f} s" for kind, row in result["quantize_7B"].items()]
+    return f"A 7B-shaped model, `--device cuda` on one {result['device']}: {', '.join(cells)}."
+
+
+def tensor_parallel(result: dict) -> str:
+    gpus = result["gpus"]
+    lines = [f"{about(result)}; a GPU reads {result['read_bandwidth'] / 1e9:.0f} GB/s.", ""]
+    lines += ["| model | weights | " + " | ".join(f"{n} GPU, tok/s (min-max)" for n in gpus) + " | gain |"]
+    lines += ["|---|---|" + "---|" * len(gpus) + "---|"]
+    for rows in zip(*(found["rows"] for found in gpus.values())):
+        rates = [f"{r['tokens_per_second']:.1f} ({r['spread'][0]:.1f}-{r['spread'][1]:.1f})" for r in rows]
+        gain = rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"]
+        lines.append(f"| {rows[0]['model']} | {rows[0]['mode']} | {' | '.join(rates)} | **{gain:.2f}** |")
+    times = gpus[max(gpus)]["all_reduce_us"]["8192 bytes"]
+    ways = ", ".join(f"{way} {us:.1f}" for way, us in times.items())
+    return "\n".join([*lines, "", f"An all-reduce of 8 KB inside a CUDA graph, microseconds: {ways}."])
 
 
 # llama.cpp's tg128 on the same kind of machine (2 vCPU EPYC with AVX2), tok/s with 1 / 2 threads.
@@ -88,21 +111,30 @@ def speculate(result: dict) -> str:
             lines.append(
                 f"| {name} | {row['plain_ms']:.2f} | {row['verify_over_plain']:.2f} | {row['overhead_ms']:.2f} |"
             )
+    big = {name: row for name, row in result["big"].items() if name.startswith("k ")}
+    gains = ", ".join(f"{row['speedup']:.2f} with {name}" for name, row in big.items())
+    plain = next(iter(big.values()))["plain_tokens_per_second"]
+    lines += [
+        "",
+        "A 70B int4 target with a 7B int4 draft there (random weights; each guess is made to hold with chance 0.75",
+    ]
+    lines += [f"once the one before held): {gains}, of the {plain:.1f} tok/s of plain decoding."]
     return "\n".join(lines)
 
 
-def speculate_cpu(results: dict) -> str:
-    sections = [results[name]["speed"] for name in ("speculate_cpu", "speculate_cpu_bf16")]
-    lines = [f"SmolLM2-135M on a CPU, {sections[0]['about']['threads']} threads, greedy:", ""]
-    lines += ["| draft @ k, task | arithmetic | speed-up | tokens a round | plain step / draft / verify, ms |"]
+def real_text(results: dict) -> str:
+    lines = ["SmolLM2-135M, greedy, on a CPU with 2 threads and on the H200:", ""]
+    lines += ["| draft @ k, task | where | speed-up | tokens a round | plain step / draft / verify, ms |"]
     lines += ["|---|---|---|---|---|"]
-    for section in sections:
+    for section in (result["speed"] for result in results.values()):
+        cpu = section["about"]["device"] == "CPU"
+        where = f"{'CPU' if cpu else 'H200'}, {section['about']['precision']}"
         for name, row in section.items():
             if isinstance(row, dict) and "report" in row:
-                r, precision = row["report"], section["about"]["precision"]
-                parts = " / ".join(f"{r[part]:.0f}" for part in ("plain_ms", "draft_ms", "verify_ms"))
+                r = row["report"]
+                parts = " / ".join(f"{r[part]:.{0 if cpu else 2}f}" for part in ("plain_ms", "draft_ms", "verify_ms"))
                 speedup, tokens = f"**{row['speedup']:.2f}**", f"{r['tokens_per_round']:.2f}"
-                lines.append(f"| {name} | {precision} | {speedup} | {tokens} | {parts} |")
+                lines.append(f"| {name} | {where} | {speedup} | {tokens} | {parts} |")
     return "\n".join(lines)
 
 
@@ -110,7 +142,9 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[dict], str]]] = {
     "speed": (("h200",), lambda results: speed(results["h200"])),
     "quant": (("quant_smollm2",), lambda results: quant(results["quant_smollm2"])),
     "speculate": (("speculate_h200",), lambda results: speculate(results["speculate_h200"])),
-    "speculate_cpu": (("speculate_cpu", "speculate_cpu_bf16"), speculate_cpu),
+    "real_text": (("speculate_cpu", "speculate_cpu_bf16", "speculate_h200"), real_text),
+    "quant_7b": (("h200",), lambda results: quant_7b(results["h200"])),
+    "tensor_parallel": (("tp_h200",), lambda results: tensor_parallel(results["tp_h200"])),
     "cpu": (("cpu_bf16_1", "cpu_bf16_2", "cpu_fp32_1", "cpu_fp32_2"), cpu),
 }
 
