@@ -14,8 +14,8 @@ portable int4 of disk, with its packed scales.
 How the kernel works: at 1 to 16 rows it is a stream of weights, so everything serves keeping DRAM busy. A
 program owns a few rows of W and all of K, split among its warps. Each lane loads 16 bytes of one row of W, and the K
 axis of both operands is permuted (a sum does not care) so that these bytes already are a tensor-core fragment: no
-shared memory, no shuffle between a load and its `mma`. W is the 16-row operand and x the 8-column one: 8 rows cost
-what 1 row costs.
+shared memory, no shuffle between a load and its `mma`. W is the 16-row operand and x the 8-column one, so that 8 rows
+of x read no more weights than 1; one row alone spreads K over the 8 columns, for the fewest instructions.
 
 Kernels start by programmatic dependent launch: the next one comes up early, and may read weights, but nothing that
 another kernel writes, before it waits for the previous one. Weights must not come from the kernel launched just before.
