@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernels
 from errors import UserError
-from model import KVCache, Transformer
+from model import Transformer
 from sampling import Sampler
 from speculate import MAX_K, Speculator
 from tokenizer import Tokenizer
@@ -40,13 +40,10 @@ class Engine:
         speculate_k: int | str = 5,
     ):
         """draft: a model that guesses speculate_k tokens a round, or "prompt_lookup"; see speculate.py."""
-        weight = model.norm.weight
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler or Sampler()
-        self.device, self.batch_size = weight.device, batch_size
+        self.device, self.batch_size = model.norm.weight.device, batch_size
         length = max_seq_length or min(model.config.block_size, MAX_DEFAULT_CONTEXT)
-        self.cache = KVCache(
-            model.config, batch_size, length, dtype=weight.dtype, device=self.device, shards=model.tp.world
-        )
+        self.cache = model.cache(batch_size, length)
         self.pos = torch.zeros(batch_size, dtype=torch.int64, device=self.device)  # position of the token to feed
         # Tokens by position; a full cache still has one to come, and guesses may lie behind it.
         self.history = torch.zeros(batch_size, length + 1 + MAX_K, dtype=torch.int64, device=self.device)

@@ -65,7 +65,7 @@ class LanguageModel(TemplateLM or object):
         self.model, self.text_tokenizer = model, tokenizer  # lm-eval takes `tokenizer` for one of transformers'
         self.batch_size, self.compile = batch_size, compile
         self.max_length = max_length or min(model.config.block_size, MAX_DEFAULT_CONTEXT)
-        self._device, self._dtype = model.norm.weight.device, model.norm.weight.dtype
+        self._device = model.norm.weight.device
         if compile:  # with symbolic sizes: one graph serves all layers and lengths, and all numbers of rows but one
             for layer in model.layers:
                 layer.compile(fullgraph=True, dynamic=True)
@@ -135,8 +135,7 @@ class LanguageModel(TemplateLM or object):
     def _score_batch(self, rows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[float, bool]]:
         contexts = {context: row for row, context in enumerate(dict.fromkeys(context for context, _ in rows))}
         length = max(8, *(len(context) + len(target) - 1 for context, target in rows))  # the last is never fed
-        options = {"dtype": self._dtype, "device": self._device, "shards": self.model.tp.world}
-        cache = KVCache(self.model.config, len(contexts), length, **options)
+        cache = self.model.cache(len(contexts), length)
         # A context's last token predicts the first that is scored, so it belongs to the continuation.
         for _ in self._feed([context[:-1] for context in contexts], [0] * len(contexts), cache):
             pass

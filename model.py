@@ -288,6 +288,11 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
         self.requires_grad_(False)
 
+    def cache(self, batch_size: int, length: int) -> "KVCache":
+        """Run state for so many rows of so many tokens."""
+        like = {"dtype": self.norm.weight.dtype, "device": self.norm.weight.device}
+        return KVCache(self.config, batch_size, length, shards=self.tp.world, **like)
+
     def hidden(self, tokens: Tensor, input_pos: Tensor, cache: "KVCache", *, context: int = 0) -> Tensor:
         """What the output layer reads of new tokens (before the last norm), whose keys and values enter the cache.
 

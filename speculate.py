@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UserError
-from model import KVCache, Transformer
+from model import Transformer
 from sampling import sample
 
 PROMPT_LOOKUP = "prompt_lookup"
@@ -67,8 +67,7 @@ class DraftModel:
         if size > target:
             raise UserError(f"the draft's weights are {size:.1f} MB; it must not exceed the target's {target:.1f} MB")
         self.llm, self.model = llm, model
-        options = {"dtype": model.norm.weight.dtype, "device": llm.device, "shards": model.tp.world}
-        self.cache = KVCache(model.config, llm.batch_size, llm.cache.length, **options)
+        self.cache = model.cache(llm.batch_size, llm.cache.length)
         self.step = self._step  # replaced by its compiled self
 
     def _step(self, pos: Tensor, rows: int) -> Tensor:

@@ -28,7 +28,7 @@ from checkpoint import DTYPES, load_model
 from errors import UserError, run_cli
 from generate import Engine, generate, pick_device, weight_bytes
 from linear import GROUPS, Linear, linear_from_tensors
-from model import BUILTIN, KVCache, ModelConfig, Transformer
+from model import BUILTIN, ModelConfig, Transformer
 from sampling import Sampler
 from tp import TensorParallel, session
 
@@ -109,13 +109,13 @@ def measure(name: str, mode: str, model: Transformer, args: argparse.Namespace, 
     llm = Engine(model, max_seq_length=length, sampler=sampler, compile=True)
     generator = torch.Generator().manual_seed(0)  # the same on every rank
     prompt = torch.randint(0, min(1024, model.config.vocab_size), (args.prompt_length,), generator=generator).tolist()
-    next(generate(llm, prompt, 2, is_stop=lambda row, token: False))
+    next(generate(llm, prompt, 2))
     first = time.perf_counter() - start
     rates, prefills = [], []
     for _ in range(args.runs + 1):  # the first warms up
         llm.synchronize()
         begin = time.perf_counter()
-        for count, _ in enumerate(generate(llm, prompt, args.max_new_tokens, is_stop=lambda row, token: False), 1):
+        for count, _ in enumerate(generate(llm, prompt, args.max_new_tokens), 1):
             if count == 1:
                 prefills.append(time.perf_counter() - begin)
         rates.append(count / (time.perf_counter() - begin))
@@ -142,16 +142,15 @@ def measure(name: str, mode: str, model: Transformer, args: argparse.Namespace, 
 @torch.inference_mode()
 def step_time(model: Transformer, rows: int, length: int) -> float:
     """Seconds of one forward pass of `rows` tokens of one sequence, all logits wanted, as a verification makes it."""
-    weight = model.norm.weight
-    cache = KVCache(model.config, 1, length, dtype=weight.dtype, device=weight.device, shards=model.tp.world)
-    tokens = torch.ones(1, rows, dtype=torch.int64, device=weight.device)
-    pos = torch.full((1,), length // 2, dtype=torch.int64, device=weight.device)
+    device, cache = model.norm.weight.device, model.cache(1, length)
+    tokens = torch.ones(1, rows, dtype=torch.int64, device=device)
+    pos = torch.full((1,), length // 2, dtype=torch.int64, device=device)
 
     def step() -> None:
         model(tokens, pos, cache, all_logits=True)
 
     step()
-    if weight.device.type != "cuda":
+    if device.type != "cuda":
         times = []
         for _ in range(5):
             begin = time.perf_counter()

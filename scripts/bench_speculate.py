@@ -101,7 +101,7 @@ def equality(args: argparse.Namespace, result: dict) -> None:
 
     def texts(draft=None, k=1) -> list[tuple[int, ...]]:
         llm = engine(args, model, draft, k, batch_size=len(batches[0]))
-        steps = (generate(llm, batch, args.tokens, is_stop=lambda row, token: False) for batch in batches)
+        steps = (generate(llm, batch, args.tokens) for batch in batches)
         return [row for batch in steps for row in zip(*batch)]
 
     expected = texts()

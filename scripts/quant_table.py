@@ -33,7 +33,6 @@ from checkpoint import load_model, new_state_dict
 from errors import UserError, read_json, run_cli
 from generate import pick_device
 from linear import GROUPS, Linear
-from model import KVCache
 from quantize import open_model
 from tokenizer import load_tokenizer
 
@@ -85,7 +84,7 @@ def perplexity(path: Path, tokens: Tensor, device: torch.device) -> float:
         if isinstance(layer, Linear):  # dequantise once, not in each window
             tensors = {"weight": layer.dequantized(torch.float32)}
             model.set_submodule(name, Linear.from_tensors(layer.in_features, layer.out_features, tensors))
-    cache = KVCache(model.config, 1, WINDOW, dtype=torch.float32, device=device)
+    cache = model.cache(1, WINDOW)
     start, total, count = torch.zeros(1, dtype=torch.int32, device=device), 0.0, 0
     for window in tokens.to(device).split(WINDOW):
         logits = model(window[None], start, cache, all_logits=True, context=len(window))[0]

@@ -20,7 +20,7 @@ import checkpoint
 from checkpoint import load_model, new_state_dict, read_config, torch_load
 from errors import UserError
 from linear import quantizer
-from model import BUILTIN, KVCache, ModelConfig, llama3_scaling, rope_table
+from model import BUILTIN, ModelConfig, llama3_scaling, rope_table
 from quantize import quantize_checkpoint
 
 GGUF = {
@@ -432,7 +432,7 @@ def test_loading_names_what_is_wrong(tmp_path, hf):
     path = source / "model.pth"
     torch.save(state, path)
     model = load_model(path, dtype=torch.float32)
-    cache = KVCache(model.config, 1, 8, dtype=torch.float32, device="cpu")
+    cache = model.cache(1, 8)
     assert model(torch.tensor([[1, 2]]), torch.tensor([0]), cache).shape == (1, 1, 97)
     for change, words in (
         ({"layers.0.attention.wo.weight": None}, r"layers\.0\.attention\.wo"),

@@ -8,7 +8,7 @@ from convert_hf_checkpoint import convert
 
 from checkpoint import load_model
 from errors import UserError
-from model import BUILTIN, KVCache, ModelConfig, rope_table
+from model import BUILTIN, ModelConfig, rope_table
 
 TINY = {
     "vocab_size": 97,
@@ -76,10 +76,6 @@ def converted(directory):
     return load_model(directory / "model.pth", dtype=torch.float32)
 
 
-def cache_for(model, batch, length=40):
-    return KVCache(model.config, batch, length, dtype=torch.float32, device="cpu")
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.inference_mode()
 def test_logits_equal_transformers(tmp_path, architecture):
@@ -89,10 +85,10 @@ def test_logits_equal_transformers(tmp_path, architecture):
     expected = reference(tokens).logits
     assert expected.std() > 0.1
 
-    full = model(tokens, torch.tensor([0]), cache_for(model, 1, 32), all_logits=True)
+    full = model(tokens, torch.tensor([0]), model.cache(1, 32), all_logits=True)
     torch.testing.assert_close(full, expected, atol=1e-4, rtol=0)
 
-    cache = cache_for(model, 1, 32)  # prefill, then a token at a time
+    cache = model.cache(1, 32)  # prefill, then a token at a time
     steps = [model(tokens[:, :9], torch.tensor([0]), cache)]
     steps += [model(tokens[:, i : i + 1], torch.tensor([i]), cache) for i in range(9, 24)]
     torch.testing.assert_close(torch.cat(steps, 1), expected[:, 8:], atol=1e-4, rtol=0)
@@ -109,7 +105,7 @@ def test_ragged_batch_equals_transformers(tmp_path, architecture):
     tokens = torch.randint(1, 97, (3, 11 + more), generator=torch.Generator().manual_seed(2))
     expected = [reference(tokens[row : row + 1, : n + more]).logits[0] for row, n in enumerate(lengths)]
 
-    cache = cache_for(model, 3, 24)
+    cache = model.cache(3, 24)
     logits = model(tokens[:, :11], torch.zeros(3, dtype=torch.int64), cache, last=lengths - 1)
     for step in range(more):
         for row, n in enumerate(lengths):
@@ -123,8 +119,8 @@ def test_chunked_prefill_equals_one_shot(tmp_path):
     build(tmp_path, "mistral-window")
     model = converted(tmp_path)
     tokens = torch.randint(1, 97, (2, 30), generator=torch.Generator().manual_seed(3))
-    whole = model(tokens, torch.tensor([0, 0]), cache_for(model, 2), all_logits=True, context=30)
-    cache, chunks = cache_for(model, 2), []
+    whole = model(tokens, torch.tensor([0, 0]), model.cache(2, 40), all_logits=True, context=30)
+    cache, chunks = model.cache(2, 40), []
     for a, b in ((0, 1), (1, 14), (14, 22), (22, 30)):
         chunks.append(model(tokens[:, a:b], torch.tensor([a, a]), cache, all_logits=True, context=b))
     torch.testing.assert_close(torch.cat(chunks, 1), whole, atol=1e-5, rtol=0)
@@ -135,7 +131,7 @@ def test_longrope_chooses_factors_by_the_cache(tmp_path):
     reference = build(tmp_path, "phi3-longrope")
     model = converted(tmp_path)
     tokens = torch.randint(1, 97, (1, 40), generator=torch.Generator().manual_seed(4))  # past the original 32
-    logits = model(tokens, torch.tensor([0]), cache_for(model, 1, 48), all_logits=True)
+    logits = model(tokens, torch.tensor([0]), model.cache(1, 48), all_logits=True)
     torch.testing.assert_close(logits, reference(tokens).logits, atol=1e-4, rtol=0)
 
 

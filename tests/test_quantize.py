@@ -18,7 +18,7 @@ import quantize
 from checkpoint import load_model, new_state_dict, read_config
 from errors import UserError, run_cli
 from linear import Linear, quantizer
-from model import KVCache, Transformer
+from model import Transformer
 from quantize import calibration_sequences, main
 from scripts.quant_table import to_generic_basis
 
@@ -59,7 +59,7 @@ def fails(folder: Path, capsys, *args: str) -> str:
 
 def logits(path: Path, tokens: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
     model = load_model(path, dtype=dtype)
-    cache = KVCache(model.config, 1, tokens.shape[1], dtype=dtype, device="cpu")
+    cache = model.cache(1, tokens.shape[1])
     with torch.no_grad():
         return model(tokens, torch.zeros(1, dtype=torch.int32), cache, all_logits=True)
 

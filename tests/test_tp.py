@@ -22,7 +22,7 @@ from checkpoint import load_model  # noqa: E402
 from errors import UserError  # noqa: E402
 from generate import Engine, generate, load  # noqa: E402
 from linear import linear_from_tensors, quantize_linear  # noqa: E402
-from model import KVCache, ModelConfig, Transformer  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 from sampling import Sampler  # noqa: E402
 from tp import TensorParallel, session  # noqa: E402
 
@@ -228,8 +228,8 @@ def _compare(path, config, dtype, quantize, tp):
     tokens = torch.randint(0, 259, (3, 9), generator=torch.Generator().manual_seed(1)).to(device)
     at = torch.tensor([0, 0, 0], device=device)
     logits = []
-    for model, shards in ((whole, 1), (part, tp.world)):
-        cache = KVCache(config, 3, 16, dtype=dtype, device=device, shards=shards)
+    for model in (whole, part):
+        cache = model.cache(3, 16)
         with torch.inference_mode():
             first = model(tokens, at, cache, all_logits=True)
             logits.append(torch.cat((first, model(tokens[:, :1], at + 9, cache)), 1))
