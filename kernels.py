@@ -1,21 +1,8 @@
-"""The linear layers of a decode step (1 to 16 rows) on an NVIDIA GPU: one Triton kernel, beside a PyTorch reference.
+"""What the Triton kernels of a decode step (gemv.py, attention.py, sampling.py, tp.py) share, and the measure of all of
+them: the device's read bandwidth.
 
-And what all kernels share; attention.py, sampling.py and tp.py hold the others.
-
-    linear(x, weight, scales, bias, norm, eps, residual, ...)  [residual +] W rms_norm(x) [+ bias], or gated, as an op
-    takes(x, weight, norm), pack_int4, unpack_int4, read_bandwidth(device)
-
-The op is torch's (namespace gptfast): `torch.compile(fullgraph=True)` and CUDA graphs see through it. It does not
-synchronise with the host.
-
-Weights: (N, K) bf16 or fp16; (N, K) int8 or float8_e4m3fn with `scales` (N,); int32, what `pack_int4` makes of the
-portable int4 of disk, with its packed scales.
-
-How the kernel works: at 1 to 16 rows it is a stream of weights, so everything serves keeping DRAM busy. A
-program owns a few rows of W and all of K, split among its warps. Each lane loads 16 bytes of one row of W, and the K
-axis of both operands is permuted (a sum does not care) so that these bytes already are a tensor-core fragment: no
-shared memory, no shuffle between a load and its `mma`. W is the 16-row operand and x the 8-column one, so that 8 rows
-of x read no more weights than 1; one row alone spreads K over the 8 columns, for the fewest instructions.
+Each is a torch op (namespace gptfast) with a plain PyTorch reference beside it: `torch.compile(fullgraph=True)` and
+CUDA graphs see through it, and none synchronises with the host.
 
 Kernels start by programmatic dependent launch: the next one comes up early, and may read weights, but nothing that
 another kernel writes, before it waits for the previous one. Weights must not come from the kernel launched just before.
@@ -26,7 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 try:
     import triton
@@ -36,11 +23,6 @@ except ImportError:  # CPU-only builds of torch come without Triton: the referen
     triton = tl = tlx = None
 
 MAX_ROWS = 16  # beyond this a step is a prefill, and cuBLAS is the right tool
-Tensor = torch.Tensor
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# References
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -49,473 +31,15 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return (normed if weight is None else normed * weight.float()).to(x.dtype)
 
 
-def nibbles(packed: Tensor) -> Tensor:
-    """uint8 (N, K/2), low nibble first -> uint8 (N, K)."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
-
-
-def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K) that a stored or packed one stands for. int4: w = (q - 8) * scale + zero, as in tinygemm."""
-    if weight.dtype == torch.int32:
-        weight, scales, zeros = unpack_int4(weight, scales)
-    if weight.dtype == torch.uint8:
-        offsets = nibbles(weight).to(dtype).unflatten(1, (scales.shape[1], -1)) - 8
-        return torch.addcmul(zeros[..., None], offsets, scales[..., None]).to(dtype).flatten(1)  # one rounding, not two
-    return weight.to(dtype) if scales is None else (weight.to(dtype) * scales[:, None]).to(dtype)
-
-
-def linear_reference(
-    x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, w3=None, s3=None, act="silu"
-):
-    h = x if norm is None else rms_norm(x, norm, eps)
-    y = F.linear(h, dequantize(weight, scales, None, h.dtype)[:, : h.shape[-1]])
-    if w3 is not None:
-        gate = F.silu(y) if act == "silu" else F.gelu(y, approximate="tanh")
-        y = gate * F.linear(h, dequantize(w3, s3, None, h.dtype)[:, : h.shape[-1]])
-    if bias is not None:
-        y = y + bias
-    if residual is not None:
-        y = residual + y
-    return y.to(out_dtype or x.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# int4 for the tensor cores
-
-
-def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-    """Lay portable int4 (uint8 (N, K/2); scales, zeros bf16 (N, K/G)) out for the kernels; N must divide by 8.
-
-    Returns words int32 (N/8, K'/128, 8, 4, 4), K' being K padded to a multiple of max(128, G), and
-    (scale, zero) pairs of bf16 as int32 (N/8, K''/256, 8, 256/G), K'' being K padded to a multiple of 256.
-    Word [n8, b, i, j, c] holds q[8 n8 + i, 128 b + 32 c + 8 j + 2 a + e] in nibble a + 4 e: 16 bytes of a lane are 8
-    weights of each of 4 groups of 32, and one `lop3` turns nibbles a and a + 4 into two adjacent bf16 of a fragment.
-    """
-    N, group = weight.shape[0], 2 * weight.shape[1] // scales.shape[1]
-    if N % 8 or group not in (32, 64, 128, 256):
-        raise ValueError(
-            f"int4 kernels take rows by 8 and groups of 32, 64, 128 or 256; got {N} rows, groups of {group}"
-        )
-    q = F.pad(nibbles(weight), (0, -2 * weight.shape[1] % max(128, group)), value=8)
-    q = q.view(N // 8, 8, -1, 4, 4, 4, 2).permute(0, 2, 1, 4, 3, 6, 5).flatten(-2).int()  # n8 b i j c (e a)
-    words = (q << torch.arange(0, 32, 4, device=q.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
-    pairs = torch.stack((scales, zeros), dim=-1).bfloat16()  # the scale in the low half
-    pairs = F.pad(pairs, (0, 0, 0, -scales.shape[1] % (256 // group))).view(torch.int32)
-    return words, pairs.view(N // 8, 8, -1, 256 // group).transpose(1, 2).contiguous()
-
-
-def unpack_int4(words: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of pack_int4, but for K, which stays padded (with q = 8, scale = zero = 0)."""
-    q = words[..., None] >> torch.arange(0, 32, 4, device=words.device) & 15  # n8 b i j c (e a)
-    q = q.unflatten(-1, (2, 4)).permute(0, 2, 1, 4, 3, 6, 5).flatten(2).flatten(0, 1).to(torch.uint8)  # N, K'
-    pairs = pairs.transpose(1, 2).flatten(2).flatten(0, 1)[:, : q.shape[1] * pairs.shape[3] // 256]  # N, K'/G
-    scales, zeros = pairs[..., None].contiguous().view(torch.bfloat16).unbind(-1)
-    return q[:, ::2] | q[:, 1::2] << 4, scales.contiguous(), zeros.contiguous()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Triton kernels. ASM and PDL are off in the interpreter and on GPUs before Hopper, where plain Triton does the same.
-
-if triton is not None:
-
-    @triton.jit
-    def _join4(a, b, c, d):  # (...,) x 4 -> (..., 2, 2), in order
-        return tl.join(tl.join(a, c), tl.join(b, d))
-
-    def _assembly(kind: str) -> str:
-        """PTX that turns two int32 words into their values as pairs of bf16, in order."""
-        bodies = {
-            # 128 + the low 7 bits, minus 128 or, if the sign bit is set, 256: exact in bf16
-            "int8": [
-                f"prmt.b32 t, {{w}}, 0, {pick}; lop3.b32 s, t, 0x00800080, 0xc300c300, 0xea;"
-                "lop3.b32 t, t, 0x007f007f, 0x43004300, 0xea; add.rn.bf16x2 {o}, t, s;"
-                for pick in ("0x4140", "0x4342")
-            ],
-            # e4m3's bits, moved into bf16's exponent and mantissa, are the value times 2^-120
-            "fp8": [
-                f"prmt.b32 t, {{w}}, 0, {pick}; shr.b32 s, t, 4; and.b32 s, s, 0x07f007f0;"
-                "lop3.b32 t, t, 0x80008000, s, 0xea; mul.rn.bf16x2 {o}, t, c;"
-                for pick in ("0x1404", "0x3424")
-            ],
-            # nibbles a and a + 4, each in the mantissa of 128: 128 + q
-            "int4": [f"shr.b32 t, {{w}}, {4 * a}; lop3.b32 {{o}}, t, 0x000f000f, 0x43004300, 0xea;" for a in range(4)],
-        }
-        body = bodies.get(kind, [])
-        n = 2 * len(body)
-        lines = [body[i % len(body)].format(o=f"${i}", w=f"${n + i // len(body)}") for i in range(n)]
-        return "{ .reg .b32 t, s, c; mov.b32 c, 0x7b807b80; " + " ".join(lines) + " }"
-
-    @triton.jit
-    def _unpack(w, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-        """Words int32 (..., 4) -> their values, DTYPE (..., 4, 2 [, 2, 2]), whose axes are the word's high bit and the
-        value's low bit e, then the word's low bit and the rest of the value's index. int4 comes as q, or with ASM as
-        128 + q.
-
-        Two neighbouring words go through each piece of assembly (pack=2), and a register of two 16-bit results is one
-        output's value for both of them: what was the word's low bit is e afterwards.
-        """
-        if ASM is None:
-            low, high = tl.split(w.reshape(w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4], 2, 2))
-            e = tl.arange(0, 2)[None, None, None, None, None, None, :]
-            low, high = tl.expand_dims(low, 6), tl.expand_dims(high, 6)
-            if KIND == "int4":
-                l0, l1, l2, l3 = _nibbles(low >> (16 * e), DTYPE)
-                h0, h1, h2, h3 = _nibbles(high >> (16 * e), DTYPE)
-                out = tl.join(_join4(l0, l2, h0, h2), _join4(l1, l3, h1, h3))
-            elif KIND == "fp":
-                low, high = (low >> (16 * e)).to(tl.int16), (high >> (16 * e)).to(tl.int16)
-                out = tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
-            else:
-                out = _join4(
-                    _byte(low >> (8 * e), KIND, DTYPE),
-                    _byte(low >> (8 * e + 16), KIND, DTYPE),
-                    _byte(high >> (8 * e), KIND, DTYPE),
-                    _byte(high >> (8 * e + 16), KIND, DTYPE),
-                )
-        elif KIND == "int4":
-            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 8, is_pure=True, pack=2
-            )
-            out = tl.join(_join4(a, c, e, g), _join4(b, d, f, h))
-        elif KIND == "fp":
-            move: tl.constexpr = "mov.b32 $0, $2; mov.b32 $1, $3;"
-            a, b = tl.inline_asm_elementwise(move, "=&r,=&r,r,r", [w], (tl.bfloat16,) * 2, is_pure=True, pack=2)
-            out = tl.join(a, b).to(DTYPE, bitcast=True)
-        else:
-            a, b, c, d = tl.inline_asm_elementwise(
-                ASM, "=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 4, is_pure=True, pack=2
-            )
-            out = _join4(a, b, c, d)
-        return out
-
-    @triton.jit
-    def _halves(w, DTYPE: tl.constexpr):
-        """The two 16-bit values of each word, as fp32."""
-        low, high = w.to(tl.int16).to(DTYPE, bitcast=True), (w >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-        return low.to(tl.float32), high.to(tl.float32)
-
-    @triton.jit
-    def _word(low, high, DTYPE: tl.constexpr):
-        """The inverse of _halves, rounding."""
-        high = high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16
-        return high | (low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
-
-    @triton.jit
-    def _byte(w, KIND: tl.constexpr, DTYPE: tl.constexpr):
-        w = w.to(tl.int8)
-        return w.to(DTYPE) if KIND == "int8" else w.to(tl.float8e4nv, bitcast=True).to(DTYPE)
-
-    @triton.jit
-    def _nibbles(w, DTYPE: tl.constexpr):
-        return (w & 15).to(DTYPE), (w >> 4 & 15).to(DTYPE), (w >> 8 & 15).to(DTYPE), (w >> 12 & 15).to(DTYPE)
-
-    @triton.jit
-    def _load(at, mask, EVEN: tl.constexpr, ONCE: tl.constexpr = False):
-        """A masked load. Only an uneven K's tail has to read as zeros: what rows of x past M hold stays in them."""
-        return tl.load(at, mask, other=None if EVEN else 0, eviction_policy="evict_first" if ONCE else "")
-
-    @triton.jit
-    def _weights(
-        w, s, words, pairs, chunk, inside, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr,
-        EVEN: tl.constexpr,
-    ):  # fmt: skip
-        """A tile's words and, for int4, scales and zeros, k values of K further on."""
-        PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
-        # Weights leave the L2 cache first, which gains up to 10 %, but not in 16 bits.
-        tile = _load(w + words + k // PER_WORD, inside, EVEN, KIND != "fp")
-        pair = 0
-        if KIND == "int4":
-            block = chunk + k // 128  # of 128 values
-            at = pairs + block // 2 * (8 * 256 // GROUP)
-            if GROUP < 256 and COLS > 1:
-                at += block % 2 * (128 // GROUP)
-            pair = _load(s + at, inside if COLS > 1 else block * 128 < K, EVEN)
-        return tile, pair
-
-    @triton.jit
-    def _multiply(
-        acc, w, s, b, sums, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-        W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
-    ):  # fmt: skip
-        """acc + a tile of weights, words (j i W R C u), times b. The K axis of both operands is permuted alike.
-
-        int4: the sum of ((q - 8) scale + zero) x is scale * (what the words hold, q + OFFSET - 8, times x) + (zero -
-        OFFSET scale) * the sum of x, group by group. With one row of x, b's columns, and so the products', are groups
-        of 32; otherwise each group is a product of its own in the batch.
-        """
-        a = _unpack(w, KIND, b.dtype, ASM)
-        if KIND == "int4":
-            OFFSET: tl.constexpr = 8.0 if ASM is None else 136.0
-            scale = (s << 16).to(tl.float32, bitcast=True)
-            zero = (s & -65536).to(tl.float32, bitcast=True)
-            a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2)  # (j i W R C, uh e ul ah al), word u being a group of 32
-            if COLS == 1:
-                a = a.permute(2, 3, 1, 4, 5, 7, 9, 0, 8, 6).reshape(W, R * 8, C * 128)
-                scale = scale.permute(2, 3, 1, 0, 4, 5).reshape(W, R * 8, 8)  # (j i W R 1 2), columns being 2 j + 0, 1
-                zero = zero.permute(2, 3, 1, 0, 4, 5).reshape(W, R * 8, 8)
-                acc += scale * (tl.dot(a, b) - OFFSET * sums) + zero * sums
-            else:
-                GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
-                a = a.permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)  # (j i W R C, uh ul ah al e)
-                a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
-                products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b)
-                shift = _per_row(zero - OFFSET * scale, GROUPS, R, C, W, COLS)
-                products = _per_row(scale, GROUPS, R, C, W, COLS) * products + shift * sums
-                acc += tl.sum(products.reshape(C * GROUPS, W, R * 8, COLS), 0)
-        else:
-            if KIND == "fp":  # (j i W R C, uh e ul)
-                a = a.reshape(4, 8, W, R, C, 2, 2, 2).permute(2, 3, 1, 4, 7, 0, 5, 6)
-            else:  # (j i W R C, uh e ul p)
-                a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2).permute(2, 3, 1, 4, 5, 8, 0, 7, 6)
-            acc = tl.dot(a.reshape(W, R * 8, C * (32 if KIND == "fp" else 64)), b, acc)
-        return acc
-
-    @triton.jit
-    def _per_row(s, GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
-        """Spread a value per row and group, (j i W R C g) and the same for all j, over an accumulator's columns."""
-        s = s.permute(4, 5, 2, 3, 1, 0).reshape(C * GROUPS * W, R * 8, 1, 4, 1)
-        return tl.broadcast_to(s, (C * GROUPS * W, R * 8, COLS // 8, 4, 2)).reshape(C * GROUPS * W, R * 8, COLS)
-
-    @triton.jit
-    def _linear_kernel(
-        y, x, w, w3, s, s3, bias, norm, residual, M, N, K, eps,
-        KIND: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr, COLS: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr,
-        ASM: tl.constexpr, PDL: tl.constexpr,
-    ):  # fmt: skip
-        """y (M, N) = [residual +] W n(x) [+ bias] or, if ACT, act(W n(x)) * (W3 n(x)); 8 R rows of W, M <= COLS of x.
-
-        Tiles have axes j (4 lanes along K), i (8 lanes along rows), W (warps along K), R and C (repetitions along rows
-        and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order. If DEEP, a
-        tile is loaded while the one before it is used, the first one before the wait for x.
-
-        COLS is 8 or 16, or 1: then the 8 columns of a fragment of x take parts of 32 values along K, each with zeros
-        for the others, so that a lane loads x once and each part's products stay apart, as int4's groups want them.
-        """
-        P: tl.constexpr = 2 if KIND == "fp" else 8 if KIND == "int4" else 4  # values in a word
-        CHUNK: tl.constexpr = 16 * P  # values along K that 4 lanes hold
-        STEP: tl.constexpr = W * C * CHUNK
-        X: tl.constexpr = C * CHUNK // 32  # parts of x in a warp's step, of which a lane holds 8 values each
-        B: tl.constexpr = (COLS + 7) // 8
-        DTYPE: tl.constexpr = x.dtype.element_ty
-        pid = tl.program_id(0)
-        j = tl.arange(0, 4)[:, None, None, None, None, None]
-        i = tl.arange(0, 8)[None, :, None, None, None, None]
-        warp = tl.arange(0, W)[None, None, :, None, None, None]
-        r = tl.arange(0, R)[None, None, None, :, None, None]
-        chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
-        u = tl.arange(0, 4)[None, None, None, None, None, :]
-        if KIND == "int4":
-            blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
-            row8 = tl.minimum(pid * R + r, N // 8 - 1).to(tl.int64)
-            words = (row8 * blocks + chunk) * 128 + i * 16 + j * 4 + u
-            kw = chunk * 128
-            pairs = (row8 * (tl.cdiv(K, 256) * 8) + i) * (256 // GROUP)
-            if COLS == 1:
-                first = warp * C
-                column = tl.minimum(2 * j + tl.arange(0, 2)[None, None, None, None, None, :], X - 1)
-                pairs = pairs + (first % 2 * 4 + column) // (GROUP // 32)
-            else:
-                GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
-                first = chunk
-                pairs = tl.broadcast_to(pairs, (4, 8, W, R, 1, GROUPS))
-                pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
-        else:
-            row = tl.minimum((pid * R + r) * 8 + i, N - 1)
-            words = row.to(tl.int64) * (K // P) + chunk * 16 + j * 4 + u
-            first = chunk
-            pairs = 0
-            kw = chunk * CHUNK + j * (CHUNK // 4)
-        if COLS == 1:
-            part = i  # X is at most 8
-        else:
-            part = tl.arange(0, X)[None, None, None, None, :, None]
-        if P == 4:  # a lane's 16 values of 8 bits meet two loads of x, which is also read in words
-            kx = warp * (C * CHUNK // 2) + (part // 2) * 32 + j * 8 + (part % 2) * 4 + u
-        else:
-            kx = warp * (C * CHUNK // 2) + part * 16 + j * 4 + u
-        if COLS == 1:
-            own = part == tl.arange(0, X)[None, None, None, None, :, None]
-            row_of_x = part < X
-            xs = x.to(tl.pointer_type(tl.int32)) + kx
-        else:
-            m = tl.arange(0, B)[None, None, None, :, None, None] * 8 + i
-            row_of_x = m < M
-            xs = x.to(tl.pointer_type(tl.int32)) + m * (K // 2) + kx
-
-        if PDL:
-            tlx.gdc_launch_dependents()
-        if DEEP:
-            inside = K > 0 if EVEN else kw < K
-            w_next, s_next = _weights(w, s, words, pairs, first, inside, 0, K, KIND, GROUP, COLS, EVEN)
-            if ACT is not None:
-                w3_next, s3_next = _weights(w3, s3, words, pairs, first, inside, 0, K, KIND, GROUP, COLS, EVEN)
-        if PDL:
-            tlx.gdc_wait()
-
-        n = pid * (R * 8) + tl.arange(0, R * 8)
-        col = tl.arange(0, COLS)
-        stored = (n < N)[:, None] & (col < M)[None, :]
-        at = col[None, :].to(tl.int64) * N + n[:, None]
-        if residual is not None:
-            before = tl.load(residual + at, mask=stored, other=0.0)
-        if DEEP:
-            x_next = _load(xs, row_of_x if EVEN else row_of_x & (kx < K // 2), EVEN)
-        acc = tl.zeros((W, R * 8, B * 8), tl.float32)
-        acc3 = acc
-        squares = tl.zeros((4, 8, W, 1, 1, 4) if COLS == 1 else (W, B * 8, B * 8), tl.float32)
-        for k0 in range(0, K, STEP):
-            k = k0 + STEP if DEEP else k0
-            if DEEP:
-                t, words_now, s_now = x_next, w_next, s_next
-                if ACT is not None:
-                    words3_now, s3_now = w3_next, s3_next
-            inside = k < K if EVEN else kw < K - k
-            x_next = _load(xs + k // 2, row_of_x & (k < K if EVEN else kx < (K - k) // 2), EVEN)
-            w_next, s_next = _weights(w, s, words, pairs, first, inside, k, K, KIND, GROUP, COLS, EVEN)
-            if ACT is not None:
-                w3_next, s3_next = _weights(w3, s3, words, pairs, first, inside, k, K, KIND, GROUP, COLS, EVEN)
-            if not DEEP:
-                t, words_now, s_now = x_next, w_next, s_next
-                if ACT is not None:
-                    words3_now, s3_now = w3_next, s3_next
-
-            if norm is not None:
-                gain = norm.to(tl.pointer_type(tl.int32)) + k0 // 2 + kx
-                if COLS == 1:
-                    gain = _load(gain, row_of_x & (K > 0 if EVEN else kx < (K - k0) // 2), EVEN)
-                    low, high = _halves(tl.where(row_of_x, t, 0), DTYPE)
-                    squares += low * low + high * high
-                    low_gain, high_gain = _halves(gain, DTYPE)
-                    t = _word(low * low_gain, high * high_gain, DTYPE)
-                else:
-                    gain = tl.broadcast_to(gain, (4, 8, W, B, X, 4))
-                    gain = _load(gain, K > 0 if EVEN else kx < (K - k0) // 2, EVEN)
-            if COLS == 1:
-                t = tl.where(own, t, 0)
-            # (j i W B X, uh e ul), words of x being u = 2 uh + ul
-            t = _unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
-            if norm is not None and COLS > 1:
-                # the sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing
-                rows = t.permute(2, 3, 1, 4, 7, 0, 5, 6).reshape(W, B * 8, X * 32)
-                cols = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
-                squares = tl.dot(rows, cols, squares)
-                t *= _unpack(gain, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
-            # The two halves of a fragment's K are a word's neighbours, which a load of 16 bytes leaves side by side.
-            sums = 0
-            if KIND == "int4" and COLS > 1:  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
-                b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 6, 9, 0, 7, 8, 3, 1)
-                b = b.reshape(C * GROUPS * W, 128 // GROUPS, B * 8)
-                sums = tl.dot(tl.full((C * GROUPS * W, R * 8, 128 // GROUPS), 1.0, DTYPE), b)
-            else:
-                b = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
-                if KIND == "int4":
-                    sums = tl.dot(tl.full((W, R * 8, X * 32), 1.0, DTYPE), b)
-            acc = _multiply(acc, words_now, s_now, b, sums, KIND, GROUP, R, C, W, COLS, ASM)
-            if ACT is not None:
-                acc3 = _multiply(acc3, words3_now, s3_now, b, sums, KIND, GROUP, R, C, W, COLS, ASM)
-
-        if COLS == 1:
-            acc = tl.sum(acc, 2, keep_dims=True)
-            acc3 = tl.sum(acc3, 2, keep_dims=True)
-        out = tl.sum(acc, 0)  # (rows of W, rows of x)
-        if norm is not None:
-            if COLS == 1:
-                squares = tl.sum(squares.reshape(4 * 8 * W * 4), 0)
-            else:
-                both = tl.arange(0, COLS)
-                squares = tl.sum(tl.sum(tl.where(both[:, None] == both[None, :], squares, 0.0), 1, keep_dims=True), 0)
-            rms = tl.rsqrt(squares / K + eps)
-            out *= rms
-        if P == 4:
-            out *= tl.load(s + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        if ACT is not None:
-            up = tl.sum(acc3, 0)
-            if norm is not None:
-                up *= rms
-            if P == 4:
-                up *= tl.load(s3 + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-            z = out if ACT == "silu" else 1.5957691216057308 * (out + 0.044715 * out * out * out)
-            out *= up / (1 + tl.exp(-z))  # tanh(z / 2) = 2 sigmoid(z) - 1
-        if bias is not None:
-            out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        if residual is not None:
-            out += before.to(tl.float32)
-        tl.store(y + at, out.to(y.dtype.element_ty), mask=stored)
-
-    @triton.jit
-    def _sum_kernel(out, x, N, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS) + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for _ in range(STEPS):
-            total += tl.load(x + at, mask=at < N, other=0.0)
-            at += BLOCK
-        tl.store(out + tl.program_id(0), tl.sum(total, 0))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Launching
-
-
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-@functools.cache
 def zeros(device: torch.device, n: int) -> Tensor:
     """Counters that every kernel leaves as it found them, at zero. One stream of a device may use them at a time."""
     return torch.zeros(n, dtype=torch.int32, device=device)
-
-
-def _kind(weight: Tensor) -> str:
-    return {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4"}.get(weight.dtype, "fp")
-
-
-def _out_features(weight: Tensor) -> int:
-    return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
-
-
-# R, C, W and registers of the linear kernel, see there. Registers are a bound that ptxas would undercut, at the price
-# of delaying loads until their values are needed. The pick of about 20 each on an H200, for the shapes of Llama 7B, 8B
-# and 1B, with one row of x and with 8. By the kind of weight and whether x has more rows than one; where programs of 16
-# rows of the weight fill the multiprocessors once, twice, three times, or more often:
-CONFIGURATIONS = {
-    ("fp", False): ((2, 4, 16, 128), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128)),
-    ("int8", False): ((2, 2, 16, 96), (2, 2, 8, 128), (2, 2, 8, 80), (2, 2, 4, 128)),
-    ("int4", False): ((2, 1, 16, 128), (2, 2, 8, 128), (2, 1, 8, 80), (2, 2, 4, 128)),
-    ("fp", True): ((2, 4, 8, 128), (2, 4, 8, 128), (2, 4, 4, 168), (2, 4, 4, 168)),
-    ("int8", True): ((2, 2, 8, 128), (2, 2, 8, 128), (2, 4, 4, 168), (2, 2, 4, 128)),
-    ("int4", True): ((2, 1, 8, 128), (2, 1, 8, 128), (2, 2, 4, 168), (2, 1, 4, 128)),
-}
-TUNED = {  # weights of so many rows
-    ("fp", False): {5504: (2, 4, 4, 168), 11008: (2, 4, 4, 168), 12288: (2, 2, 4, 96)},
-    ("int8", False): {5504: (2, 4, 4, 168), 11008: (4, 2, 4, 168), 12288: (4, 2, 4, 168)},
-    ("int4", False): {5504: (2, 2, 4, 128), 11008: (4, 1, 4, 168), 12288: (4, 2, 4, 168)},
-    ("fp", True): {11008: (4, 2, 4, 168), 12288: (4, 2, 4, 168)},
-    ("int8", True): {11008: (4, 2, 4, 168), 12288: (4, 2, 4, 168)},
-    ("int4", True): {11008: (4, 1, 4, 168), 12288: (4, 1, 4, 168)},
-}
-
-
-def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[int, int, int, bool, int]:
-    """R, C, W, DEEP and registers of the linear kernel for a weight (N, K) and M rows, on so many multiprocessors."""
-    kind = "int8" if kind == "fp8" else kind
-    bits, more = {"fp": 16, "int8": 8, "int4": 4}[kind], M > 1
-    if N >= 32000:  # an output layer
-        R, C, W, registers = 4, 1 if kind == "int4" and more else 2, 4, 128
-        deep = kind == "fp" or (kind == "int8" and not more)
-    else:
-        by_fill = CONFIGURATIONS[kind, more][min((-(-N // 16) - 1) // processors, 3)]
-        (R, C, W, registers), deep = TUNED[kind, more].get(N, by_fill), True
-    while W * C * 512 // bits > max(K, 256) and W * C > 1:  # no more of K in a step than there is
-        W, C = (W, C // 2) if C > 1 else (W // 2, C)
-    return R, C, W, deep, registers
 
 
 def fits(x: Tensor) -> bool:
@@ -533,62 +57,6 @@ def op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
         return getattr(torch.ops.gptfast, name).default
 
     return register
-
-
-@op("linear")
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    w3: Tensor | None = None,
-    s3: Tensor | None = None,
-    act: str = "silu",
-) -> Tensor:
-    """[residual +] W rms_norm(x) [+ bias], or act(W rms_norm(x)) * (W3 rms_norm(x)): x (..., K) -> (..., N) in x's
-    dtype or `out_dtype`, in one launch. See `takes` for what it takes, besides CPU tensors in Triton's interpreter.
-
-    norm (K,) is RMSNorm's gain and `eps` its epsilon, without `norm` x is taken as it is; bias (N,); residual like the
-    result; w3 and s3 a second weight like the first; act "silu" or "gelu_tanh".
-    """
-    K, N, kind = x.shape[-1], _out_features(weight), _kind(weight)
-    rows = x.reshape(-1, K).contiguous()
-    M = len(rows)
-    R, C, W, deep, registers = _configuration(kind, N, K, M, _processors(x.device))
-    hopper = is_hopper(x.device)
-    chunk = {"fp": 32, "int4": 128}.get(kind, 64)
-    y = torch.empty(*x.shape[:-1], N, dtype=out_dtype or x.dtype, device=x.device)
-    _linear_kernel[(triton.cdiv(N, 8 * R),)](
-        y, rows, weight.view(torch.int32), None if w3 is None else w3.view(torch.int32), scales, s3, bias, norm,
-        None if residual is None else residual.contiguous(), M, N, K, eps,
-        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, ACT=None if w3 is None else act,
-        COLS=1 if M == 1 else 8 if M <= 8 else 16, R=R, C=C, W=W, DEEP=deep, EVEN=K % (W * C * chunk) == 0,
-        ASM=_assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
-        PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": registers} if hopper else {}),
-    )  # fmt: skip
-    return y
-
-
-@torch.library.register_fake("gptfast::linear")
-def _(
-    x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, w3=None, s3=None, act="silu"
-):
-    return x.new_empty((*x.shape[:-1], _out_features(weight)), dtype=out_dtype or x.dtype)
-
-
-def takes(x: Tensor, weight: Tensor, norm: Tensor | None = None) -> bool:
-    """Whether `linear` takes these rows and this weight, as the module describes them."""
-    return (
-        fits(x)
-        and x.shape[-1] % 32 == 0
-        and weight.dtype in (x.dtype, torch.int8, torch.float8_e4m3fn, torch.int32)
-        and weight.is_contiguous()
-        and (norm is None or norm.dtype == x.dtype)
-    )
 
 
 def read_bandwidth(device: torch.device | str) -> float:
@@ -617,3 +85,15 @@ def read_bandwidth(device: torch.device | str) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return x.nbytes / sorted(times)[len(times) // 2]
+
+
+if triton is not None:
+
+    @triton.jit
+    def _sum_kernel(out, x, N, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS) + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for _ in range(STEPS):
+            total += tl.load(x + at, mask=at < N, other=0.0)
+            at += BLOCK
+        tl.store(out + tl.program_id(0), tl.sum(total, 0))

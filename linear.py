@@ -16,8 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+import gemv
 from errors import UserError
+from kernels import op
 
 GROUPS = (32, 64, 128, 256)
 PIECE = 2**20  # weights widened to fp32 at a time
@@ -49,7 +50,7 @@ class Linear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight as the matrix (N, K) it stands for."""
-        return kernels.dequantize(self.weight, self.scales, self.zeros, dtype)[:, : self.in_features]
+        return gemv.dequantize(self.weight, self.scales, self.zeros, dtype)[:, : self.in_features]
 
     def matmul(self, x: Tensor) -> Tensor:
         """W x for x (..., K), in plain PyTorch."""
@@ -65,9 +66,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, norm=None, residual: Tensor | None = None, fp32: bool = False) -> Tensor:
         """x (..., K) -> (..., N) in x's dtype, or fp32 if asked."""
         gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        if kernels.takes(x, self.weight, gain):
+        if gemv.takes(x, self.weight, gain):
             dtype = torch.float32 if fp32 else x.dtype
-            return kernels.linear(x, self.weight, self.scales, self.bias, gain, eps, residual, dtype)
+            return gemv.linear(x, self.weight, self.scales, self.bias, gain, eps, residual, dtype)
         y = self.matmul(x if norm is None else norm(x))
         if self.bias is not None:
             y = y + self.bias
@@ -78,8 +79,8 @@ class Linear(nn.Module):
 
 def gated(w1: Linear, w3: Linear, x: Tensor, norm) -> Tensor:
     """silu(w1 norm(x)) * (w3 norm(x)) for x (..., K)."""
-    if kernels.takes(x, w1.weight, norm.weight) and w1.weight.dtype == w3.weight.dtype and w1.bias is None:
-        return kernels.linear(x, w1.weight, w1.scales, norm=norm.weight, eps=norm.eps, w3=w3.weight, s3=w3.scales)
+    if gemv.takes(x, w1.weight, norm.weight) and w1.weight.dtype == w3.weight.dtype and w1.bias is None:
+        return gemv.linear(x, w1.weight, w1.scales, norm=norm.weight, eps=norm.eps, w3=w3.weight, s3=w3.scales)
     x = norm(x)
     return F.silu(w1(x)) * w3(x)
 
@@ -160,9 +161,9 @@ class Int4Linear(Linear):
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().pack(dtype)
         if dtype.itemsize == 2 and self.weight.is_cuda and self.out_features % 8 == 0:
-            weight, scales = kernels.pack_int4(self.weight, self.scales, self.zeros)
+            weight, scales = gemv.pack_int4(self.weight, self.scales, self.zeros)
         elif dtype is torch.bfloat16 and self.weight.is_cpu and self.out_features % 16 == 0:
-            weight = torch._convert_weight_to_int4pack_for_cpu(kernels.nibbles(self.weight).int(), 1)
+            weight = torch._convert_weight_to_int4pack_for_cpu(gemv.nibbles(self.weight).int(), 1)
             scales = torch.stack((self.scales.t(), self.zeros.t()), -1).contiguous()  # (K'/G, N, 2)
             self.packed_for_cpu = True
         else:
@@ -179,7 +180,7 @@ class Int4Linear(Linear):
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-@kernels.op("int4_cpu")  # Inductor's lowering of PyTorch's op mistakes the group's size inside a nested compile region
+@op("int4_cpu")  # Inductor's lowering of PyTorch's op mistakes the group's size inside a nested compile region
 def _int4_cpu(x: Tensor, weight: Tensor, group: int, scales: Tensor) -> Tensor:
     """W x for bf16 x (rows, K') -> (rows, N), with the weight and scales of Int4Linear.pack."""
     return torch._weight_int4pack_mm_for_cpu(x, weight, group, scales)

@@ -11,6 +11,7 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # has to be set before Triton is imported
 
 import attention  # noqa: E402
+import gemv  # noqa: E402
 import kernels  # noqa: E402
 import sampling  # noqa: E402
 
@@ -57,8 +58,8 @@ def make_weight(kind, N, K, dtype, generator):
     q = torch.randint(0, 256, (N, K4 // 2), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(N, K4 // group, generator=generator) / K**0.5).bfloat16()
     zeros = (torch.randn(N, K4 // group, generator=generator) / K**0.5).bfloat16()
-    words, pairs = kernels.pack_int4(q, scales, zeros)
-    return words, pairs, kernels.dequantize(q, scales, zeros, torch.float32)[:, :K]
+    words, pairs = gemv.pack_int4(q, scales, zeros)
+    return words, pairs, gemv.dequantize(q, scales, zeros, torch.float32)[:, :K]
 
 
 def error(out, expected):
@@ -73,7 +74,7 @@ def on_device(*tensors):
 def test_pack_int4_is_invertible(group, K):
     q = torch.randint(0, 256, (16, K // 2), dtype=torch.uint8)
     scales, zeros = torch.rand(2, 16, K // group).bfloat16()
-    back = kernels.unpack_int4(*kernels.pack_int4(q, scales, zeros))
+    back = gemv.unpack_int4(*gemv.pack_int4(q, scales, zeros))
     for a, b in zip(back, (q, scales, zeros)):
         torch.testing.assert_close(a[:, : b.shape[1]], b, rtol=0, atol=0)
         assert not a[:, b.shape[1] :].float().sub(136 if a.dtype == torch.uint8 else 0).any()  # q = 8, scale = zero = 0
@@ -90,17 +91,17 @@ def test_linear(kind, M, N, K, dtype):
     bias = torch.randn(N, generator=generator).to(dtype)
     residual = torch.randn(M, N, generator=generator).to(dtype)
     x, w, s, dense, gain, bias, residual = on_device(x, w, s, dense, gain, bias, residual)
-    out = kernels.linear(x, w, s, out_dtype=torch.float32)
+    out = gemv.linear(x, w, s, out_dtype=torch.float32)
     assert error(out, x.float() @ dense.T) < 1e-5  # 16-bit products are exact in fp32, whatever the kind of weight
-    out = kernels.linear(x, w, s, bias, gain, 1e-5, residual)
-    expected = kernels.linear_reference(x.float(), dense, None, bias, gain, 1e-5, residual)
+    out = gemv.linear(x, w, s, bias, gain, 1e-5, residual)
+    expected = gemv.linear_reference(x.float(), dense, None, bias, gain, 1e-5, residual)
     assert out.dtype == dtype
     assert error(out, expected) < 6e-3
-    out = kernels.linear(x, w, s, None, gain, 1e-5, out_dtype=torch.float32)
-    assert error(out, kernels.linear_reference(x.float(), dense, norm=gain, eps=1e-5)) < 4e-3  # x * gain is rounded
+    out = gemv.linear(x, w, s, None, gain, 1e-5, out_dtype=torch.float32)
+    assert error(out, gemv.linear_reference(x.float(), dense, norm=gain, eps=1e-5)) < 4e-3  # x * gain is rounded
 
 
-CONFIGURATIONS = sorted({c for table in kernels.CONFIGURATIONS.values() for c in table} | {(4, 2, 4, 168)})
+CONFIGURATIONS = sorted({c for table in gemv.CONFIGURATIONS.values() for c in table} | {(4, 2, 4, 168)})
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
@@ -109,12 +110,12 @@ CONFIGURATIONS = sorted({c for table in kernels.CONFIGURATIONS.values() for c in
 def test_configurations(kind, configuration, deep, rows, monkeypatch):
     R, C, W, registers = configuration
     C = min(C, {"16-bit": 8, "int8": 4}.get(kind, 2))
-    monkeypatch.setattr(kernels, "_configuration", lambda *_: (R, C, W, deep, registers))
+    monkeypatch.setattr(gemv, "_configuration", lambda *_: (R, C, W, deep, registers))
     generator = torch.Generator().manual_seed(3)
     w, s, dense = make_weight(kind, 40, 2144, torch.float16, generator)
     x = torch.randn(rows, 2144, generator=generator).half()
     x, w, s, dense = on_device(x, w, s, dense)
-    assert error(kernels.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
+    assert error(gemv.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,8 +128,8 @@ def test_gated_linear(kind, act, rows, dtype):
     x = torch.randn(rows, 576, generator=generator).to(dtype)
     gain = torch.rand(576, generator=generator).to(dtype)
     x, w1, w3, s1, s3, dense1, dense3, gain = on_device(x, w1, w3, s1, s3, dense1, dense3, gain)
-    out = kernels.linear(x, w1, s1, norm=gain, eps=1e-5, w3=w3, s3=s3, act=act)
-    expected = kernels.linear_reference(x.float(), dense1, norm=gain, eps=1e-5, w3=dense3, act=act)
+    out = gemv.linear(x, w1, s1, norm=gain, eps=1e-5, w3=w3, s3=s3, act=act)
+    expected = gemv.linear_reference(x.float(), dense1, norm=gain, eps=1e-5, w3=dense3, act=act)
     assert error(out, expected) < 1e-2
 
 
@@ -236,9 +237,9 @@ def test_ops_trace():
     rng = torch.tensor([5, 0], device=DEVICE)
 
     def step(x, gain, k_cache, v_cache, rng):
-        qkv = kernels.linear(x, w, norm=gain, eps=1e-5)
+        qkv = gemv.linear(x, w, norm=gain, eps=1e-5)
         y = attention.attend(qkv, k_cache, v_cache, torch.tensor([0, 2], device=DEVICE), None, n_head=1)
-        z = kernels.linear(x, w, norm=gain, eps=1e-5, w3=w, out_dtype=torch.float32)
+        z = gemv.linear(x, w, norm=gain, eps=1e-5, w3=w, out_dtype=torch.float32)
         return y, z, sampling.sample(z[:, -1], 0.9, 0, 0.0, rng)
 
     expected = step(x, gain, *cache, rng)
@@ -267,6 +268,6 @@ def test_linear_in_model_shapes(kind, M, dtype):
         x = torch.randn(M, K, generator=generator).to(dtype).to(DEVICE)
         gain = torch.rand(K, generator=generator).to(dtype).to(DEVICE)
         torch.empty(M, N, dtype=dtype, device=DEVICE).fill_(math.nan)  # poison what the output may be allocated from
-        out = kernels.linear(x, w, s, norm=gain, eps=1e-5)
+        out = gemv.linear(x, w, s, norm=gain, eps=1e-5)
         expected = kernels.rms_norm(x, gain, 1e-5).double() @ dense.double().T
         assert error(out, expected) < 8e-3
