@@ -140,8 +140,8 @@ def sample_triton(logits, temperature, top_k, min_p, rng):
     margin = temperature * math.log(min_p) if min_p > 0 and not greedy else -math.inf
     filtered = k < V or margin > -math.inf
     block = 1024
-    # Twice as many maxima as wanted, or more, leave few tokens to settle.
-    part = 2 ** min(8, int(math.log2(max(1, V // (2 * k)))))
+    # Twice as many maxima as wanted, or more, leave few tokens to settle; but every program holds all of them.
+    part = 2 ** min(8, max(3, int(math.log2(max(1, V // (2 * k))))))
     blocks, count = triton.cdiv(V, block), triton.cdiv(V, part)
     maxima = torch.empty(B, count if filtered else 0, dtype=torch.float32, device=device)
     best = torch.empty(B, blocks, dtype=torch.int64, device=device)
