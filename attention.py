@@ -109,7 +109,8 @@ if triton is not None:
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, arrived,
         S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h, stride_t,
         G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
-        W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
+        W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PARTS: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         """ROWS query rows (new token s, head g) of one key head, on one part of the keys; KEYS a warp and step.
 
@@ -231,24 +232,26 @@ if triton is not None:
             top = tl.full((ROWS,), float("-inf"), tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, DP), tl.float32)
-            for part in range(parts):
-                slot = slots + part * (ROWS * (DP + 2))
-                part_acc = tl.load(slot + r[:, None] * DP + n[None, :], cache_modifier=".cg")
-                part_top = tl.load(slot + ROWS * DP + r, cache_modifier=".cg")
-                part_total = tl.load(slot + ROWS * (DP + 1) + r, cache_modifier=".cg")
-                new_top = tl.maximum(top, part_top)
+            for first_part in range(0, parts, PARTS):  # several at once: a load takes longer than the sums
+                part = first_part + tl.arange(0, PARTS)[:, None]
+                sums = slots + part * (ROWS * (DP + 2)) + ROWS * DP + r[None, :]
+                rows = (slots + part * (ROWS * (DP + 2)) + r[None, :] * DP)[:, :, None] + n[None, None, :]
+                part_top = tl.load(sums, mask=part < parts, other=float("-inf"), cache_modifier=".cg")
+                part_total = tl.load(sums + ROWS, mask=part < parts, other=0.0, cache_modifier=".cg")
+                part_acc = tl.load(rows, mask=(part < parts)[:, :, None], other=0.0, cache_modifier=".cg")
+                new_top = tl.maximum(top, tl.max(part_top, 0))
                 safe = tl.where(new_top == float("-inf"), 0.0, new_top)
                 fade = tl.exp2(top - safe)
-                gain = tl.exp2(part_top - safe)
-                acc = acc * fade[:, None] + part_acc * gain[:, None]
-                total = total * fade + part_total * gain
+                gain = tl.exp2(part_top - safe[None, :])
+                acc = acc * fade[:, None] + tl.sum(part_acc * gain[:, :, None], 0)
+                total = total * fade + tl.sum(part_total * gain, 0)
                 top = new_top
         to = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + d[None, :]
         acc = acc / total[:, None]
         tl.store(out + to, acc.to(out.dtype.element_ty), mask=(row < S * G)[:, None] & (d < D)[None, :])
 
 
-ATTEND = (8, 16, 128)  # warps, keys of a warp in a step, keys that one program takes before there are more
+ATTEND = (8, 16, 128, 4)  # warps, keys of a warp in a step, keys of a program before there are more, parts read at once
 
 
 def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale):
@@ -259,7 +262,7 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
     G, DP = n_head // Hkv, max(64, triton.next_power_of_2(D))
     rows = 8 if S * G <= 8 else 16
     blocks = triton.cdiv(S * G, rows)
-    W, keys, share = ATTEND
+    W, keys, share, at_once = ATTEND
     splits = max(1, min(64, 264 // (B * Hkv), triton.cdiv(T, share)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
@@ -268,8 +271,8 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
         zeros(qkv.device, max(4096, B * Hkv * blocks)),
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
-        ROWS=rows, NEW=max(16, triton.next_power_of_2(S)), W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
-        num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
+        ROWS=rows, NEW=max(16, triton.next_power_of_2(S)), W=W, KEYS=keys, SPLITS=splits, SHARE=share, PARTS=at_once,
+        PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return out
 

@@ -142,9 +142,7 @@ def load_model(
                 setattr(part, name, torch.nn.Parameter(placed(prefix, {name: value})[name], requires_grad=False))
     if state:
         raise UserError(f"{path}: unexpected tensors: {abridged(sorted(state))}")
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.pack(dtype)
+    model.pack(dtype)
     return model.eval()
 
 

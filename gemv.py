@@ -40,19 +40,22 @@ def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None, dtyp
     return weight.to(dtype) if scales is None else (weight.to(dtype) * scales[:, None]).to(dtype)
 
 
-def linear_reference(
-    x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, w3=None, s3=None, act="silu"
-):
+def linear_reference(x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, act=None):
     h = x if norm is None else rms_norm(x, norm, eps)
     y = F.linear(h, dequantize(weight, scales, None, h.dtype)[:, : h.shape[-1]])
-    if w3 is not None:
-        gate = F.silu(y) if act == "silu" else F.gelu(y, approximate="tanh")
-        y = gate * F.linear(h, dequantize(w3, s3, None, h.dtype)[:, : h.shape[-1]])
     if bias is not None:
         y = y + bias
+    if act is not None:
+        y = gated(y, act)
     if residual is not None:
         y = residual + y
     return y.to(out_dtype or x.dtype)
+
+
+def gated(y: Tensor, act: str = "silu") -> Tensor:
+    """act(gate) * up (..., N / 2), gates and ups being y's features (..., N) by turns of 8; act: silu or gelu_tanh."""
+    gate, up = y.unflatten(-1, (-1, 2, 8)).unbind(-2)
+    return ((F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh")) * up).flatten(-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,52 +195,57 @@ if triton is not None:
 
     @triton.jit
     def _weights(
-        w, s, words, pairs, chunk, inside, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr,
+        w, s, words, pairs, kw, first, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr,
         EVEN: tl.constexpr,
     ):  # fmt: skip
         """A tile's words and, for int4, scales and zeros, k values of K further on."""
         PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
+        inside = None if EVEN else kw < K - k
         # Weights leave the L2 cache first, which gains up to 10 %, but not in 16 bits.
         tile = _load(w + words + k // PER_WORD, inside, EVEN, KIND != "fp")
         pair = 0
         if KIND == "int4":
-            block = chunk + k // 128  # of 128 values
+            block = first + k // 128  # of 128 values
             at = pairs + block // 2 * (8 * 256 // GROUP)
             if GROUP < 256 and COLS > 1:
                 at += block % 2 * (128 // GROUP)
-            pair = _load(s + at, inside if COLS > 1 else block * 128 < K, EVEN)
+            pair = _load(s + at, None if EVEN else inside if COLS > 1 else block * 128 < K, EVEN)
         return tile, pair
 
     @triton.jit
     def _multiply(
-        acc, w, s, b, sums, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        acc, w, s, b, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
         W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
         """acc + a tile of weights, words (j i W R C u), times b. The K axis of both operands is permuted alike.
 
-        int4: the sum of ((q - 8) scale + zero) x is scale * (what the words hold, q + OFFSET - 8, times x) + (zero -
-        OFFSET scale) * the sum of x, group by group. With one row of x, b's columns, and so the products', are groups
-        of 32; otherwise each group is a product of its own in the batch.
+        int4: the sum of ((q - 8) scale + zero) x over a group is scale * (the sum of (q' - OFFSET) x) + zero * the sum
+        of x, q' being what the words hold, q + OFFSET - 8. With one row of x, b's columns, and so the products', are
+        groups of 32; otherwise each group is a product of its own in the batch.
         """
         a = _unpack(w, KIND, b.dtype, ASM)
         if KIND == "int4":
             OFFSET: tl.constexpr = 8.0 if ASM is None else 136.0
+            GROUPS: tl.constexpr = 1 if COLS == 1 else 128 // GROUP if GROUP < 128 else 1
+            # the sum of x times -OFFSET: where the product starts from, and with zero / -OFFSET its other part
+            ones = tl.full((b.shape[0], R * 8, b.shape[1]), -OFFSET, b.dtype)
+            sums = tl.dot(ones, b)
             scale = (s << 16).to(tl.float32, bitcast=True)
-            zero = (s & -65536).to(tl.float32, bitcast=True)
+            zero = (s & -65536).to(tl.float32, bitcast=True) * (-1 / OFFSET)
             a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2)  # (j i W R C, uh e ul ah al), word u being a group of 32
             if COLS == 1:
                 a = a.permute(2, 3, 1, 4, 5, 7, 9, 0, 8, 6).reshape(W, R * 8, C * 128)
                 scale = scale.permute(2, 3, 1, 0, 4, 5).reshape(W, R * 8, 8)  # (j i W R 1 2), columns being 2 j + 0, 1
                 zero = zero.permute(2, 3, 1, 0, 4, 5).reshape(W, R * 8, 8)
-                acc += scale * (tl.dot(a, b) - OFFSET * sums) + zero * sums
+                acc += scale * tl.dot(a, b, sums) + zero * sums
             else:
-                GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
                 a = a.permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)  # (j i W R C, uh ul ah al e)
                 a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
-                products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b)
-                shift = _per_row(zero - OFFSET * scale, GROUPS, R, C, W, COLS)
-                products = _per_row(scale, GROUPS, R, C, W, COLS) * products + shift * sums
+                products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b, sums)
+                products *= _per_row(scale, GROUPS, R, C, W, COLS)
+                sums *= _per_row(zero, GROUPS, R, C, W, COLS)
                 acc += tl.sum(products.reshape(C * GROUPS, W, R * 8, COLS), 0)
+                acc += tl.sum(sums.reshape(C * GROUPS, W, R * 8, COLS), 0)
         else:
             if KIND == "fp":  # (j i W R C, uh e ul)
                 a = a.reshape(4, 8, W, R, C, 2, 2, 2).permute(2, 3, 1, 4, 7, 0, 5, 6)
@@ -253,17 +261,53 @@ if triton is not None:
         return tl.broadcast_to(s, (C * GROUPS * W, R * 8, COLS // 8, 4, 2)).reshape(C * GROUPS * W, R * 8, COLS)
 
     @triton.jit
-    def _linear_kernel(
-        y, x, w, w3, s, s3, bias, norm, residual, M, N, K, eps,
-        KIND: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr, COLS: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr,
-        ASM: tl.constexpr, PDL: tl.constexpr,
+    def _step(
+        acc, squares, t, w, s, gains, kx, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr,
+        C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+        DTYPE: tl.constexpr,
     ):  # fmt: skip
-        """y (M, N) = [residual +] W n(x) [+ bias] or, if ACT, act(W n(x)) * (W3 n(x)); 8 R rows of W, M <= COLS of x.
+        """acc and the sums of squares after the step of K at k: words t of x, w and s of the weight."""
+        X: tl.constexpr = C * (1 if KIND == "fp" else 4 if KIND == "int4" else 2)
+        B: tl.constexpr = (COLS + 7) // 8
+        if gains is not None:
+            gain = _load(gains + k // 2, None if EVEN else kx < (K - k) // 2, EVEN)
+        if COLS == 1:
+            i = tl.arange(0, 8)[None, :, None, None, None, None]
+            if gains is not None:
+                low, high = _halves(tl.where(i < X, t, 0), DTYPE)
+                squares += low * low + high * high
+                low_gain, high_gain = _halves(gain, DTYPE)
+                t = _word(low * low_gain, high * high_gain, DTYPE)
+            t = tl.where(i == tl.arange(0, X)[None, None, None, None, :, None], t, 0)
+        # (j i W B X, uh e ul), words of x being u = 2 uh + ul
+        t = _unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
+        if gains is not None and COLS > 1:
+            # the sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing
+            rows = t.permute(2, 3, 1, 4, 7, 0, 5, 6).reshape(W, B * 8, X * 32)
+            cols = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
+            squares = tl.dot(rows, cols, squares)
+            t *= _unpack(gain, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
+        # The two halves of a fragment's K are a word's neighbours, which a load of 16 bytes leaves side by side.
+        if KIND == "int4" and COLS > 1:  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
+            GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+            b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 6, 9, 0, 7, 8, 3, 1)
+            b = b.reshape(C * GROUPS * W, 128 // GROUPS, B * 8)
+        else:
+            b = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
+        return _multiply(acc, w, s, b, KIND, GROUP, R, C, W, COLS, ASM), squares
+
+    @triton.jit
+    def _linear_kernel(
+        y, x, w, s, bias, norm, residual, M, N, K, eps,
+        KIND: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr, COLS: tl.constexpr,
+        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """y (M, N) = [residual +] W n(x) [+ bias], or if ACT the `gated` (M, N / 2) of it; 8 R rows of W, M <= COLS of
+        x.
 
         Tiles have axes j (4 lanes along K), i (8 lanes along rows), W (warps along K), R and C (repetitions along rows
-        and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order. If DEEP, a
-        tile is loaded while the one before it is used, the first one before the wait for x.
+        and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order. A tile is
+        loaded while the one before it is used, the first one before the wait for x.
 
         COLS is 8 or 16, or 1: then the 8 columns of a fragment of x take parts of 32 values along K, each with zeros
         for the others, so that a lane loads x once and each part's products stay apart, as int4's groups want them.
@@ -303,97 +347,51 @@ if triton is not None:
             pairs = 0
             kw = chunk * CHUNK + j * (CHUNK // 4)
         if COLS == 1:
-            part = i  # X is at most 8
+            part = tl.minimum(i, X - 1)  # X is at most 8
         else:
             part = tl.arange(0, X)[None, None, None, None, :, None]
         if P == 4:  # a lane's 16 values of 8 bits meet two loads of x, which is also read in words
             kx = warp * (C * CHUNK // 2) + (part // 2) * 32 + j * 8 + (part % 2) * 4 + u
         else:
             kx = warp * (C * CHUNK // 2) + part * 16 + j * 4 + u
-        if COLS == 1:
-            own = part == tl.arange(0, X)[None, None, None, None, :, None]
-            row_of_x = part < X
-            xs = x.to(tl.pointer_type(tl.int32)) + kx
-        else:
-            m = tl.arange(0, B)[None, None, None, :, None, None] * 8 + i
-            row_of_x = m < M
-            xs = x.to(tl.pointer_type(tl.int32)) + m * (K // 2) + kx
+        xs = x.to(tl.pointer_type(tl.int32)) + kx
+        if COLS > 1:  # columns past M hold the last row again
+            xs += tl.minimum(tl.arange(0, B)[None, None, None, :, None, None] * 8 + i, M - 1) * (K // 2)
+        gains = norm
+        if norm is not None:
+            gains = norm.to(tl.pointer_type(tl.int32)) + (kx if COLS == 1 else tl.broadcast_to(kx, (4, 8, W, B, X, 4)))
 
         if PDL:
             tlx.gdc_launch_dependents()
-        if DEEP:
-            inside = K > 0 if EVEN else kw < K
-            w_next, s_next = _weights(w, s, words, pairs, first, inside, 0, K, KIND, GROUP, COLS, EVEN)
-            if ACT is not None:
-                w3_next, s3_next = _weights(w3, s3, words, pairs, first, inside, 0, K, KIND, GROUP, COLS, EVEN)
+        w_now, s_now = _weights(w, s, words, pairs, kw, first, 0, K, KIND, GROUP, COLS, EVEN)
         if PDL:
             tlx.gdc_wait()
 
         n = pid * (R * 8) + tl.arange(0, R * 8)
+        of_y = pid * (R * 4) + tl.arange(0, R * 4) if ACT is not None else n
+        outputs = N // 2 if ACT is not None else N
         col = tl.arange(0, COLS)
-        stored = (n < N)[:, None] & (col < M)[None, :]
-        at = col[None, :].to(tl.int64) * N + n[:, None]
+        stored = (of_y < outputs)[:, None] & (col < M)[None, :]
+        at = col[None, :].to(tl.int64) * outputs + of_y[:, None]
         if residual is not None:
             before = tl.load(residual + at, mask=stored, other=0.0)
-        if DEEP:
-            x_next = _load(xs, row_of_x if EVEN else row_of_x & (kx < K // 2), EVEN)
+        t = _load(xs, None if EVEN else kx < K // 2, EVEN)
         acc = tl.zeros((W, R * 8, B * 8), tl.float32)
-        acc3 = acc
         squares = tl.zeros((4, 8, W, 1, 1, 4) if COLS == 1 else (W, B * 8, B * 8), tl.float32)
-        for k0 in range(0, K, STEP):
-            k = k0 + STEP if DEEP else k0
-            if DEEP:
-                t, words_now, s_now = x_next, w_next, s_next
-                if ACT is not None:
-                    words3_now, s3_now = w3_next, s3_next
-            inside = k < K if EVEN else kw < K - k
-            x_next = _load(xs + k // 2, row_of_x & (k < K if EVEN else kx < (K - k) // 2), EVEN)
-            w_next, s_next = _weights(w, s, words, pairs, first, inside, k, K, KIND, GROUP, COLS, EVEN)
-            if ACT is not None:
-                w3_next, s3_next = _weights(w3, s3, words, pairs, first, inside, k, K, KIND, GROUP, COLS, EVEN)
-            if not DEEP:
-                t, words_now, s_now = x_next, w_next, s_next
-                if ACT is not None:
-                    words3_now, s3_now = w3_next, s3_next
-
-            if norm is not None:
-                gain = norm.to(tl.pointer_type(tl.int32)) + k0 // 2 + kx
-                if COLS == 1:
-                    gain = _load(gain, row_of_x & (K > 0 if EVEN else kx < (K - k0) // 2), EVEN)
-                    low, high = _halves(tl.where(row_of_x, t, 0), DTYPE)
-                    squares += low * low + high * high
-                    low_gain, high_gain = _halves(gain, DTYPE)
-                    t = _word(low * low_gain, high * high_gain, DTYPE)
-                else:
-                    gain = tl.broadcast_to(gain, (4, 8, W, B, X, 4))
-                    gain = _load(gain, K > 0 if EVEN else kx < (K - k0) // 2, EVEN)
-            if COLS == 1:
-                t = tl.where(own, t, 0)
-            # (j i W B X, uh e ul), words of x being u = 2 uh + ul
-            t = _unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
-            if norm is not None and COLS > 1:
-                # the sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing
-                rows = t.permute(2, 3, 1, 4, 7, 0, 5, 6).reshape(W, B * 8, X * 32)
-                cols = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
-                squares = tl.dot(rows, cols, squares)
-                t *= _unpack(gain, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
-            # The two halves of a fragment's K are a word's neighbours, which a load of 16 bytes leaves side by side.
-            sums = 0
-            if KIND == "int4" and COLS > 1:  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
-                b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 6, 9, 0, 7, 8, 3, 1)
-                b = b.reshape(C * GROUPS * W, 128 // GROUPS, B * 8)
-                sums = tl.dot(tl.full((C * GROUPS * W, R * 8, 128 // GROUPS), 1.0, DTYPE), b)
-            else:
-                b = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
-                if KIND == "int4":
-                    sums = tl.dot(tl.full((W, R * 8, X * 32), 1.0, DTYPE), b)
-            acc = _multiply(acc, words_now, s_now, b, sums, KIND, GROUP, R, C, W, COLS, ASM)
-            if ACT is not None:
-                acc3 = _multiply(acc3, words3_now, s3_now, b, sums, KIND, GROUP, R, C, W, COLS, ASM)
+        for k in range(STEP, K, STEP):
+            t_next = _load(xs + k // 2, None if EVEN else kx < (K - k) // 2, EVEN)
+            w_next, s_next = _weights(w, s, words, pairs, kw, first, k, K, KIND, GROUP, COLS, EVEN)
+            acc, squares = _step(
+                acc, squares, t, w_now, s_now, gains, kx, k - STEP, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
+            )
+            t, w_now, s_now = t_next, w_next, s_next
+        last = (K - 1) // STEP * STEP
+        acc, squares = _step(
+            acc, squares, t, w_now, s_now, gains, kx, last, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
+        )
 
         if COLS == 1:
             acc = tl.sum(acc, 2, keep_dims=True)
-            acc3 = tl.sum(acc3, 2, keep_dims=True)
         out = tl.sum(acc, 0)  # (rows of W, rows of x)
         if norm is not None:
             if COLS == 1:
@@ -401,20 +399,15 @@ if triton is not None:
             else:
                 both = tl.arange(0, COLS)
                 squares = tl.sum(tl.sum(tl.where(both[:, None] == both[None, :], squares, 0.0), 1, keep_dims=True), 0)
-            rms = tl.rsqrt(squares / K + eps)
-            out *= rms
+            out *= tl.rsqrt(squares / K + eps)
         if P == 4:
             out *= tl.load(s + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        if ACT is not None:
-            up = tl.sum(acc3, 0)
-            if norm is not None:
-                up *= rms
-            if P == 4:
-                up *= tl.load(s3 + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-            z = out if ACT == "silu" else 1.5957691216057308 * (out + 0.044715 * out * out * out)
-            out *= up / (1 + tl.exp(-z))  # tanh(z / 2) = 2 sigmoid(z) - 1
         if bias is not None:
             out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        if ACT is not None:
+            gate, up = tl.split(out.reshape(R // 2, 2, 8, COLS).permute(0, 2, 3, 1))
+            z = gate if ACT == "silu" else 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+            out = (gate * up / (1 + tl.exp(-z))).reshape(R * 4, COLS)  # tanh(z / 2) = 2 sigmoid(z) - 1
         if residual is not None:
             out += before.to(tl.float32)
         tl.store(y + at, out.to(y.dtype.element_ty), mask=stored)
@@ -459,19 +452,18 @@ TUNED = {  # weights of so many rows
 }
 
 
-def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[int, int, int, bool, int]:
-    """R, C, W, DEEP and registers of the linear kernel for a weight (N, K) and M rows, on so many multiprocessors."""
+def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[int, int, int, int]:
+    """R, C, W and registers of the linear kernel for a weight (N, K) and M rows, on so many multiprocessors."""
     kind = "int8" if kind == "fp8" else kind
     bits, more = {"fp": 16, "int8": 8, "int4": 4}[kind], M > 1
     if N >= 32000:  # an output layer
         R, C, W, registers = 4, 1 if kind == "int4" and more else 2, 4, 128
-        deep = kind == "fp" or (kind == "int8" and not more)
     else:
         by_fill = CONFIGURATIONS[kind, more][min((-(-N // 16) - 1) // processors, 3)]
-        (R, C, W, registers), deep = TUNED[kind, more].get(N, by_fill), True
-    while W * C * 512 // bits > max(K, 256) and W * C > 1:  # no more of K in a step than there is
+        R, C, W, registers = TUNED[kind, more].get(N, by_fill)
+    while W * C * 512 // bits >= 2 * K and W * C > 1:  # one step that covers K is the best of all
         W, C = (W, C // 2) if C > 1 else (W // 2, C)
-    return R, C, W, deep, registers
+    return R, C, W, registers
 
 
 @op("linear")
@@ -484,28 +476,25 @@ def linear(
     eps: float = 0.0,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    w3: Tensor | None = None,
-    s3: Tensor | None = None,
-    act: str = "silu",
+    act: str | None = None,
 ) -> Tensor:
-    """[residual +] W rms_norm(x) [+ bias], or act(W rms_norm(x)) * (W3 rms_norm(x)): x (..., K) -> (..., N) in x's
-    dtype or `out_dtype`, in one launch. See `takes` for what it takes, besides CPU tensors in Triton's interpreter.
+    """[residual +] W rms_norm(x) [+ bias]: x (..., K) -> (..., N) in x's dtype or `out_dtype`, in one launch; with
+    `act` its `gated` (..., N / 2). See `takes` for what it takes, besides CPU tensors in Triton's interpreter.
 
     norm (K,) is RMSNorm's gain and `eps` its epsilon, without `norm` x is taken as it is; bias (N,); residual like the
-    result; w3 and s3 a second weight like the first; act "silu" or "gelu_tanh".
+    result; act "silu" or "gelu_tanh".
     """
     K, N, kind = x.shape[-1], _out_features(weight), _kind(weight)
     rows = x.reshape(-1, K).contiguous()
     M = len(rows)
-    R, C, W, deep, registers = _configuration(kind, N, K, M, _processors(x.device))
+    R, C, W, registers = _configuration(kind, N, K, M, _processors(x.device))
     hopper = is_hopper(x.device)
     chunk = {"fp": 32, "int4": 128}.get(kind, 64)
-    y = torch.empty(*x.shape[:-1], N, dtype=out_dtype or x.dtype, device=x.device)
+    y = torch.empty(*x.shape[:-1], N if act is None else N // 2, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(triton.cdiv(N, 8 * R),)](
-        y, rows, weight.view(torch.int32), None if w3 is None else w3.view(torch.int32), scales, s3, bias, norm,
-        None if residual is None else residual.contiguous(), M, N, K, eps,
-        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, ACT=None if w3 is None else act,
-        COLS=1 if M == 1 else 8 if M <= 8 else 16, R=R, C=C, W=W, DEEP=deep, EVEN=K % (W * C * chunk) == 0,
+        y, rows, weight.view(torch.int32), scales, bias, norm, None if residual is None else residual.contiguous(),
+        M, N, K, eps, KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, ACT=act,
+        COLS=1 if M == 1 else 8 if M <= 8 else 16, R=R, C=C, W=W, EVEN=K % (W * C * chunk) == 0,
         ASM=_assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": registers} if hopper else {}),
     )  # fmt: skip
@@ -513,10 +502,9 @@ def linear(
 
 
 @torch.library.register_fake("gptfast::linear")
-def _(
-    x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, w3=None, s3=None, act="silu"
-):
-    return x.new_empty((*x.shape[:-1], _out_features(weight)), dtype=out_dtype or x.dtype)
+def _(x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, act=None):
+    N = _out_features(weight)
+    return x.new_empty((*x.shape[:-1], N if act is None else N // 2), dtype=out_dtype or x.dtype)
 
 
 def takes(x: Tensor, weight: Tensor, norm: Tensor | None = None) -> bool:

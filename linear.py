@@ -63,26 +63,33 @@ class Linear(nn.Module):
         """Lay the weight out for the device it is on and activations of `dtype`. Called once, after loading."""
         self.widen = _half_is_slow(self.weight.device, dtype)
 
-    def forward(self, x: Tensor, norm=None, residual: Tensor | None = None, fp32: bool = False) -> Tensor:
-        """x (..., K) -> (..., N) in x's dtype, or fp32 if asked."""
+    def forward(
+        self, x: Tensor, norm=None, residual: Tensor | None = None, fp32: bool = False, act: str | None = None
+    ) -> Tensor:
+        """x (..., K) -> (..., N) in x's dtype, or fp32 if asked; if `act`, of an `interleaved` layer, (..., N / 2)."""
         gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         if gemv.takes(x, self.weight, gain):
             dtype = torch.float32 if fp32 else x.dtype
-            return gemv.linear(x, self.weight, self.scales, self.bias, gain, eps, residual, dtype)
+            return gemv.linear(x, self.weight, self.scales, self.bias, gain, eps, residual, dtype, act)
         y = self.matmul(x if norm is None else norm(x))
         if self.bias is not None:
             y = y + self.bias
+        if act is not None:
+            y = gemv.gated(y, act)
         if residual is not None:
             y = residual + y
         return y.float() if fp32 else y
 
 
-def gated(w1: Linear, w3: Linear, x: Tensor, norm) -> Tensor:
-    """silu(w1 norm(x)) * (w3 norm(x)) for x (..., K)."""
-    if gemv.takes(x, w1.weight, norm.weight) and w1.weight.dtype == w3.weight.dtype and w1.bias is None:
-        return gemv.linear(x, w1.weight, w1.scales, norm=norm.weight, eps=norm.eps, w3=w3.weight, s3=w3.scales)
-    x = norm(x)
-    return F.silu(w1(x)) * w3(x)
+def interleaved(gate: Linear, up: Linear) -> Linear | None:
+    """One layer with the rows of both by turns of 8, for `act`, if they are of one kind. Neither may be packed yet."""
+    ours, theirs = dict(gate.named_parameters()), dict(up.named_parameters())
+    if gate.out_features % 8 or {k: (t.dtype, t.shape) for k, t in ours.items()} != {
+        k: (t.dtype, t.shape) for k, t in theirs.items()
+    }:
+        return None
+    turns = {k: torch.stack([t.unflatten(0, (-1, 8)) for t in (ours[k], theirs[k])], 1).flatten(0, 2) for k in ours}
+    return type(gate).from_tensors(gate.in_features, 2 * gate.out_features, turns)
 
 
 class Int8Linear(Linear):

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import RMSNorm
 
 from attention import attend
 from errors import UserError
-from linear import Linear, gated
+from linear import Linear, interleaved
 from tp import TensorParallel
 
 # What a family fixes beyond what its config.json says. A dense Llama-like family is one line here.
@@ -252,10 +253,22 @@ class FeedForward(nn.Module):
         self.w1 = Linear(config.dim, hidden, bias=config.mlp_bias)
         self.w3 = Linear(config.dim, hidden, bias=config.mlp_bias)
         self.w2 = Linear(hidden, config.dim, bias=config.mlp_bias)
+        self.w13: Linear | None = None  # what `merge` makes of w1 and w3
+
+    def merge(self) -> None:
+        """Make w1 and w3 one layer, if they are of one kind, as the kernel that gates wants them."""
+        self.w13 = interleaved(self.w1, self.w3)
+        if self.w13:
+            self.w1 = self.w3 = None
 
     @_alike
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        return self.tp.project(self.w2, gated(self.w1, self.w3, x, norm), residual=x)
+        if self.w13:
+            hidden = self.w13(x, norm=norm, act="silu")
+        else:
+            normed = norm(x)
+            hidden = F.silu(self.w1(normed)) * self.w3(normed)
+        return self.tp.project(self.w2, hidden, residual=x)
 
 
 class TransformerBlock(nn.Module):
@@ -287,6 +300,15 @@ class Transformer(nn.Module):
         if config.tied:
             self.output.weight = self.tok_embeddings.weight
         self.requires_grad_(False)
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Lay the weights out for the device they are on and activations of `dtype`. Called once, after loading."""
+        for layer in self.layers:
+            if dtype.itemsize == 2 and layer.feed_forward.w1.weight.is_cuda:
+                layer.feed_forward.merge()
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack(dtype)
 
     def cache(self, batch_size: int, length: int) -> "KVCache":
         """Run state for so many rows of so many tokens."""

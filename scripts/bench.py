@@ -67,9 +67,7 @@ def random_model(
             if name == "output" and config.tied and mode == "bf16":
                 continue
             tensors = random_tensors(mode, module.out_features, module.in_features, device, dtype)
-            layer = linear_from_tensors(module.in_features, module.out_features, tensors, name)
-            layer.pack(dtype)
-            model.set_submodule(name, layer)
+            model.set_submodule(name, linear_from_tensors(module.in_features, module.out_features, tensors, name))
         elif name == "tok_embeddings":
             module.weight = torch.nn.Parameter(
                 torch.randn(module.weight.shape, dtype=dtype, device=device) * config.dim**-0.5, requires_grad=False
@@ -79,6 +77,7 @@ def random_model(
             module.weight = torch.nn.Parameter(ones, requires_grad=False)
     if config.tied and mode == "bf16":
         model.output.weight = model.tok_embeddings.weight
+    model.pack(dtype)
     return model.eval()
 
 

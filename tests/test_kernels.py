@@ -106,11 +106,11 @@ CONFIGURATIONS = sorted({c for table in gemv.CONFIGURATIONS.values() for c in ta
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 @pytest.mark.parametrize("kind", ["16-bit", "int8", "int4:64"])
-@pytest.mark.parametrize("deep,rows", [(False, 1), (True, 1), (True, 5)])
-def test_configurations(kind, configuration, deep, rows, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 5])
+def test_configurations(kind, configuration, rows, monkeypatch):
     R, C, W, registers = configuration
     C = min(C, {"16-bit": 8, "int8": 4}.get(kind, 2))
-    monkeypatch.setattr(gemv, "_configuration", lambda *_: (R, C, W, deep, registers))
+    monkeypatch.setattr(gemv, "_configuration", lambda *_: (R, C, W, registers))
     generator = torch.Generator().manual_seed(3)
     w, s, dense = make_weight(kind, 40, 2144, torch.float16, generator)
     x = torch.randn(rows, 2144, generator=generator).half()
@@ -123,13 +123,14 @@ def test_configurations(kind, configuration, deep, rows, monkeypatch):
 @pytest.mark.parametrize("act,rows", [("silu", 1), ("silu", 3), ("gelu_tanh", 3)])
 def test_gated_linear(kind, act, rows, dtype):
     generator = torch.Generator().manual_seed(1)
-    w1, s1, dense1 = make_weight(kind, 24, 576, dtype, generator)
-    w3, s3, dense3 = make_weight(kind, 24, 576, dtype, generator)
+    w, s, dense = make_weight(kind, 48, 576, dtype, generator)  # gates and ups by turns of 8 rows
     x = torch.randn(rows, 576, generator=generator).to(dtype)
     gain = torch.rand(576, generator=generator).to(dtype)
-    x, w1, w3, s1, s3, dense1, dense3, gain = on_device(x, w1, w3, s1, s3, dense1, dense3, gain)
-    out = gemv.linear(x, w1, s1, norm=gain, eps=1e-5, w3=w3, s3=s3, act=act)
-    expected = gemv.linear_reference(x.float(), dense1, norm=gain, eps=1e-5, w3=dense3, act=act)
+    bias = torch.randn(48, generator=generator).to(dtype)
+    x, w, s, dense, gain, bias = on_device(x, w, s, dense, gain, bias)
+    out = gemv.linear(x, w, s, bias, gain, 1e-5, act=act)
+    expected = gemv.linear_reference(x.float(), dense, None, bias, gain, 1e-5, act=act)
+    assert out.shape == expected.shape == (rows, 24)
     assert error(out, expected) < 1e-2
 
 
@@ -148,6 +149,7 @@ def make_attention(B, S, H, Hkv, D, T, rotary, dtype, generator):
         (2, 3, 8, 2, 32, 200, 16, 0, True, [0, 150]),  # grouped heads, partial rotation, head norms, an empty row
         (2, 1, 4, 2, 80, 600, 80, 100, False, [520, 37]),  # a window, a head dimension that is no power of two
         (1, 16, 6, 2, 16, 96, 16, 20, False, [64]),
+        (1, 8, 6, 2, 32, 1100, 32, 0, False, [1050]),  # more parts than are combined at once, two blocks of rows
         (1, 4, 2, 1, 16, 70, 0, 0, False, [68]),  # no rotation; the last tokens do not fit the cache
     ],
 )
@@ -239,7 +241,7 @@ def test_ops_trace():
     def step(x, gain, k_cache, v_cache, rng):
         qkv = gemv.linear(x, w, norm=gain, eps=1e-5)
         y = attention.attend(qkv, k_cache, v_cache, torch.tensor([0, 2], device=DEVICE), None, n_head=1)
-        z = gemv.linear(x, w, norm=gain, eps=1e-5, w3=w, out_dtype=torch.float32)
+        z = gemv.linear(x, w, norm=gain, eps=1e-5, out_dtype=torch.float32, act="silu")
         return y, z, sampling.sample(z[:, -1], 0.9, 0, 0.0, rng)
 
     expected = step(x, gain, *cache, rng)

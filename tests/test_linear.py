@@ -9,7 +9,7 @@ from linear import (
     Int4Linear,
     Int8Linear,
     Linear,
-    gated,
+    interleaved,
     linear_from_tensors,
     quantize_linear,
     quantizer,
@@ -22,7 +22,8 @@ SIZES = [(96, 256), (48, 576), (33, 65), (7, 31), (1, 1), (16, 40)]  # (N, K)
 
 def make(mode: str, N: int, K: int, seed: int = 0) -> tuple[torch.Tensor, Linear]:
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * 0.05
-    return weight, linear_from_tensors(K, N, quantize_linear(mode, {"weight": weight}, "w"))
+    tensors = {"weight": weight}
+    return weight, linear_from_tensors(K, N, tensors if mode == "plain" else quantize_linear(mode, tensors, "w"))
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -83,7 +84,7 @@ def test_fast_cpu_operators_are_used_in_bf16(mode, monkeypatch):
     assert layer(torch.ones(3, 64, dtype=torch.bfloat16)).shape == (3, 32)
 
 
-def test_norm_bias_residual_and_gated_agree_with_the_plain_layer():
+def test_norm_bias_and_residual_agree_with_the_plain_layer():
     _, layer = make("int8", 24, 64)
     layer.bias = torch.nn.Parameter(torch.randn(24))
     norm = RMSNorm(64, 1e-5)
@@ -91,10 +92,24 @@ def test_norm_bias_residual_and_gated_agree_with_the_plain_layer():
     x, residual = torch.randn(2, 3, 64), torch.randn(2, 3, 24)
     expected = residual + F.linear(norm(x), layer.dequantized(torch.float32), layer.bias)
     torch.testing.assert_close(layer(x, norm=norm, residual=residual, fp32=True), expected)
-    _, other = make("int4:32", 24, 64, seed=1)
-    layer.bias = None
-    expected = F.silu(norm(x) @ layer.dequantized(torch.float32).t()) * (norm(x) @ other.dequantized(torch.float32).t())
-    torch.testing.assert_close(gated(layer, other, x, norm), expected)
+
+
+@pytest.mark.parametrize("mode", ["plain", *KINDS])
+def test_interleaved_layers_gate_each_other(mode):
+    gate, up = (make(mode, 24, 64, seed=seed)[1] for seed in (1, 2))
+    for layer in (gate, up):
+        layer.bias = torch.nn.Parameter(torch.randn(24))
+    x = torch.randn(2, 3, 64)
+    both = interleaved(gate, up)
+    assert type(both) is type(gate) and both.out_features == 48
+    torch.testing.assert_close(both(x, act="silu"), F.silu(gate(x)) * up(x))
+    torch.testing.assert_close(both(x, act="gelu_tanh"), F.gelu(gate(x), approximate="tanh") * up(x))
+
+
+def test_layers_of_two_kinds_stay_apart():
+    assert interleaved(make("int8", 24, 64)[1], make("int4:32", 24, 64)[1]) is None
+    assert interleaved(make("int4:64", 24, 64)[1], make("int4:32", 24, 64)[1]) is None
+    assert interleaved(make("int8", 20, 64)[1], make("int8", 20, 64)[1]) is None  # rows are not by 8
 
 
 def gpt_fast_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
