@@ -232,7 +232,7 @@ if triton is not None:
             top = tl.full((ROWS,), float("-inf"), tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, DP), tl.float32)
-            for first_part in range(0, parts, PARTS):  # several at once: a load takes longer than the sums
+            for first_part in range(0, parts, PARTS):
                 part = first_part + tl.arange(0, PARTS)[:, None]
                 sums = slots + part * (ROWS * (DP + 2)) + ROWS * DP + r[None, :]
                 rows = (slots + part * (ROWS * (DP + 2)) + r[None, :] * DP)[:, :, None] + n[None, None, :]
@@ -251,7 +251,7 @@ if triton is not None:
         tl.store(out + to, acc.to(out.dtype.element_ty), mask=(row < S * G)[:, None] & (d < D)[None, :])
 
 
-ATTEND = (8, 16, 128, 4)  # warps, keys of a warp in a step, keys of a program before there are more, parts read at once
+ATTEND = (8, 16, 128)  # warps, keys of a warp in a step, keys that one program takes before there are more
 
 
 def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale):
@@ -262,7 +262,7 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
     G, DP = n_head // Hkv, max(64, triton.next_power_of_2(D))
     rows = 8 if S * G <= 8 else 16
     blocks = triton.cdiv(S * G, rows)
-    W, keys, share, at_once = ATTEND
+    W, keys, share = ATTEND
     splits = max(1, min(64, 264 // (B * Hkv), triton.cdiv(T, share)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
@@ -271,8 +271,9 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
         zeros(qkv.device, max(4096, B * Hkv * blocks)),
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
-        ROWS=rows, NEW=max(16, triton.next_power_of_2(S)), W=W, KEYS=keys, SPLITS=splits, SHARE=share, PARTS=at_once,
-        PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
+        ROWS=rows, NEW=max(16, triton.next_power_of_2(S)), W=W, KEYS=keys, SPLITS=splits, SHARE=share,
+        PARTS=1 if splits <= 8 else 2, PDL=hopper,
+        num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return out
 

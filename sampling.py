@@ -1,4 +1,4 @@
-"""How the next token is drawn: the Sampler, and sampling as the torch op gptfast::sample.
+"""How the next token is drawn: the Sampler, and sampling as torch ops (gptfast::sample, floor and judge).
 
 Softmax sampling is argmax over logits / temperature + Gumbel noise. On an NVIDIA GPU that is one Triton kernel, or two
 where top_k or min_p leave tokens out, without sorting the vocabulary; otherwise the plain PyTorch reference beside it.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UserError
@@ -59,21 +60,22 @@ class Sampler:
             logits = logits.masked_fill(logits < self._floor(logits), -torch.inf)
         return sample(logits, self.temperature, self.top_k or 0, self.min_p or 0.0, rng)
 
-    def probs(self, logits: Tensor) -> Tensor:
-        """The distribution fp32 (B, V) that `draw` draws from, at a temperature above 0."""
-        return torch.softmax(logits.masked_fill(logits < self._floor(logits), -torch.inf) / self.temperature, -1)
+    def judge(self, logits: Tensor, draft_logits: Tensor, guesses: Tensor, rng: Tensor) -> Tensor:
+        """Judge guesses int64 (B, k), drawn by `draw` from draft_logits (B, k, V), by penalised logits (B (k + 1), V):
+        int64 (B, k + 1), each guess or what is drawn in its place, and a token that follows them. Temperature > 0.
+        """
+        both = torch.cat((logits, draft_logits.flatten(0, 1)))
+        return judge(both, self._floor(both), guesses, self.temperature, rng)
 
     def _floor(self, logits: Tensor) -> Tensor:
         """The smallest logit (B, 1) that the filters keep: min_p's, top_k's, and top_p's among the top_k."""
-        values = torch.topk(logits, min(self.top_k or (logits.shape[1] if self.top_p else 1), logits.shape[1])).values
-        floor = values[:, :1] + (self.temperature * math.log(self.min_p) if self.min_p else -torch.inf)
-        if self.top_k:
-            floor = torch.maximum(floor, values[:, -1:])
+        least = floor(logits, self.temperature, self.top_k or 0, self.min_p or 0.0)
         if self.top_p:
+            values = torch.topk(logits, min(self.top_k or logits.shape[1], logits.shape[1])).values
             probs = torch.softmax(values / self.temperature, -1)
             inside = probs.cumsum(-1) - probs < self.top_p  # the token that crosses top_p belongs to it
-            floor = torch.maximum(floor, values.gather(1, inside.sum(-1, keepdim=True) - 1))
-        return floor
+            least = torch.maximum(least, values.gather(1, inside.sum(-1, keepdim=True) - 1))
+        return least
 
 
 @op("sample", mutates=("rng",))
@@ -111,8 +113,70 @@ def sample_reference(logits, temperature, top_k, min_p, rng):
     return noisy.argmax(-1)
 
 
+@op("floor")
+def floor(logits: Tensor, temperature: float, top_k: int, min_p: float) -> Tensor:
+    """The smallest logit of each row of logits fp32 (B, V) that `sample` may draw, fp32 (B, 1); temperature > 0."""
+    if triton is None or not logits.is_cuda:
+        return floor_reference(logits, temperature, top_k, min_p)
+    return floor_triton(logits.contiguous(), temperature, top_k, min_p)
+
+
+@torch.library.register_fake("gptfast::floor")
+def _(logits, temperature, top_k, min_p):
+    return logits.new_empty(len(logits), 1)
+
+
+def floor_reference(logits, temperature, top_k, min_p):
+    values = torch.topk(logits, min(top_k or 1, logits.shape[1])).values
+    least = values[:, :1] + (temperature * math.log(min_p) if min_p > 0 else -math.inf)
+    return torch.maximum(least, values[:, -1:]) if top_k else least
+
+
+@op("judge", mutates=("rng",))
+def judge(logits: Tensor, floors: Tensor, guesses: Tensor, temperature: float, rng: Tensor) -> Tensor:
+    """Speculative sampling (Leviathan et al., arXiv 2211.17192): a guess x, drawn from q, holds with probability
+    min(1, p(x) / q(x)), and else gives way to a draw from max(0, p - q); after the guesses comes a draw from p.
+
+    logits fp32 (B (k + 1) + B k, V), of p and then of q, whose tokens below floors (.., 1) are left out; guesses int64
+    (B, k); rng as `sample`'s. Returns int64 (B, k + 1).
+    """
+    if triton is None or not logits.is_cuda:
+        token = judge_reference(logits, floors, guesses, temperature, rng)
+        rng[1] += 1
+        return token
+    return judge_triton(logits.contiguous(), floors, guesses.contiguous(), temperature, rng)
+
+
+@torch.library.register_fake("gptfast::judge")
+def _(logits, floors, guesses, temperature, rng):
+    return guesses.new_empty(guesses.shape[0], guesses.shape[1] + 1)
+
+
+def judge_reference(logits, floors, guesses, temperature, rng):
+    B, k = guesses.shape
+    probs = torch.softmax(logits.masked_fill(logits < floors, -math.inf) / temperature, -1)
+    p, q = probs[: B * (k + 1)].view(B, k + 1, -1), probs[B * (k + 1) :].view(B, k, -1)
+    q, guesses = F.pad(q, (0, 0, 0, 1)), F.pad(guesses, (0, 1))  # nothing is guessed after the last
+    chance = (p.gather(2, guesses[..., None]) / q.gather(2, guesses[..., None]).clamp(min=1e-30)).clamp(max=1)[..., 0]
+    chance[:, k] = 0
+    mass = (p - q).clamp(min=0).cumsum(2)
+    row, place = torch.meshgrid(*(torch.arange(n, device=logits.device) for n in (B, k + 1)), indexing="ij")
+    u = uniform(rng, row, place)
+    # one draw serves both: what is left of u where it refuses the guess is uniform again
+    sought = (u - chance) / (1 - chance).clamp(min=1e-30) * mass[..., -1]
+    drawn = ((mass > sought[..., None]) | (mass == mass[..., -1:])).int().argmax(2)
+    return torch.where(u < chance, guesses, drawn)
+
+
 def gumbel(rng: Tensor, row: Tensor, token: Tensor) -> Tensor:
-    """Standard Gumbel noise of each (row, token) under rng (seed, offset); softmax sampling is argmax(logits + noise).
+    """Standard Gumbel noise of each (row, token) under rng (seed, offset): softmax sampling is argmax(logits + it)."""
+    u = uniform(rng, row, token)
+    # -log(1 - u), but exact where u is small, which is where the large noise comes from
+    return -torch.log(torch.where(u < 0.01, u * (1 + u * (0.5 + u / 3)), -torch.log(1 - u)))
+
+
+def uniform(rng: Tensor, row: Tensor, token: Tensor) -> Tensor:
+    """Uniform numbers fp32 above 0 and below 1, one for each (row, token) under rng (seed, offset).
 
     Philox4x32-10 (Salmon et al., SC 2011), keyed by the seed and counting (token, row, offset), so that the GPU and the
     CPU draw the same tokens and a draw does not depend on how the work is split.
@@ -127,17 +191,31 @@ def gumbel(rng: Tensor, row: Tensor, token: Tensor) -> Tensor:
         c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 & low32, p0 >> 32 ^ c3 ^ k1, p0 & low32
         k0, k1 = k0 + 0x9E3779B9 & low32, k1 + 0xBB67AE85 & low32
     u = (torch.from_numpy(c0.astype(np.int64)).to(token.device).float() + 0.5) * 2.0**-32
-    # -log(1 - u), but exact where u is small, which is where the large noise comes from
-    return -torch.log(torch.where(u < 0.01, u * (1 + u * (0.5 + u / 3)), -torch.log(1 - u.clamp(max=1 - 2.0**-24))))
+    return u.clamp(max=1 - 2.0**-24)
 
 
 def sample_triton(logits, temperature, top_k, min_p, rng):
     """Two launches, or one where every token is in: logits fp32 (B, V) contiguous, rng int64 (2,)."""
+    if temperature <= 0:
+        temperature, top_k, min_p, noise = 1.0, 0, 0.0, 0.0
+    else:
+        noise = 1.0
+    return _sample(
+        torch.empty(len(logits), dtype=torch.int64, device=logits.device), logits, temperature, top_k, min_p, rng, noise
+    )
+
+
+def floor_triton(logits, temperature, top_k, min_p):
+    """As sample_triton, without the draw."""
+    out = torch.full((len(logits), 1), -math.inf, device=logits.device)
+    return _sample(out, logits, temperature, top_k, min_p) if 0 < top_k < logits.shape[1] or min_p > 0 else out
+
+
+def _sample(out, logits, temperature, top_k, min_p, rng=None, noise=0.0):
     B, V = logits.shape
     device, hopper = logits.device, is_hopper(logits.device)
-    greedy = temperature <= 0
-    k = top_k if 0 < top_k < V and not greedy else V
-    margin = temperature * math.log(min_p) if min_p > 0 and not greedy else -math.inf
+    k = top_k if 0 < top_k < V else V
+    margin = temperature * math.log(min_p) if min_p > 0 else -math.inf
     filtered = k < V or margin > -math.inf
     block = 1024
     # Twice as many maxima as wanted, or more, leave few tokens to settle; but every program holds all of them.
@@ -146,15 +224,26 @@ def sample_triton(logits, temperature, top_k, min_p, rng):
     maxima = torch.empty(B, count if filtered else 0, dtype=torch.float32, device=device)
     best = torch.empty(B, blocks, dtype=torch.int64, device=device)
     listed = torch.empty(B, V if filtered else 0, dtype=torch.int32, device=device)
-    out = torch.empty(B, dtype=torch.int64, device=device)
     options = {"BLOCK": block, "COUNT": count, "PDL": hopper, **({"launch_pdl": True} if hopper else {})}
     if filtered:
         _maxima_kernel[(B, blocks)](logits, maxima, V, PART=part, num_warps=4, **options)
     _sample_kernel[(B, blocks)](
-        out, logits, rng, zeros(device, 2 * B + 1), maxima, best, listed, V, k,
-        1.0 if greedy else 1 / temperature, 0.0 if greedy else 1.0, margin,
+        out, logits, rng, zeros(device, 2 * B + 1), maxima, best, listed, V, k, 1 / temperature, noise, margin,
         BLOCKS=blocks, BLOCKS2=triton.next_power_of_2(blocks), COUNT2=triton.next_power_of_2(count), FILTER=filtered,
         num_warps=8, **options,
+    )  # fmt: skip
+    return out
+
+
+def judge_triton(logits, floors, guesses, temperature, rng):
+    """One launch: logits fp32 (B (k + 1) + B k, V) and guesses int64 (B, k), both contiguous."""
+    (B, k), V, hopper = guesses.shape, logits.shape[1], is_hopper(logits.device)
+    out = torch.empty(B, k + 1, dtype=torch.int64, device=logits.device)
+    block = 4096
+    _judge_kernel[(B * (k + 1),)](
+        out, logits, floors, guesses, rng, zeros(logits.device, 1), V, k, 1 / temperature,
+        BLOCK=block, BLOCKS=triton.next_power_of_2(triton.cdiv(V, block)), PDL=hopper,
+        num_warps=16, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return out
 
@@ -199,16 +288,20 @@ if triton is not None:
         tl.store(maxima + row * COUNT + part, tl.max(x.reshape(BLOCK // PART, PART), 1), mask=part < COUNT)
 
     @triton.jit
-    def _noisy(x, token, row, scale, noise, rng):
-        """The score x * scale + noise * Gumbel, ordered, in the high half of an int64 and the token, reversed, in the
-        low half: the largest is the sample, and of equals the lowest token. See `gumbel`."""
+    def _uniform(rng, row, token):
         offset = tl.load(rng + 1)
         zero = token * 0
         low = (offset & 0xFFFFFFFF).to(tl.uint32) + zero.to(tl.uint32)
         high = (offset >> 32 & 0xFFFFFFFF).to(tl.uint32) + zero.to(tl.uint32)
         word, _, _, _ = tl.philox(tl.load(rng), token.to(tl.uint32), (row + zero).to(tl.uint32), low, high)
-        u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-        exponential = tl.where(u < 0.01, u * (1 + u * (0.5 + u / 3)), -tl.log(1 - tl.minimum(u, 0.99999994)))
+        return tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+
+    @triton.jit
+    def _noisy(x, token, row, scale, noise, rng):
+        """The score x * scale + noise * Gumbel, ordered, in the high half of an int64 and the token, reversed, in the
+        low half: the largest is the sample, and of equals the lowest token. See `gumbel`."""
+        u = _uniform(rng, row, token)
+        exponential = tl.where(u < 0.01, u * (1 + u * (0.5 + u / 3)), -tl.log(1 - u))
         bits = (x * scale - noise * tl.log(exponential) + 0.0).to(tl.int32, bitcast=True)
         bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         return (bits.to(tl.int64) << 32) + (0x7FFFFFFF - token).to(tl.int64)
@@ -272,19 +365,99 @@ if triton is not None:
                     counts += _reaching(_ordered(tl.load(logits + more)), i + lane < n, limit, shift)
                 limit = _raised(limit, counts, k, shift)
             winner = tl.full((), lowest, tl.int64)
+            least = tl.full((), float("inf"), tl.float32)
             for i in range(0, n, BLOCK):
                 more = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
                 x = tl.load(logits + more)
-                drawn = _noisy(x, more, row, scale, noise, rng)
-                drawn = tl.where((i + lane < n) & (_ordered(x) >= limit), drawn, lowest)
-                winner = tl.maximum(winner, tl.max(drawn, 0))
+                kept = (i + lane < n) & (_ordered(x) >= limit)
+                if rng is None:
+                    least = tl.minimum(least, tl.min(tl.where(kept, x, float("inf")), 0))
+                else:
+                    drawn = tl.where(kept, _noisy(x, more, row, scale, noise, rng), lowest)
+                    winner = tl.maximum(winner, tl.max(drawn, 0))
             tl.store(state, 0)
+            if rng is None:
+                tl.store(out + row, least)
         else:
             blocks = tl.arange(0, BLOCKS2)
             winner = tl.max(tl.load(best + blocks, mask=blocks < BLOCKS, other=lowest, cache_modifier=".cg"), 0)
-        tl.store(out + row, 0x7FFFFFFF - (winner & 0xFFFFFFFF))
         tl.store(state + 1, 0)
-        done = counters + 2 * tl.num_programs(0)
+        if rng is not None:
+            tl.store(out + row, 0x7FFFFFFF - (winner & 0xFFFFFFFF))
+            _advance(rng, counters + 2 * tl.num_programs(0))
+
+    @triton.jit
+    def _advance(rng, done):
+        """Count a draw, when the last of program_id(0) is through."""
         if tl.atomic_add(done, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             tl.store(done, 0)
             tl.store(rng + 1, tl.load(rng + 1) + 1)
+
+    @triton.jit
+    def _scaled(logits, token, V, floor, scale):
+        x = tl.load(logits + token, mask=token < V, other=float("-inf"))
+        return tl.where(x >= floor, x * scale, float("-inf"))
+
+    @triton.jit
+    def _fold(top, total, x):
+        """The running maximum, and the sum of exp(x - maximum), of each lane, with one more x in them."""
+        new_top = tl.maximum(top, x)
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        return new_top, total * tl.exp(top - safe) + tl.exp(x - safe)
+
+    @triton.jit
+    def _judge_kernel(
+        out, logits, floors, guesses, rng, done, V, k, scale, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+        PDL: tl.constexpr,
+    ):  # fmt: skip
+        """One guess, or what follows the last, a program: see `judge` and `judge_reference`."""
+        row = tl.program_id(0)
+        place = row % (k + 1)
+        guessed = place < k
+        guess_of = row // (k + 1) * k + tl.minimum(place, k - 1)
+        if PDL:
+            tlx.gdc_launch_dependents()
+            tlx.gdc_wait()
+        p_logits = logits + row.to(tl.int64) * V
+        q_row = tl.num_programs(0) + guess_of
+        q_logits = logits + q_row.to(tl.int64) * V
+        p_floor = tl.load(floors + row)
+        q_floor = tl.where(guessed, tl.load(floors + q_row), float("inf"))  # no q: p is what is left
+        lane = tl.arange(0, BLOCK)
+        p_top = tl.full((BLOCK,), float("-inf"), tl.float32)
+        q_top = p_top
+        p_total = tl.zeros((BLOCK,), tl.float32)
+        q_total = p_total
+        for start in range(0, V, BLOCK):
+            p_top, p_total = _fold(p_top, p_total, _scaled(p_logits, start + lane, V, p_floor, scale))
+            q_top, q_total = _fold(q_top, q_total, _scaled(q_logits, start + lane, V, q_floor, scale))
+        p_max = tl.max(p_top, 0)
+        q_max = tl.where(guessed, tl.max(q_top, 0), 0.0)
+        p_total = tl.sum(p_total * tl.exp(p_top - p_max), 0)
+        q_total = tl.where(guessed, tl.sum(q_total * tl.exp(q_top - q_max), 0), 1.0)
+
+        masses = tl.zeros((BLOCKS,), tl.float32)
+        part = tl.arange(0, BLOCKS)
+        for n in range(tl.cdiv(V, BLOCK)):
+            p = tl.exp(_scaled(p_logits, n * BLOCK + lane, V, p_floor, scale) - p_max) / p_total
+            q = tl.exp(_scaled(q_logits, n * BLOCK + lane, V, q_floor, scale) - q_max) / q_total
+            masses = tl.where(part == n, tl.sum(tl.maximum(p - q, 0.0), 0), masses)
+        guess = tl.load(guesses + guess_of)
+        p = tl.exp(_scaled(p_logits, guess, V, p_floor, scale) - p_max) / p_total
+        q = tl.exp(_scaled(q_logits, guess, V, q_floor, scale) - q_max) / q_total
+        chance = tl.where(guessed, tl.minimum(p / tl.maximum(q, 1e-30), 1.0), 0.0)
+        one = tl.zeros((1,), tl.int32)
+        u = tl.max(_uniform(rng, row // (k + 1) + one, place + one), 0)
+        upto = tl.cumsum(masses, 0)
+        total = tl.max(upto, 0)
+        sought = (u - chance) / tl.maximum(1 - chance, 1e-30) * total
+        n = tl.sum(((upto <= sought) & (upto < total)).to(tl.int32), 0)  # the block to look in
+        sought -= tl.max(tl.where(part < n, upto, 0.0), 0)
+        token = n * BLOCK + lane
+        p = tl.exp(_scaled(p_logits, token, V, p_floor, scale) - p_max) / p_total
+        q = tl.exp(_scaled(q_logits, token, V, q_floor, scale) - q_max) / q_total
+        rest = tl.maximum(p - q, 0.0)
+        found = tl.min(tl.where((rest > 0) & (tl.cumsum(rest, 0) > sought), token, V), 0)
+        last = tl.max(tl.where(rest > 0, token, 0), 0)  # which rounding may not let the sum get past
+        tl.store(out + row, tl.where(u < chance, guess, tl.minimum(found, last)))
+        _advance(rng, done)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from errors import UserError
 from model import Transformer
-from sampling import sample
 
 PROMPT_LOOKUP = "prompt_lookup"
 MAX_K = 15  # a verify pass has k + 1 rows; the decode kernels take 16
@@ -148,16 +147,7 @@ class Speculator:
         if draft_logits is None:  # a guess that was not drawn holds if the target draws it as well
             own = sampler.draw(logits, llm.rng)
         else:
-            # A guess x, drawn from q, holds with probability min(1, p(x) / q(x)), and else gives way to a draw from
-            # max(0, p - q), which never is x: both are one draw. After k guesses that hold comes one from p.
-            p, q = sampler.probs(torch.cat((logits, draft_logits.flatten(0, 1)))).split((B * (k + 1), B * k))
-            p, q, x = p.view(B, k + 1, -1), q.view(B, k, -1), guesses[..., None]
-            chance = (p[:, :k].gather(2, x) / q.gather(2, x).clamp(min=1e-30)).clamp(max=1)
-            rest = (p[:, :k] - q).clamp(min=0)
-            rest *= (1 - chance) / rest.sum(2, keepdim=True).clamp(min=1e-30)
-            p[:, :k] = rest.scatter(2, x, chance)
-            # On a CPU, min_p spares the noise of what cannot be drawn.
-            own = sample(p.flatten(0, 1).log(), 1.0, 0, 1e-30 if p.is_cpu else 0.0, llm.rng)
+            own = sampler.judge(logits, draft_logits, guesses, llm.rng)
         own = own.view(B, k + 1)
         return (own[:, :k] == guesses).cumprod(1).sum(1), own
 

@@ -101,7 +101,8 @@ def test_linear(kind, M, N, K, dtype):
     assert error(out, gemv.linear_reference(x.float(), dense, norm=gain, eps=1e-5)) < 4e-3  # x * gain is rounded
 
 
-CONFIGURATIONS = sorted({c for table in gemv.CONFIGURATIONS.values() for c in table} | {(4, 2, 4, 168)})
+TABLES = (*gemv.CONFIGURATIONS.values(), *(table.values() for table in gemv.TUNED.values()))
+CONFIGURATIONS = sorted({configuration for table in TABLES for configuration in table})
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
@@ -149,7 +150,7 @@ def make_attention(B, S, H, Hkv, D, T, rotary, dtype, generator):
         (2, 3, 8, 2, 32, 200, 16, 0, True, [0, 150]),  # grouped heads, partial rotation, head norms, an empty row
         (2, 1, 4, 2, 80, 600, 80, 100, False, [520, 37]),  # a window, a head dimension that is no power of two
         (1, 16, 6, 2, 16, 96, 16, 20, False, [64]),
-        (1, 8, 6, 2, 32, 1100, 32, 0, False, [1050]),  # more parts than are combined at once, two blocks of rows
+        (1, 8, 6, 2, 32, 1100, 32, 0, False, [1050]),  # parts are combined by two; two blocks of rows
         (1, 4, 2, 1, 16, 70, 0, 0, False, [68]),  # no rotation; the last tokens do not fit the cache
     ],
 )
@@ -220,6 +221,38 @@ def test_sample_follows_softmax():
         counts[sampling.sample_reference(logits, 0.9, 4, 0.0, rng)] += 1
     probs = torch.softmax(logits[0].masked_fill(logits[0] < 1, -math.inf) / 0.9, -1)
     assert (counts / 2000 - probs).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("top_k,min_p", [(0, 0.0), (1, 0.0), (200, 0.0), (50, 0.02), (0, 0.1), (5000, 0.0)])
+def test_floor_is_the_smallest_logit_kept(top_k, min_p):
+    logits = 3 * torch.randn(2, 2500, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    logits[0, :1100] = 0.5  # more equals than a program holds
+    expected = sampling.floor_reference(logits, 0.9, top_k, min_p)
+    kept = (logits >= expected).sum(1)
+    assert (kept >= 1).all() and (not 0 < top_k < 2500 or kept[1] <= top_k)
+    for _ in range(2):
+        floor = sampling.floor_triton(logits, 0.9, top_k, min_p)
+        assert ((logits >= floor) == (logits >= expected)).all()
+
+
+@pytest.mark.parametrize("V", [700, 9000])
+def test_judge_is_the_reference(V):
+    B, k, generator = 2, 3, torch.Generator().manual_seed(6)
+    target = 2 * torch.randn(B * (k + 1), V, generator=generator)
+    draft = target.view(B, k + 1, V)[:, :k].flatten(0, 1) + 0.5 * torch.randn(B * k, V, generator=generator)
+    draft[0] = target[0]  # equal: holds for sure
+    logits = torch.cat((target, draft)).to(DEVICE)
+    floors = sampling.floor_reference(logits, 1.0, 40, 0.0)
+    guesses = logits[B * (k + 1) :].argmax(1).view(B, k)
+    judged = []
+    for seed in range(20):
+        rng = torch.tensor([seed, 3], device=DEVICE)
+        expected = sampling.judge_reference(logits, floors, guesses, 0.8, rng)
+        judged.append(sampling.judge_triton(logits, floors, guesses, 0.8, rng))
+        assert judged[-1].tolist() == expected.tolist()
+        assert rng.tolist() == [seed, 4]
+    held = torch.stack(judged)[:, :, :k] == guesses
+    assert held[:, 0, 0].all() and 0.3 < held.float().mean() < 0.99
 
 
 def test_gumbel_is_philox():
