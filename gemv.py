@@ -170,14 +170,25 @@ if triton is not None:
     @triton.jit
     def _halves(w, DTYPE: tl.constexpr):
         """The two 16-bit values of each word, as fp32."""
-        low, high = w.to(tl.int16).to(DTYPE, bitcast=True), (w >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-        return low.to(tl.float32), high.to(tl.float32)
+        if tl.bfloat16 == DTYPE:
+            low, high = (w << 16).to(tl.float32, bitcast=True), (w & -65536).to(tl.float32, bitcast=True)
+        else:
+            low = w.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+            high = (w >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        return low, high
 
     @triton.jit
-    def _word(low, high, DTYPE: tl.constexpr):
-        """The inverse of _halves, rounding."""
-        high = high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16
-        return high | (low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
+    def _times(a, b, DTYPE: tl.constexpr, ASM: tl.constexpr):
+        """The products, rounded, of the 16-bit values in words."""
+        if ASM is not None:
+            multiply: tl.constexpr = "mul.rn.bf16x2 $0, $1, $2;" if tl.bfloat16 == DTYPE else "mul.rn.f16x2 $0, $1, $2;"
+            words = tl.inline_asm_elementwise(multiply, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
+        else:
+            low_a, high_a = _halves(a, DTYPE)
+            low_b, high_b = _halves(b, DTYPE)
+            high = (high_a * high_b).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16
+            words = high | (low_a * low_b).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return words
 
     @triton.jit
     def _byte(w, KIND: tl.constexpr, DTYPE: tl.constexpr):
@@ -230,28 +241,38 @@ if triton is not None:
             # the sum of x times -OFFSET: where the product starts from, and with zero / -OFFSET its other part
             ones = tl.full((b.shape[0], R * 8, b.shape[1]), -OFFSET, b.dtype)
             sums = tl.dot(ones, b)
-            scale = (s << 16).to(tl.float32, bitcast=True)
-            zero = (s & -65536).to(tl.float32, bitcast=True) * (-1 / OFFSET)
+            scale, zero = _halves(s, tl.bfloat16)
+            zero *= -1 / OFFSET
             a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2)  # (j i W R C, uh e ul ah al), word u being a group of 32
             if COLS == 1:
                 a = a.permute(2, 3, 1, 4, 5, 7, 9, 0, 8, 6).reshape(W, R * 8, C * 128)
                 scale = scale.permute(2, 3, 1, 0, 4, 5).reshape(W, R * 8, 8)  # (j i W R 1 2), columns being 2 j + 0, 1
                 zero = zero.permute(2, 3, 1, 0, 4, 5).reshape(W, R * 8, 8)
-                acc += scale * tl.dot(a, b, sums) + zero * sums
+                acc += scale * tl.dot(a, b, sums)
+                acc += zero * sums
             else:
                 a = a.permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)  # (j i W R C, uh ul ah al e)
                 a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
                 products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b, sums)
-                products *= _per_row(scale, GROUPS, R, C, W, COLS)
-                sums *= _per_row(zero, GROUPS, R, C, W, COLS)
-                acc += tl.sum(products.reshape(C * GROUPS, W, R * 8, COLS), 0)
-                acc += tl.sum(sums.reshape(C * GROUPS, W, R * 8, COLS), 0)
+                acc = _add_products(acc, products, _per_row(scale, GROUPS, R, C, W, COLS), C * GROUPS)
+                acc = _add_products(acc, sums, _per_row(zero, GROUPS, R, C, W, COLS), C * GROUPS)
         else:
             if KIND == "fp":  # (j i W R C, uh e ul)
                 a = a.reshape(4, 8, W, R, C, 2, 2, 2).permute(2, 3, 1, 4, 7, 0, 5, 6)
             else:  # (j i W R C, uh e ul p)
                 a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2).permute(2, 3, 1, 4, 5, 8, 0, 7, 6)
             acc = tl.dot(a.reshape(W, R * 8, C * (32 if KIND == "fp" else 64)), b, acc)
+        return acc
+
+    @triton.jit
+    def _add_products(acc, a, b, n: tl.constexpr):
+        """acc + a * b summed over the first axis of (n, *acc's), one FMA each."""
+        if n == 1:
+            acc += a.reshape(acc.shape) * b.reshape(acc.shape)
+        else:
+            a0, a1 = tl.split(a.reshape(2, n // 2, acc.shape[0], acc.shape[1], acc.shape[2]).permute(1, 2, 3, 4, 0))
+            b0, b1 = tl.split(b.reshape(2, n // 2, acc.shape[0], acc.shape[1], acc.shape[2]).permute(1, 2, 3, 4, 0))
+            acc = _add_products(_add_products(acc, a0, b0, n // 2), a1, b1, n // 2)
         return acc
 
     @triton.jit
@@ -274,17 +295,20 @@ if triton is not None:
         if COLS == 1:
             i = tl.arange(0, 8)[None, :, None, None, None, None]
             if gains is not None:
-                low, high = _halves(tl.where(i < X, t, 0), DTYPE)
-                squares += low * low + high * high
-                low_gain, high_gain = _halves(gain, DTYPE)
-                t = _word(low * low_gain, high * high_gain, DTYPE)
+                low, high = _halves(t, DTYPE)
+                squares += low * low
+                squares += high * high
+                t = _times(t, gain, DTYPE, ASM)
             t = tl.where(i == tl.arange(0, X)[None, None, None, None, :, None], t, 0)
         # (j i W B X, uh e ul), words of x being u = 2 uh + ul
         t = _unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
         if gains is not None and COLS > 1:
-            # the sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing
-            rows = t.permute(2, 3, 1, 4, 7, 0, 5, 6).reshape(W, B * 8, X * 32)
-            cols = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
+            # The sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing; here of two
+            # halves of each row, which as the 16 rows of a fragment need the fewest moves.
+            L: tl.constexpr = 2 if X > 1 else 1
+            halves = t.reshape(4, 8, W, B, X // L, L, 2, 2, 2)
+            rows = halves.permute(3, 2, 8, 1, 4, 6, 0, 5, 7).reshape(B * W, 16, X * 16)
+            cols = halves.permute(3, 2, 4, 6, 0, 5, 7, 8, 1).reshape(B * W, X * 16, 16)
             squares = tl.dot(rows, cols, squares)
             t *= _unpack(gain, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
         # The two halves of a fragment's K are a word's neighbours, which a load of 16 bytes leaves side by side.
@@ -377,7 +401,7 @@ if triton is not None:
             before = tl.load(residual + at, mask=stored, other=0.0)
         t = _load(xs, None if EVEN else kx < K // 2, EVEN)
         acc = tl.zeros((W, R * 8, B * 8), tl.float32)
-        squares = tl.zeros((4, 8, W, 1, 1, 4) if COLS == 1 else (W, B * 8, B * 8), tl.float32)
+        squares = tl.zeros((4, 8, W, 1, 1, 4) if COLS == 1 else (B * W, 16, 16), tl.float32)
         for k in range(STEP, K, STEP):
             t_next = _load(xs + k // 2, None if EVEN else kx < (K - k) // 2, EVEN)
             w_next, s_next = _weights(w, s, words, pairs, kw, first, k, K, KIND, GROUP, COLS, EVEN)
@@ -395,10 +419,12 @@ if triton is not None:
         out = tl.sum(acc, 0)  # (rows of W, rows of x)
         if norm is not None:
             if COLS == 1:
+                squares = tl.where(i < X, squares, 0.0)  # beyond them, parts of x are there twice
                 squares = tl.sum(squares.reshape(4 * 8 * W * 4), 0)
             else:
-                both = tl.arange(0, COLS)
-                squares = tl.sum(tl.sum(tl.where(both[:, None] == both[None, :], squares, 0.0), 1, keep_dims=True), 0)
+                half = tl.arange(0, 16)
+                squares = tl.sum(tl.where(half[:, None] == half[None, :], squares, 0.0), 1)
+                squares = tl.sum(tl.sum(squares.reshape(B, W, 2, 8), 2), 1).reshape(1, COLS)
             out *= tl.rsqrt(squares / K + eps)
         if P == 4:
             out *= tl.load(s + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
