@@ -461,28 +461,37 @@ def _out_features(weight: Tensor) -> int:
 # and 1B and of SmolLM2, with one row of x and with 6. By the kind of weight and whether x has more rows than one; where
 # programs of 16 rows of the weight fill the multiprocessors once, twice, three times, or more often:
 CONFIGURATIONS = {
-    ("fp", False): ((2, 4, 16, 128), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128)),
+    ("fp", False): ((2, 4, 16, 128), (2, 4, 8, 128), (2, 2, 8, 80), (2, 2, 4, 96)),
     ("int8", False): ((2, 2, 16, 96), (2, 4, 8, 128), (2, 2, 8, 80), (2, 2, 4, 96)),
     ("int4", False): ((2, 1, 16, 128), (2, 2, 8, 128), (2, 1, 8, 80), (4, 1, 4, 128)),
     ("fp", True): ((2, 4, 4, 168), (2, 4, 8, 128), (2, 4, 4, 168), (2, 4, 4, 168)),
     ("int8", True): ((2, 2, 8, 128), (2, 2, 8, 128), (2, 4, 4, 168), (4, 2, 4, 168)),
     ("int4", True): ((2, 1, 8, 128), (2, 1, 8, 128), (2, 2, 4, 168), (4, 1, 4, 168)),
 }
-TUNED = {  # weights of so many rows
-    ("fp", False): {12288: (2, 2, 4, 96), 22016: (2, 2, 4, 96), 28672: (2, 2, 4, 80), 49152: (4, 2, 4, 128)},
-    ("int8", False): {16384: (4, 2, 4, 168), 128256: (2, 4, 4, 168)},
-    ("int4", False): {12288: (4, 2, 4, 168), 22016: (4, 2, 4, 168)},
-    ("fp", True): {3072: (2, 4, 4, 168), 12288: (4, 2, 4, 168), 49152: (4, 2, 4, 128)},
-    ("int8", True): {16384: (4, 1, 4, 128), 22016: (8, 1, 4, 168), 28672: (4, 1, 4, 128)},
-    ("int4", True): {16384: (4, 1, 4, 128), 28672: (4, 1, 4, 128)},
+TUNED = {  # where another one is better for weights (N, K), or of N rows
+    ("fp", False): {
+        (4096, 11008): (2, 4, 8, 112),
+        **dict.fromkeys((16000, 16384, 32000), (2, 4, 4, 128)),
+        49152: (4, 2, 4, 128),
+    },
+    ("int8", False): {28672: (2, 2, 4, 128), **dict.fromkeys((16000, 16384), (4, 2, 4, 168))},
+    ("int4", False): dict.fromkeys((11008, 12288, 22016, 128256), (4, 2, 4, 168)),
+    ("fp", True): {
+        3072: (2, 4, 4, 168),
+        **dict.fromkeys((12288, 16384, 32000), (4, 2, 4, 168)),
+        **dict.fromkeys((28672, 128256), (2, 2, 4, 128)),
+        49152: (4, 2, 4, 128),
+    },
+    ("int8", True): dict.fromkeys((16384, 28672, 32000), (4, 2, 4, 128)),
+    ("int4", True): dict.fromkeys((16384, 28672, 128256), (4, 1, 4, 128)),
 }
 
 
 def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[int, int, int, int]:
     """R, C, W and registers of the linear kernel for a weight (N, K) and M rows, on so many multiprocessors."""
     kind = "int8" if kind == "fp8" else kind
-    by_fill = CONFIGURATIONS[kind, M > 1][min((-(-N // 16) - 1) // processors, 3)]
-    R, C, W, registers = TUNED[kind, M > 1].get(N, by_fill)
+    tuned, by_fill = TUNED[kind, M > 1], CONFIGURATIONS[kind, M > 1][min((-(-N // 16) - 1) // processors, 3)]
+    R, C, W, registers = tuned.get((N, K)) or tuned.get(N, by_fill)
     step = {"fp": 32, "int8": 64, "int4": 128}[kind] * W * C
     while step >= 2 * K and W * C > 1:  # a step that covers K is the best of all, one that is twice as long is not
         W, C, step = (W, C // 2, step // 2) if C > 1 else (W // 2, C, step // 2)

@@ -15,17 +15,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UserError
+from lookup import copy_match, find
 from model import Transformer
 
 PROMPT_LOOKUP = "prompt_lookup"
 MAX_K = 15  # a verify pass has k + 1 rows; the decode kernels take 16
 AUTO = (0, 1, 3, 5, 7, 11, 15)  # what `auto` chooses from: plain decoding, and rows that kernels take by 2, 4 or 8
 RECENT = 32  # rounds that `auto` goes by; when plain ones have pushed the others out, it tries again
-NGRAM = 6  # the longest match that prompt lookup looks for
 CHUNK = 512  # tokens a row that a draft reads at once
 
 
@@ -35,23 +34,9 @@ class PromptLookup:
     def __init__(self, llm):
         self.llm, self.model = llm, None
 
-    def find(self) -> tuple[Tensor, Tensor]:
-        """Where in each row its last tokens occurred before, and how many of them match (0: none): int64 (B,) both."""
-        history, pos = self.llm.history, self.llm.pos[:, None]
-        width = history.shape[1]
-        windows = F.pad(history, (NGRAM - 1, 0), value=-1).unfold(1, NGRAM, 1)  # (B, width, NGRAM), by last position
-        last = windows.gather(1, pos[..., None].expand(-1, -1, NGRAM))
-        length = (windows == last).flip(2).cumprod(2).sum(2)
-        at = torch.arange(width, device=history.device)
-        best = torch.where(at < pos, length * width + at, 0).amax(1)
-        return best % width, best // width
-
     def propose(self, k: int) -> None:
-        """Write k guesses behind each row's position. A copy that reaches the position starts over."""
-        history, pos = self.llm.history, self.llm.pos[:, None]
-        found = self.find()[0][:, None]
-        ahead = torch.arange(k, device=history.device)
-        history.scatter_(1, pos + 1 + ahead, history.gather(1, found + 1 + ahead % (pos - found)))
+        """Write k guesses behind each row's position."""
+        copy_match(self.llm.history, self.llm.pos, k)
 
 
 class DraftModel:
@@ -216,7 +201,7 @@ class Speculator:
         k = self._choose()
         if self.model is None:
             # Verifying costs more on a CPU, and a look nothing: one token that recurs is too little to go by.
-            if self.llm.device.type == "cpu" and not (self.draft.find()[1] > 1).any():
+            if self.llm.device.type == "cpu" and not (find(self.llm.history, self.llm.pos)[1] > 1).any():
                 k = 0
         elif k and self.stale:
             self.draft.read((self.llm.pos - self.stale - 1).clamp(min=0), self.stale)

@@ -13,6 +13,7 @@ if not CUDA:
 import attention  # noqa: E402
 import gemv  # noqa: E402
 import kernels  # noqa: E402
+import lookup  # noqa: E402
 import sampling  # noqa: E402
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -264,6 +265,16 @@ def test_gumbel_is_philox():
     assert word(sampling.gumbel(torch.tensor([0, 0]), zero, zero)) == pytest.approx(0x6627E8D5, rel=1e-5)
     ones = zero + 0xFFFFFFFF
     assert word(sampling.gumbel(torch.tensor([-1, -1]), ones, ones)) == pytest.approx(0x408F276D, rel=1e-5)
+
+
+def test_copy_match_writes_what_the_reference_writes():
+    history = torch.randint(0, 3, (6, 2600), generator=torch.Generator().manual_seed(8)).to(DEVICE)
+    pos = torch.tensor([1, 4, 40, 1024, 1500, 2500], device=DEVICE)
+    for k in (1, 5, 15):
+        expected = history.clone()
+        lookup.copy_match_reference(expected, pos, k)
+        lookup.copy_match_triton(history, pos, k)
+        torch.testing.assert_close(history, expected, rtol=0, atol=0)
 
 
 def test_ops_trace():

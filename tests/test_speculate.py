@@ -13,6 +13,7 @@ from tiny import never, write_checkpoint
 from checkpoint import load_model
 from errors import UserError
 from generate import Engine, answer, generate, load
+from lookup import find
 from model import ModelConfig, Transformer
 from sampling import Sampler
 from speculate import AUTO, MAX_K, Speculator, summary
@@ -257,7 +258,7 @@ def test_prompt_lookup_copies_what_followed_the_longest_match(tiny):
     for row, tokens in enumerate(rows):
         llm.history[row, : len(tokens)] = torch.tensor(tokens)
     llm.pos.copy_(torch.tensor([len(tokens) - 1 for tokens in rows]))
-    assert llm.speculator.draft.find()[1].tolist() == [3, 1, 2, 0]
+    assert find(llm.history, llm.pos)[1].tolist() == [3, 1, 2, 0]
     llm.speculator.draft.propose(4)
     guesses = [llm.history[row, len(tokens) : len(tokens) + 4].tolist() for row, tokens in enumerate(rows)]
     assert guesses[:3] == [[4, 9, 2, 3], [7, 5, 7, 5], [5, 6, 5, 6]]
