@@ -80,21 +80,24 @@ def _write_cache(cache: Tensor, new: Tensor, input_pos: Tensor, starts: list[int
 if triton is not None:
 
     @triton.jit
-    def _heads(
-        at, valid, positions, rope, norm, eps, max_position, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr
-    ):  # fmt: skip
-        """Heads (R, DP) at pointers `at` (R,), normalised if asked and rotated to `positions` (R,); zeros past D."""
+    def _turns(rope, positions, max_position, DP: tl.constexpr, ROTARY: tl.constexpr):
+        """Cosines and sines, interleaved, of `positions` (R,): (R, DP)."""
         d = tl.arange(0, DP)[None, :]
-        heads = tl.load(at[:, None] + d, mask=valid[:, None] & (d < D), other=0.0)
+        if rope is None:
+            return 0.0
+        return tl.load(rope + tl.minimum(positions, max_position)[:, None] * ROTARY + d, mask=d < ROTARY, other=0.0)
+
+    @triton.jit
+    def _turned(heads, turns, norm, eps, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr):
+        """Heads (R, DP), zeros past D, normalised if asked and rotated."""
+        d = tl.arange(0, DP)[None, :]
         x = heads.to(tl.float32)
         if norm is not None:
             gain = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
             x = (x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None] * gain).to(heads.dtype).to(tl.float32)
-        if rope is not None:
-            table = rope + tl.minimum(positions, max_position)[:, None] * ROTARY + d
-            turn = tl.load(table, mask=valid[:, None] & (d < ROTARY), other=0.0)
+        if ROTARY:
             even, odd = tl.split(x.reshape(x.shape[0], DP // 2, 2))
-            cos, sin = tl.split(turn.reshape(x.shape[0], DP // 2, 2))
+            cos, sin = tl.split(turns.reshape(x.shape[0], DP // 2, 2))
             turned = tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(x.shape[0], DP)
             x = tl.where(d < ROTARY, turned, x)
         return x.to(heads.dtype)
@@ -109,8 +112,7 @@ if triton is not None:
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, arrived,
         S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h, stride_t,
         G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
-        W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PARTS: tl.constexpr,
-        PDL: tl.constexpr,
+        W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """ROWS query rows (new token s, head g) of one key head, on one part of the keys; KEYS a warp and step.
 
@@ -159,31 +161,37 @@ if triton is not None:
         key_of_p = tl.arange(0, W)[:, None, None] * KEYS + tl.arange(0, KEYS)[None, None, :]
         k_tile = _cached(keys, begin + key_of_k, d_of_k, end, stride_t, D)
         v_tile = _cached(values, begin + key_of_v, d_of_v, end, stride_t, D)
+        row = block * ROWS + tl.arange(0, ROWS)
+        last = pos + row // G  # the last key that a row sees
+        new = tl.arange(0, NEW)
+        q_turns = _turns(rope, last, max_position, DP, ROTARY)
+        k_turns = _turns(rope, pos + new, max_position, DP, ROTARY)
         if PDL:
             tlx.gdc_wait()
 
-        width = (Hkv * (G + 2)) * D
-        base = qkv + b.to(tl.int64) * S * width
-        row = block * ROWS + tl.arange(0, ROWS)
-        q_rows = base + row // G * width + (h * G + row % G) * D
-        q = _heads(q_rows, row < S * G, pos + row // G, rope, q_norm, eps, max_position, D, DP, ROTARY)
-        last = pos + (block * ROWS + tl.arange(0, ROWS)) // G  # the last key that a row sees
+        # All that the kernel before has written is asked for at once.
         n = tl.arange(0, DP)
         d = n % (8 * W) * Z + n // (8 * W)  # acc's order of features
+        width = (Hkv * (G + 2)) * D
+        base = qkv + b.to(tl.int64) * S * width
+        q_rows = base + row // G * width + (h * G + row % G) * D
+        k_rows = base + new * width + (Hkv * G + h) * D
+        ours = (new < S)[:, None] & (split == parts - 1)
+        q = tl.load(q_rows[:, None] + n[None, :], mask=(row < S * G)[:, None] & (n < D)[None, :], other=0.0)
+        k_new = tl.load(k_rows[:, None] + n[None, :], mask=ours & (n < D)[None, :], other=0.0)
+        v_new = tl.load((k_rows + Hkv * D)[:, None] + d[None, :], mask=ours & (d < D)[None, :], other=0.0)
+        q = _turned(q, q_turns, q_norm, eps, D, DP, ROTARY)
 
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, DP), tl.float32)
         if split == parts - 1:
-            new = tl.arange(0, NEW)
-            k_rows = base + new * width + (Hkv * G + h) * D
-            k = _heads(k_rows, new < S, pos + new, rope, k_norm, eps, max_position, D, DP, ROTARY)
-            v = tl.load((k_rows + Hkv * D)[:, None] + d[None, :], mask=(new < S)[:, None] & (d < D)[None, :], other=0.0)
+            k_new = _turned(k_new, k_turns, k_norm, eps, D, DP, ROTARY)
             at = (pos + new).to(tl.int64)[:, None] * stride_t
             written = ((new < S) & (pos + new < T))[:, None]
-            tl.store(keys + at + n[None, :], k.to(k_cache.dtype.element_ty), mask=written & (n < D)[None, :])
-            tl.store(values + at + d[None, :], v.to(v_cache.dtype.element_ty), mask=written & (d < D)[None, :])
-            scores = tl.dot(q, tl.trans(k)) * scale  # (ROWS, NEW), in units of log2 e
+            tl.store(keys + at + n[None, :], k_new.to(k_cache.dtype.element_ty), mask=written & (n < D)[None, :])
+            tl.store(values + at + d[None, :], v_new.to(v_cache.dtype.element_ty), mask=written & (d < D)[None, :])
+            scores = tl.dot(q, tl.trans(k_new)) * scale  # (ROWS, NEW), in units of log2 e
             seen = (pos + new < T)[None, :] & (pos + new[None, :] <= last[:, None])
             scores = tl.where(
                 seen & ((window <= 0) | (pos + new[None, :] > last[:, None] - window)), scores, float("-inf")
@@ -191,7 +199,7 @@ if triton is not None:
             top = tl.max(scores, 1)
             p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
             total = tl.sum(p, 1)
-            acc = tl.dot(p.to(q.dtype), v.to(q.dtype))
+            acc = tl.dot(p.to(q.dtype), v_new.to(q.dtype))
 
         # K as its fragments have it: (X, ul, j, uh, e) for feature 32 X + 8 j + 4 uh + 2 ul + e
         q = q.reshape(ROWS, X, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5).reshape(1, ROWS, DP)
@@ -232,19 +240,17 @@ if triton is not None:
             top = tl.full((ROWS,), float("-inf"), tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, DP), tl.float32)
-            for first_part in range(0, parts, PARTS):
-                part = first_part + tl.arange(0, PARTS)[:, None]
-                sums = slots + part * (ROWS * (DP + 2)) + ROWS * DP + r[None, :]
-                rows = (slots + part * (ROWS * (DP + 2)) + r[None, :] * DP)[:, :, None] + n[None, None, :]
-                part_top = tl.load(sums, mask=part < parts, other=float("-inf"), cache_modifier=".cg")
-                part_total = tl.load(sums + ROWS, mask=part < parts, other=0.0, cache_modifier=".cg")
-                part_acc = tl.load(rows, mask=(part < parts)[:, :, None], other=0.0, cache_modifier=".cg")
-                new_top = tl.maximum(top, tl.max(part_top, 0))
+            for part in range(parts):
+                slot = slots + part * (ROWS * (DP + 2))
+                part_acc = tl.load(slot + r[:, None] * DP + n[None, :], cache_modifier=".cg")
+                part_top = tl.load(slot + ROWS * DP + r, cache_modifier=".cg")
+                part_total = tl.load(slot + ROWS * (DP + 1) + r, cache_modifier=".cg")
+                new_top = tl.maximum(top, part_top)
                 safe = tl.where(new_top == float("-inf"), 0.0, new_top)
                 fade = tl.exp2(top - safe)
-                gain = tl.exp2(part_top - safe[None, :])
-                acc = acc * fade[:, None] + tl.sum(part_acc * gain[:, :, None], 0)
-                total = total * fade + tl.sum(part_total * gain, 0)
+                gain = tl.exp2(part_top - safe)
+                acc = acc * fade[:, None] + part_acc * gain[:, None]
+                total = total * fade + part_total * gain
                 top = new_top
         to = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + d[None, :]
         acc = acc / total[:, None]
@@ -271,8 +277,7 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
         zeros(qkv.device, max(4096, B * Hkv * blocks)),
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
-        ROWS=rows, NEW=max(16, triton.next_power_of_2(S)), W=W, KEYS=keys, SPLITS=splits, SHARE=share,
-        PARTS=1 if splits <= 8 else 2, PDL=hopper,
+        ROWS=rows, NEW=max(16, triton.next_power_of_2(S)), W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
         num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return out
