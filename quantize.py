@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         if padded := [K for K in widths if K % args.groupsize]:
             sizes = ", ".join(f"{K} to {K + -K % args.groupsize}" for K in sorted(set(padded)))
             print(f"padded {len(padded)} of {len(widths)} layers, whose inputs the group does not divide: {sizes}")
-    memory = f"{peak_memory() / 1e9:.1f} GB of memory at most, what it read of the mapped source included"
+    memory = f"{peak_memory() / 1e9:.1f} GB of memory at most, with what it read and wrote of mapped files"
     if device.type == "cuda":
         memory += f", and {torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the GPU's"
     print(f"wrote {target} ({target.stat().st_size / 1e9:.3f} GB)")

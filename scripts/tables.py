@@ -41,8 +41,13 @@ def speed(result: dict) -> str:
 
 
 def quant_7b(result: dict) -> str:
-    cells = [f"{kind} {row['seconds']:.0f} s" for kind, row in result["quantize_7B"].items()]
-    return f"A 7B-shaped model, `--device cuda` on one {result['device']}: {', '.join(cells)}."
+    lines = [f"A 7B-shaped model (13.5 GB in bf16), `--device cuda` on one {result['device']}; host memory counts what it", ""]
+    lines[0] += " read and wrote of mapped files:"
+    lines += ["| | seconds | host memory, GB | GPU memory, GB |", "|---|---|---|---|"]
+    for kind, row in result["quantize_7B"].items():
+        memory = f"{row['host_memory_gigabytes']:.1f} | {row['gpu_memory_gigabytes']:.1f}"
+        lines.append(f"| {kind} | {row['seconds']:.0f} | {memory} |")
+    return "\n".join(lines)
 
 
 def tensor_parallel(result: dict) -> str:
