@@ -303,12 +303,16 @@ class Transformer(nn.Module):
 
     def pack(self, dtype: torch.dtype) -> None:
         """Lay the weights out for the device they are on and activations of `dtype`. Called once, after loading."""
+        cuda = self.norm.weight.is_cuda
         for layer in self.layers:
-            if dtype.itemsize == 2 and layer.feed_forward.w1.weight.is_cuda:
+            if cuda and dtype.itemsize == 2:
                 layer.feed_forward.merge()
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack(dtype)
+            for module in layer.modules():
+                if isinstance(module, Linear):
+                    module.pack(dtype)
+            if cuda:
+                torch.cuda.empty_cache()  # the tensors replaced leave holes that none of the new ones fits
+        self.output.pack(dtype)
 
     def cache(self, batch_size: int, length: int) -> "KVCache":
         """Run state for so many rows of so many tokens."""

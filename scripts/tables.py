@@ -41,8 +41,8 @@ def speed(result: dict) -> str:
 
 
 def quant_7b(result: dict) -> str:
-    lines = [f"A 7B-shaped model (13.5 GB in bf16), `--device cuda` on one {result['device']}; host memory counts what it", ""]
-    lines[0] += " read and wrote of mapped files:"
+    lines = [f"A 7B-shaped model (13.5 GB in bf16), `--device cuda` on one {result['device']}; host memory counts"]
+    lines += ["what it read and wrote of mapped files:", ""]
     lines += ["| | seconds | host memory, GB | GPU memory, GB |", "|---|---|---|---|"]
     for kind, row in result["quantize_7B"].items():
         memory = f"{row['host_memory_gigabytes']:.1f} | {row['gpu_memory_gigabytes']:.1f}"
