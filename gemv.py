@@ -459,14 +459,15 @@ def _out_features(weight: Tensor) -> int:
 # R, C, W and registers of the linear kernel, see there. Registers are a bound that ptxas would undercut, at the price
 # of delaying loads until their values are needed. The pick of about 20 each on an H200, for the shapes of Llama 7B, 8B
 # and 1B and of SmolLM2, with one row of x and with 6. By the kind of weight and whether x has more rows than one; where
-# programs of 16 rows of the weight fill the multiprocessors once, twice, three times, or more often:
+# programs of 16 rows of the weight fill the multiprocessors once, twice, three, four times (as for twice, with half the
+# warps), or more often:
 CONFIGURATIONS = {
-    ("fp", False): ((2, 4, 16, 128), (2, 4, 8, 128), (2, 2, 8, 80), (2, 2, 4, 96)),
-    ("int8", False): ((2, 2, 16, 96), (2, 4, 8, 128), (2, 2, 8, 80), (2, 2, 4, 96)),
-    ("int4", False): ((2, 1, 16, 128), (2, 2, 8, 128), (2, 1, 8, 80), (4, 1, 4, 128)),
-    ("fp", True): ((2, 4, 4, 168), (2, 4, 8, 128), (2, 4, 4, 168), (2, 4, 4, 168)),
-    ("int8", True): ((2, 2, 8, 128), (2, 2, 8, 128), (2, 4, 4, 168), (4, 2, 4, 168)),
-    ("int4", True): ((2, 1, 8, 128), (2, 1, 8, 128), (2, 2, 4, 168), (4, 1, 4, 168)),
+    ("fp", False): ((2, 4, 16, 128), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128), (2, 2, 4, 96)),
+    ("int8", False): ((2, 2, 16, 96), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128), (2, 2, 4, 96)),
+    ("int4", False): ((2, 1, 16, 128), (2, 2, 8, 128), (2, 1, 8, 80), (2, 2, 4, 128), (4, 1, 4, 128)),
+    ("fp", True): ((2, 4, 4, 168), (2, 4, 8, 128), (2, 4, 4, 168), (2, 4, 4, 128), (2, 4, 4, 168)),
+    ("int8", True): ((2, 2, 8, 128), (2, 2, 8, 128), (2, 4, 4, 168), (2, 2, 4, 128), (4, 2, 4, 168)),
+    ("int4", True): ((2, 1, 8, 128), (2, 1, 8, 128), (2, 2, 4, 168), (2, 1, 4, 128), (4, 1, 4, 168)),
 }
 TUNED = {  # where another one is better for weights (N, K), or of N rows
     ("fp", False): {
@@ -480,7 +481,7 @@ TUNED = {  # where another one is better for weights (N, K), or of N rows
         28672: (2, 2, 4, 128),
     },
     ("int4", False): {
-        **dict.fromkeys((11008, 12288, 128256), (4, 2, 4, 168)),
+        **dict.fromkeys((10240, 11008, 12288, 128256), (4, 2, 4, 168)),
         22016: (4, 2, 2, 168),
         **dict.fromkeys((28672, 32000), (4, 1, 2, 128)),
     },
@@ -503,7 +504,7 @@ TUNED = {  # where another one is better for weights (N, K), or of N rows
 def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[int, int, int, int]:
     """R, C, W and registers of the linear kernel for a weight (N, K) and M rows, on so many multiprocessors."""
     kind = "int8" if kind == "fp8" else kind
-    tuned, by_fill = TUNED[kind, M > 1], CONFIGURATIONS[kind, M > 1][min((-(-N // 16) - 1) // processors, 3)]
+    tuned, by_fill = TUNED[kind, M > 1], CONFIGURATIONS[kind, M > 1][min((-(-N // 16) - 1) // processors, 4)]
     R, C, W, registers = tuned.get((N, K)) or tuned.get(N, by_fill)
     step = {"fp": 32, "int8": 64, "int4": 128}[kind] * W * C
     while step >= 2 * K and W * C > 1:  # a step that covers K is the best of all, one that is twice as long is not

@@ -11,6 +11,7 @@ big       a 70B int4 target with a 7B int4 draft. Random weights agree on nothin
 """
 
 import argparse
+import gc
 import json
 import shlex
 import statistics
@@ -41,6 +42,9 @@ TIE = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.3}  # logits closer than this may c
 
 def engine(args: argparse.Namespace, model, draft=None, k=5, **options) -> Engine:
     options = {"max_seq_length": args.length, "sampler": GREEDY, "compile": not args.eager} | options
+    gc.collect()  # the graphs of the engine before this one, which is a cycle
+    if args.device.type == "cuda":
+        torch.cuda.empty_cache()
     return Engine(model, draft=draft, speculate_k=k, **options)
 
 

@@ -33,6 +33,7 @@ def speed(result: dict) -> str:
             f"({low:.1f}-{high:.1f}) | {row['gigabytes_per_second']:.0f} | **{row['fraction']:.3f}** | {steps} | "
             f"{row['memory_gigabytes']:.1f} |"
         )
+    lines += ["", result["note"]] if "note" in result else []
     first = result["first_token"]
     warm = " to ".join(map(str, first["warm caches"]))
     lines += ["", f"From the start of `generate.py --compile` to the first token of a 7B in bf16: {warm} s,"]
