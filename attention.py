@@ -81,7 +81,7 @@ if triton is not None:
 
     @triton.jit
     def _turns(rope, positions, max_position, DP: tl.constexpr, ROTARY: tl.constexpr):
-        """Cosines and sines, interleaved, of `positions` (R,): (R, DP)."""
+        """Cosines and sines, interleaved, of `positions` (R,): (R, DP), if there is a table."""
         d = tl.arange(0, DP)[None, :]
         if rope is None:
             return 0.0

@@ -1,7 +1,7 @@
 """The linear layers of a decode step (1 to 16 rows) on an NVIDIA GPU: one Triton kernel, beside a PyTorch reference.
 
     linear(x, weight, scales, bias, norm, eps, residual, ...)  [residual +] W rms_norm(x) [+ bias], or gated, as an op
-    takes(x, weight, norm), dequantize, pack_int4, unpack_int4
+    takes(x, weight, norm), gated, dequantize, pack_int4, unpack_int4
 
 Weights: (N, K) bf16 or fp16; (N, K) int8 or float8_e4m3fn with `scales` (N,); int32, what `pack_int4` makes of the
 portable int4 of disk, with its packed scales.
@@ -238,7 +238,6 @@ if triton is not None:
         a = _unpack(w, KIND, b.dtype, ASM)
         if KIND == "int4":
             OFFSET: tl.constexpr = 8.0 if ASM is None else 136.0
-            GROUPS: tl.constexpr = 1 if COLS == 1 else 128 // GROUP if GROUP < 128 else 1
             # the sum of x times -OFFSET: where the product starts from, and with zero / -OFFSET its other part
             ones = tl.full((b.shape[0], R * 8, b.shape[1]), -OFFSET, b.dtype)
             sums = tl.dot(ones, b)
@@ -252,6 +251,7 @@ if triton is not None:
                 acc += scale * tl.dot(a, b, sums)
                 acc += zero * sums
             else:
+                GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
                 a = a.permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)  # (j i W R C, uh ul ah al e)
                 a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
                 products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b, sums)
@@ -393,8 +393,9 @@ if triton is not None:
             tlx.gdc_wait()
 
         n = pid * (R * 8) + tl.arange(0, R * 8)
-        of_y = pid * (R * 4) + tl.arange(0, R * 4) if ACT is not None else n
-        outputs = N // 2 if ACT is not None else N
+        PART: tl.constexpr = 1 if ACT is None else 2
+        of_y = pid * (R * 8 // PART) + tl.arange(0, R * 8 // PART)
+        outputs = N // PART
         col = tl.arange(0, COLS)
         stored = (of_y < outputs)[:, None] & (col < M)[None, :]
         at = col[None, :].to(tl.int64) * outputs + of_y[:, None]
@@ -555,7 +556,8 @@ def _(x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_
 
 
 def takes(x: Tensor, weight: Tensor, norm: Tensor | None = None) -> bool:
-    """Whether `linear` takes these rows and this weight, as the module describes them."""
+    """Whether `linear` takes these rows and this weight, as the module describes them. (In fp16, x times a norm's gain
+    has to stay finite.)"""
     return (
         fits(x)
         and x.shape[-1] % 32 == 0

@@ -84,9 +84,8 @@ class Linear(nn.Module):
 def interleaved(gate: Linear, up: Linear) -> Linear | None:
     """One layer with the rows of both by turns of 8, for `act`, if they are of one kind. Neither may be packed yet."""
     ours, theirs = dict(gate.named_parameters()), dict(up.named_parameters())
-    if gate.out_features % 8 or {k: (t.dtype, t.shape) for k, t in ours.items()} != {
-        k: (t.dtype, t.shape) for k, t in theirs.items()
-    }:
+    kinds = [{name: (t.dtype, t.shape) for name, t in own.items()} for own in (ours, theirs)]
+    if gate.out_features % 8 or kinds[0] != kinds[1]:
         return None
     turns = {k: torch.stack([t.unflatten(0, (-1, 8)) for t in (ours[k], theirs[k])], 1).flatten(0, 2) for k in ours}
     return type(gate).from_tensors(gate.in_features, 2 * gate.out_features, turns)

@@ -56,9 +56,10 @@ class Sampler:
 
     def draw(self, logits: Tensor, rng: Tensor) -> Tensor:
         """Draw a token (B,) for each row of penalised logits (B, V)."""
-        if self.top_p is not None and self.temperature > 0:
-            logits = logits.masked_fill(logits < self._floor(logits), -torch.inf)
-        return sample(logits, self.temperature, self.top_k or 0, self.min_p or 0.0, rng)
+        top_k, min_p = self.top_k or 0, self.min_p or 0.0
+        if (self.top_p or 1) < 1 and self.temperature > 0:  # the floor is that of all filters
+            logits, top_k, min_p = logits.masked_fill(logits < self._floor(logits), -torch.inf), 0, 0.0
+        return sample(logits, self.temperature, top_k, min_p, rng)
 
     def judge(self, logits: Tensor, draft_logits: Tensor, guesses: Tensor, rng: Tensor) -> Tensor:
         """Judge guesses int64 (B, k), drawn by `draw` from draft_logits (B, k, V), by penalised logits (B (k + 1), V):
@@ -70,7 +71,7 @@ class Sampler:
     def _floor(self, logits: Tensor) -> Tensor:
         """The smallest logit (B, 1) that the filters keep: min_p's, top_k's, and top_p's among the top_k."""
         least = floor(logits, self.temperature, self.top_k or 0, self.min_p or 0.0)
-        if self.top_p:
+        if (self.top_p or 1) < 1:
             values = torch.topk(logits, min(self.top_k or logits.shape[1], logits.shape[1])).values
             probs = torch.softmax(values / self.temperature, -1)
             inside = probs.cumsum(-1) - probs < self.top_p  # the token that crosses top_p belongs to it
@@ -102,7 +103,7 @@ def sample_reference(logits, temperature, top_k, min_p, rng):
     if temperature <= 0:
         return logits.argmax(-1)  # the lowest index of equals
     scores = logits / temperature
-    keep = torch.ones_like(scores, dtype=torch.bool)
+    keep = scores > -math.inf
     if 0 < top_k < logits.shape[-1]:
         keep &= logits >= logits.topk(top_k).values[..., -1:]
     if min_p > 0:
@@ -196,13 +197,8 @@ def uniform(rng: Tensor, row: Tensor, token: Tensor) -> Tensor:
 
 def sample_triton(logits, temperature, top_k, min_p, rng):
     """Two launches, or one where every token is in: logits fp32 (B, V) contiguous, rng int64 (2,)."""
-    if temperature <= 0:
-        temperature, top_k, min_p, noise = 1.0, 0, 0.0, 0.0
-    else:
-        noise = 1.0
-    return _sample(
-        torch.empty(len(logits), dtype=torch.int64, device=logits.device), logits, temperature, top_k, min_p, rng, noise
-    )
+    how = (temperature, top_k, min_p, rng, 1.0) if temperature > 0 else (1.0, 0, 0.0, rng, 0.0)
+    return _sample(torch.empty(len(logits), dtype=torch.int64, device=logits.device), logits, *how)
 
 
 def floor_triton(logits, temperature, top_k, min_p):
@@ -314,6 +310,7 @@ if triton is not None:
     ):  # fmt: skip
         """Draw from the tokens of a block or, if FILTER, list those that may be in: at least as large as the k-th
         largest of the maxima, which is at most the k-th largest logit. The last program of a row settles the rest.
+        Without rng, out is the smallest logit that is in.
 
         counters: two a row, how many are listed and how many programs arrived, and at the end how many rows are done.
         """
@@ -448,10 +445,12 @@ if triton is not None:
         chance = tl.where(guessed, tl.minimum(p / tl.maximum(q, 1e-30), 1.0), 0.0)
         one = tl.zeros((1,), tl.int32)
         u = tl.max(_uniform(rng, row // (k + 1) + one, place + one), 0)
-        upto = tl.cumsum(masses, 0)
-        total = tl.max(upto, 0)
-        sought = (u - chance) / tl.maximum(1 - chance, 1e-30) * total
-        n = tl.sum(((upto <= sought) & (upto < total)).to(tl.int32), 0)  # the block to look in
+        upto = tl.cumsum(masses, 0)  # rounding may let it grow, or shrink, where there is no mass
+        sought = (u - chance) / tl.maximum(1 - chance, 1e-30) * tl.max(upto, 0)
+        some = masses > 0
+        n = tl.min(
+            tl.where(some & (upto > sought), part, tl.max(tl.where(some, part, 0), 0)), 0
+        )  # the block to look in
         sought -= tl.max(tl.where(part < n, upto, 0.0), 0)
         token = n * BLOCK + lane
         p = tl.exp(_scaled(p_logits, token, V, p_floor, scale) - p_max) / p_total

@@ -114,10 +114,12 @@ def test_configurations(kind, configuration, rows, monkeypatch):
     C = min(C, {"16-bit": 8, "int8": 4}.get(kind, 2))
     monkeypatch.setattr(gemv, "_configuration", lambda *_: (R, C, W, registers))
     generator = torch.Generator().manual_seed(3)
-    w, s, dense = make_weight(kind, 40, 2144, torch.float16, generator)
+    w, s, dense = make_weight(kind, 48, 2144, torch.float16, generator)
     x = torch.randn(rows, 2144, generator=generator).half()
     x, w, s, dense = on_device(x, w, s, dense)
     assert error(gemv.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
+    gated = gemv.linear(x, w, s, out_dtype=torch.float32, act="silu")
+    assert error(gated, gemv.gated(x.float() @ dense.T)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

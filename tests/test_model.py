@@ -5,9 +5,11 @@ import pytest
 import torch
 import transformers
 from convert_hf_checkpoint import convert
+from tiny import write_checkpoint
 
 from checkpoint import load_model
 from errors import UserError
+from linear import Linear
 from model import BUILTIN, ModelConfig, rope_table
 
 TINY = {
@@ -124,6 +126,24 @@ def test_chunked_prefill_equals_one_shot(tmp_path):
     for a, b in ((0, 1), (1, 14), (14, 22), (22, 30)):
         chunks.append(model(tokens[:, a:b], torch.tensor([a, a]), cache, all_logits=True, context=b))
     torch.testing.assert_close(torch.cat(chunks, 1), whole, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [None, "int8", "int4:32"])
+def test_merged_feed_forwards_compute_the_same(tmp_path, kind):
+    write_checkpoint(tmp_path, intermediate_size=96)
+    models = [load_model(tmp_path / "model.pth", dtype=torch.float32, quantize=kind) for _ in range(2)]
+    apart = models[1].layers[0].feed_forward
+    apart.w3 = Linear.from_tensors(64, 96, {"weight": apart.w3.dequantized(torch.float32)})  # of another kind, if kind
+    apart.merge()
+    assert (apart.w13 is None) == (kind is not None)
+    models[1].layers[1].feed_forward.merge()
+    assert models[1].layers[1].feed_forward.w1 is None
+    pos = torch.tensor([0])
+    for rows in (1, 20):
+        tokens = torch.arange(rows)[None]
+        logits = [model(tokens, pos, model.cache(1, 32), all_logits=True) for model in models]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()

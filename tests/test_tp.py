@@ -143,8 +143,7 @@ def test_exchange_kernel(world, mode):
 
 
 def start(*command):
-    # The ranks are forked and on the CPU: CUDA, which this process may have started, would not survive that.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     command = [sys.executable, *map(str, command)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
