@@ -40,22 +40,22 @@ def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None, dtyp
     return weight.to(dtype) if scales is None else (weight.to(dtype) * scales[:, None]).to(dtype)
 
 
-def linear_reference(x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, act=None):
+def linear_reference(x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, gates=False):
     h = x if norm is None else rms_norm(x, norm, eps)
     y = F.linear(h, dequantize(weight, scales, None, h.dtype)[:, : h.shape[-1]])
     if bias is not None:
         y = y + bias
-    if act is not None:
-        y = gated(y, act)
+    if gates:
+        y = gated(y)
     if residual is not None:
         y = residual + y
     return y.to(out_dtype or x.dtype)
 
 
-def gated(y: Tensor, act: str = "silu") -> Tensor:
-    """act(gate) * up (..., N / 2), gates and ups being y's features (..., N) by turns of 8; act: silu or gelu_tanh."""
+def gated(y: Tensor) -> Tensor:
+    """silu(gate) * up (..., N / 2), gates and ups being y's features (..., N) by turns of 8."""
     gate, up = y.unflatten(-1, (-1, 2, 8)).unbind(-2)
-    return ((F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh")) * up).flatten(-2)
+    return (F.silu(gate) * up).flatten(-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,11 +324,11 @@ if triton is not None:
     @triton.jit
     def _linear_kernel(
         y, x, w, s, bias, norm, residual, M, N, K, eps,
-        KIND: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr, COLS: tl.constexpr,
+        KIND: tl.constexpr, GROUP: tl.constexpr, GATES: tl.constexpr, COLS: tl.constexpr,
         R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """y (M, N) = [residual +] W n(x) [+ bias], or if ACT the `gated` (M, N / 2) of it; 8 R rows of W, M <= COLS of
-        x.
+        """y (M, N) = [residual +] W n(x) [+ bias], or if GATES the `gated` (M, N / 2) of it; 8 R rows of W and
+        M <= COLS of x.
 
         Tiles have axes j (4 lanes along K), i (8 lanes along rows), W (warps along K), R and C (repetitions along rows
         and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order. A tile is
@@ -393,7 +393,7 @@ if triton is not None:
             tlx.gdc_wait()
 
         n = pid * (R * 8) + tl.arange(0, R * 8)
-        PART: tl.constexpr = 1 if ACT is None else 2
+        PART: tl.constexpr = 2 if GATES else 1
         of_y = pid * (R * 8 // PART) + tl.arange(0, R * 8 // PART)
         outputs = N // PART
         col = tl.arange(0, COLS)
@@ -432,10 +432,9 @@ if triton is not None:
             out *= tl.load(s + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         if bias is not None:
             out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        if ACT is not None:
+        if GATES:
             gate, up = tl.split(out.reshape(R // 2, 2, 8, COLS).permute(0, 2, 3, 1))
-            z = gate if ACT == "silu" else 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-            out = (gate * up / (1 + tl.exp(-z))).reshape(R * 4, COLS)  # tanh(z / 2) = 2 sigmoid(z) - 1
+            out = (gate * up / (1 + tl.exp(-gate))).reshape(R * 4, COLS)
         if residual is not None:
             out += before.to(tl.float32)
         tl.store(y + at, out.to(y.dtype.element_ty), mask=stored)
@@ -524,13 +523,13 @@ def linear(
     eps: float = 0.0,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    act: str | None = None,
+    gates: bool = False,
 ) -> Tensor:
     """[residual +] W rms_norm(x) [+ bias]: x (..., K) -> (..., N) in x's dtype or `out_dtype`, in one launch; with
-    `act` its `gated` (..., N / 2). See `takes` for what it takes, besides CPU tensors in Triton's interpreter.
+    `gates` its `gated` (..., N / 2). See `takes` for what it takes, besides CPU tensors in Triton's interpreter.
 
     norm (K,) is RMSNorm's gain and `eps` its epsilon, without `norm` x is taken as it is; bias (N,); residual like the
-    result; act "silu" or "gelu_tanh".
+    result.
     """
     K, N, kind = x.shape[-1], _out_features(weight), _kind(weight)
     rows = x.reshape(-1, K).contiguous()
@@ -538,10 +537,10 @@ def linear(
     R, C, W, registers = _configuration(kind, N, K, M, _processors(x.device))
     hopper = is_hopper(x.device)
     chunk = {"fp": 32, "int4": 128}.get(kind, 64)
-    y = torch.empty(*x.shape[:-1], N if act is None else N // 2, dtype=out_dtype or x.dtype, device=x.device)
+    y = torch.empty(*x.shape[:-1], N // 2 if gates else N, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(triton.cdiv(N, 8 * R),)](
         y, rows, weight.view(torch.int32), scales, bias, norm, None if residual is None else residual.contiguous(),
-        M, N, K, eps, KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, ACT=act,
+        M, N, K, eps, KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, GATES=gates,
         COLS=1 if M == 1 else 8 if M <= 8 else 16, R=R, C=C, W=W, EVEN=K % (W * C * chunk) == 0,
         ASM=_assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": registers} if hopper else {}),
@@ -550,9 +549,9 @@ def linear(
 
 
 @torch.library.register_fake("gptfast::linear")
-def _(x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, act=None):
+def _(x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, gates=False):
     N = _out_features(weight)
-    return x.new_empty((*x.shape[:-1], N if act is None else N // 2), dtype=out_dtype or x.dtype)
+    return x.new_empty((*x.shape[:-1], N // 2 if gates else N), dtype=out_dtype or x.dtype)
 
 
 def takes(x: Tensor, weight: Tensor, norm: Tensor | None = None) -> bool:

@@ -64,25 +64,25 @@ class Linear(nn.Module):
         self.widen = _half_is_slow(self.weight.device, dtype)
 
     def forward(
-        self, x: Tensor, norm=None, residual: Tensor | None = None, fp32: bool = False, act: str | None = None
+        self, x: Tensor, norm=None, residual: Tensor | None = None, fp32: bool = False, gates: bool = False
     ) -> Tensor:
-        """x (..., K) -> (..., N) in x's dtype, or fp32 if asked; if `act`, of an `interleaved` layer, (..., N / 2)."""
+        """x (..., K) -> (..., N) in x's dtype, or fp32 if asked; with `gates`, if `interleaved`, (..., N / 2)."""
         gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         if gemv.takes(x, self.weight, gain):
             dtype = torch.float32 if fp32 else x.dtype
-            return gemv.linear(x, self.weight, self.scales, self.bias, gain, eps, residual, dtype, act)
+            return gemv.linear(x, self.weight, self.scales, self.bias, gain, eps, residual, dtype, gates)
         y = self.matmul(x if norm is None else norm(x))
         if self.bias is not None:
             y = y + self.bias
-        if act is not None:
-            y = gemv.gated(y, act)
+        if gates:
+            y = gemv.gated(y)
         if residual is not None:
             y = residual + y
         return y.float() if fp32 else y
 
 
 def interleaved(gate: Linear, up: Linear) -> Linear | None:
-    """One layer with the rows of both by turns of 8, for `act`, if they are of one kind. Neither may be packed yet."""
+    """One layer with the rows of both by turns of 8, for `gates`, if they are of one kind. Neither may be packed."""
     ours, theirs = dict(gate.named_parameters()), dict(up.named_parameters())
     kinds = [{name: (t.dtype, t.shape) for name, t in own.items()} for own in (ours, theirs)]
     if gate.out_features % 8 or kinds[0] != kinds[1]:

@@ -264,7 +264,7 @@ class FeedForward(nn.Module):
     @_alike
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         if self.w13:
-            hidden = self.w13(x, norm=norm, act="silu")
+            hidden = self.w13(x, norm=norm, gates=True)
         else:
             normed = norm(x)
             hidden = F.silu(self.w1(normed)) * self.w3(normed)

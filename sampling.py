@@ -396,6 +396,10 @@ if triton is not None:
         return tl.where(x >= floor, x * scale, float("-inf"))
 
     @triton.jit
+    def _probability(logits, token, V, floor, scale, top, total):
+        return tl.exp(_scaled(logits, token, V, floor, scale) - top) / total
+
+    @triton.jit
     def _fold(top, total, x):
         """The running maximum, and the sum of exp(x - maximum), of each lane, with one more x in them."""
         new_top = tl.maximum(top, x)
@@ -436,12 +440,12 @@ if triton is not None:
         masses = tl.zeros((BLOCKS,), tl.float32)
         part = tl.arange(0, BLOCKS)
         for n in range(tl.cdiv(V, BLOCK)):
-            p = tl.exp(_scaled(p_logits, n * BLOCK + lane, V, p_floor, scale) - p_max) / p_total
-            q = tl.exp(_scaled(q_logits, n * BLOCK + lane, V, q_floor, scale) - q_max) / q_total
+            p = _probability(p_logits, n * BLOCK + lane, V, p_floor, scale, p_max, p_total)
+            q = _probability(q_logits, n * BLOCK + lane, V, q_floor, scale, q_max, q_total)
             masses = tl.where(part == n, tl.sum(tl.maximum(p - q, 0.0), 0), masses)
         guess = tl.load(guesses + guess_of)
-        p = tl.exp(_scaled(p_logits, guess, V, p_floor, scale) - p_max) / p_total
-        q = tl.exp(_scaled(q_logits, guess, V, q_floor, scale) - q_max) / q_total
+        p = _probability(p_logits, guess, V, p_floor, scale, p_max, p_total)
+        q = _probability(q_logits, guess, V, q_floor, scale, q_max, q_total)
         chance = tl.where(guessed, tl.minimum(p / tl.maximum(q, 1e-30), 1.0), 0.0)
         one = tl.zeros((1,), tl.int32)
         u = tl.max(_uniform(rng, row // (k + 1) + one, place + one), 0)
@@ -453,8 +457,8 @@ if triton is not None:
         )  # the block to look in
         sought -= tl.max(tl.where(part < n, upto, 0.0), 0)
         token = n * BLOCK + lane
-        p = tl.exp(_scaled(p_logits, token, V, p_floor, scale) - p_max) / p_total
-        q = tl.exp(_scaled(q_logits, token, V, q_floor, scale) - q_max) / q_total
+        p = _probability(p_logits, token, V, p_floor, scale, p_max, p_total)
+        q = _probability(q_logits, token, V, q_floor, scale, q_max, q_total)
         rest = tl.maximum(p - q, 0.0)
         found = tl.min(tl.where((rest > 0) & (tl.cumsum(rest, 0) > sought), token, V), 0)
         last = tl.max(tl.where(rest > 0, token, 0), 0)  # which rounding may not let the sum get past

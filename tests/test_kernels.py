@@ -118,22 +118,22 @@ def test_configurations(kind, configuration, rows, monkeypatch):
     x = torch.randn(rows, 2144, generator=generator).half()
     x, w, s, dense = on_device(x, w, s, dense)
     assert error(gemv.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
-    gated = gemv.linear(x, w, s, out_dtype=torch.float32, act="silu")
+    gated = gemv.linear(x, w, s, out_dtype=torch.float32, gates=True)
     assert error(gated, gemv.gated(x.float() @ dense.T)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("act,rows", [("silu", 1), ("silu", 3), ("gelu_tanh", 3)])
-def test_gated_linear(kind, act, rows, dtype):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_gated_linear(kind, rows, dtype):
     generator = torch.Generator().manual_seed(1)
     w, s, dense = make_weight(kind, 48, 576, dtype, generator)  # gates and ups by turns of 8 rows
     x = torch.randn(rows, 576, generator=generator).to(dtype)
     gain = torch.rand(576, generator=generator).to(dtype)
     bias = torch.randn(48, generator=generator).to(dtype)
     x, w, s, dense, gain, bias = on_device(x, w, s, dense, gain, bias)
-    out = gemv.linear(x, w, s, bias, gain, 1e-5, act=act)
-    expected = gemv.linear_reference(x.float(), dense, None, bias, gain, 1e-5, act=act)
+    out = gemv.linear(x, w, s, bias, gain, 1e-5, gates=True)
+    expected = gemv.linear_reference(x.float(), dense, None, bias, gain, 1e-5, gates=True)
     assert out.shape == expected.shape == (rows, 24)
     assert error(out, expected) < 1e-2
 
@@ -287,7 +287,7 @@ def test_ops_trace():
     def step(x, gain, k_cache, v_cache, rng):
         qkv = gemv.linear(x, w, norm=gain, eps=1e-5)
         y = attention.attend(qkv, k_cache, v_cache, torch.tensor([0, 2], device=DEVICE), None, n_head=1)
-        z = gemv.linear(x, w, norm=gain, eps=1e-5, out_dtype=torch.float32, act="silu")
+        z = gemv.linear(x, w, norm=gain, eps=1e-5, out_dtype=torch.float32, gates=True)
         return y, z, sampling.sample(z[:, -1], 0.9, 0, 0.0, rng)
 
     expected = step(x, gain, *cache, rng)
