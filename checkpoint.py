@@ -79,7 +79,8 @@ def new_state_dict(path: Path, like: dict[str, Tensor]) -> Iterator[dict[str, Te
         yield tensors
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():  # on a read-only file system, removing what is not there is an error too
+            partial.unlink()
         if main:
             signal.signal(signal.SIGTERM, previous)
 

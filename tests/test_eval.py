@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -432,12 +433,14 @@ def test_command_line(tiny, cli, tmp_path):
         *("eval.py", "--checkpoint_path", tiny.directory / "model.pth", "--tasks", "winogrande", "answers"),
         *("--include_path", DATA, "--limit", 3, "--perplexity", tmp_path / "text.txt", "--batch_size", 2),
         *("--max_seq_length", 200, "--precision", "fp32", "--quantize", "int8", "--device", "cpu", "--json"),
+        *("--compile", "--chat", "--num_fewshot", 1),
         env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
     )
     assert result.status == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["perplexity"]["tokens"] == 3
     assert report["n-samples"]["winogrande"]["effective"] == 3
+    assert re.search(r"\|winogrande\|[^|]*\|[^|]*\| *1\|", result.stdout)  # version, filter, n-shot
     assert 0 <= report["results"]["winogrande"]["acc,none"] <= 1
     assert "|winogrande|" in result.stdout
     assert "bits per byte: " in result.stdout

@@ -1,3 +1,4 @@
+import errno
 import os
 import resource
 import shutil
@@ -253,6 +254,16 @@ def test_a_read_only_directory(folder, capsys):
     folder.chmod(0o500)
     assert "cannot write" in fails(folder, capsys)
     folder.chmod(0o700)
+
+
+def test_a_read_only_file_system(folder, capsys, monkeypatch):
+    """There, removing what is not there is an error as well."""
+
+    def unlink(path, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert "cannot write" in fails(folder, capsys, "--label", "absent/_")
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
