@@ -275,7 +275,8 @@ def exchange_triton(x, tokens, gather, rank, world, boxes, counts):
     width = x.shape[-1] * x.element_size() // 4
     words = out.numel() * x.element_size() // 4 // (world if gather else 1)
     _exchange_kernel[(triton.cdiv(words, BLOCK),)](
-        out.view(torch.int32), x.view(torch.int32), tokens, boxes, counts, rank, words, width, x.shape[0],
+        out.view(torch.int32), x.view(torch.int32), None if tokens is None else tokens.contiguous(), boxes, counts,
+        rank, words, width, x.shape[0],
         WORLD=world, RANKS=triton.next_power_of_2(world), SLOTS=MAX_WORDS, GATHER=gather, DTYPE=_TRITON[x.dtype],
         BLOCK=BLOCK, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
