@@ -207,8 +207,7 @@ if triton is not None:
 
     @triton.jit
     def _weights(
-        w, s, words, pairs, kw, first, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr,
-        EVEN: tl.constexpr,
+        w, s, words, pairs, kw, chunk, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     ):  # fmt: skip
         """A tile's words and, for int4, scales and zeros, k values of K further on."""
         PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
@@ -217,11 +216,11 @@ if triton is not None:
         tile = _load(w + words + k // PER_WORD, inside, EVEN, KIND != "fp")
         pair = 0
         if KIND == "int4":
-            block = first + k // 128  # of 128 values
+            block = chunk + k // 128  # of 128 values
             at = pairs + block // 2 * (8 * 256 // GROUP)
-            if GROUP < 256 and COLS > 1:
+            if GROUP < 256:
                 at += block % 2 * (128 // GROUP)
-            pair = _load(s + at, inside if COLS > 1 else block * 128 < K, EVEN)
+            pair = _load(s + at, inside, EVEN)
         return tile, pair
 
     @triton.jit
@@ -232,8 +231,7 @@ if triton is not None:
         """acc + a tile of weights, words (j i W R C u), times b. The K axis of both operands is permuted alike.
 
         int4: the sum of ((q - 8) scale + zero) x over a group is scale * (the sum of (q' - OFFSET) x) + zero * the sum
-        of x, q' being what the words hold, q + OFFSET - 8. With one row of x, b's columns, and so the products', are
-        groups of 32; otherwise each group is a product of its own in the batch.
+        of x, q' being what the words hold, q + OFFSET - 8. Each group is a product of its own in the batch.
         """
         a = _unpack(w, KIND, b.dtype, ASM)
         if KIND == "int4":
@@ -243,20 +241,13 @@ if triton is not None:
             sums = tl.dot(ones, b)
             scale, zero = _halves(s, tl.bfloat16)
             zero *= -1 / OFFSET
-            a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2)  # (j i W R C, uh e ul ah al), word u being a group of 32
-            if COLS == 1:
-                a = a.permute(2, 3, 1, 4, 5, 7, 9, 0, 8, 6).reshape(W, R * 8, C * 128)
-                scale = scale.permute(2, 3, 1, 0, 4, 5).reshape(W, R * 8, 8)  # (j i W R 1 2), columns being 2 j + 0, 1
-                zero = zero.permute(2, 3, 1, 0, 4, 5).reshape(W, R * 8, 8)
-                acc += scale * tl.dot(a, b, sums)
-                acc += zero * sums
-            else:
-                GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
-                a = a.permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)  # (j i W R C, uh ul ah al e)
-                a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
-                products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b, sums)
-                acc = _add_products(acc, products, _per_row(scale, GROUPS, R, C, W, COLS), C * GROUPS)
-                acc = _add_products(acc, sums, _per_row(zero, GROUPS, R, C, W, COLS), C * GROUPS)
+            # (j i W R C, uh e ul ah al), word u being a group of 32 -> (j i W R C, uh ul ah al e)
+            GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+            a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2).permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)
+            a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
+            products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b, sums)
+            acc = _add_products(acc, products, _per_row(scale, GROUPS, R, C, W, COLS), C * GROUPS)
+            acc = _add_products(acc, sums, _per_row(zero, GROUPS, R, C, W, COLS), C * GROUPS)
         else:
             if KIND == "fp":  # (j i W R C, uh e ul)
                 a = a.reshape(4, 8, W, R, C, 2, 2, 2).permute(2, 3, 1, 4, 7, 0, 5, 6)
@@ -289,6 +280,22 @@ if triton is not None:
         DTYPE: tl.constexpr,
     ):  # fmt: skip
         """acc and the sums of squares after the step of K at k: words t of x, w and s of the weight."""
+        if COLS == 1 and (KIND == "int8" or KIND == "int4"):
+            acc, squares = _step_in_int8(
+                acc, squares, t, w, s, gains, kx, k, K, KIND, R, C, W, EVEN, ASM, DTYPE
+            )
+        else:
+            acc, squares = _step_in_16_bits(
+                acc, squares, t, w, s, gains, kx, k, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
+            )
+        return acc, squares
+
+    @triton.jit
+    def _step_in_16_bits(
+        acc, squares, t, w, s, gains, kx, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr,
+        C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+        DTYPE: tl.constexpr,
+    ):  # fmt: skip
         X: tl.constexpr = C * (1 if KIND == "fp" else 4 if KIND == "int4" else 2)
         B: tl.constexpr = (COLS + 7) // 8
         if gains is not None:
@@ -320,6 +327,103 @@ if triton is not None:
         else:
             b = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
         return _multiply(acc, w, s, b, KIND, GROUP, R, C, W, COLS, ASM), squares
+
+    @triton.jit
+    def _bytes(w, ASM: tl.constexpr):
+        """The bytes of words int32 (4, 8, W, R, C, 4): int8 (4, 8, W, R, C, 4, 4)."""
+        if ASM is None:
+            shift = 8 * tl.arange(0, 4)[None, None, None, None, None, None, :]
+            out = (tl.expand_dims(w, 6) >> shift).to(tl.int8)
+        else:  # four words go in, and four registers of four results come out, as in _unpack
+            move: tl.constexpr = "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;"
+            a, b, c, d = tl.inline_asm_elementwise(
+                move, "=&r,=&r,=&r,=&r,r,r,r,r", [w], (tl.int8,) * 4, is_pure=True, pack=4
+            )
+            out = _join4(a, b, c, d).reshape(w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4], 4, 4)
+            out = out.permute(0, 1, 2, 3, 4, 6, 5)
+        return out
+
+    @triton.jit
+    def _pick(a, b, c, d, odd, ASM: tl.constexpr):
+        """A word of the second bytes of a, b, c, d or, where odd, of the first ones with the highest bit turned."""
+        if ASM is None:
+            shift = tl.where(odd, 0, 8)
+            word = (a >> shift & 255) | (b >> shift & 255) << 8 | (c >> shift & 255) << 16 | (d >> shift & 255) << 24
+        else:
+            permute: tl.constexpr = (
+                "{ .reg .b32 t, u; prmt.b32 t, $1, $2, $5; prmt.b32 u, $3, $4, $5; prmt.b32 $0, t, u, 0x5410; }"
+            )
+            select = tl.where(odd, 0x40, 0x51)
+            word = tl.inline_asm_elementwise(permute, "=r,r,r,r,r,r", [a, b, c, d, select], tl.int32, is_pure=True, pack=1)
+        return word ^ tl.where(odd, -0x7F7F7F80, 0)
+
+    @triton.jit
+    def _step_in_int8(
+        acc, squares, t, w, s, gains, kx, k, K, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+        EVEN: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
+    ):  # fmt: skip
+        """_step of one row of x and quantised weights, in products of int8.
+
+        x becomes 16-bit integers, with a power of two for each group of 32 values, and these a high and a low byte:
+        x = scale (256 high + low), to 2^-14 of the group's largest magnitude, so that what a bf16 product would see is
+        exact unless it is 2^6 times smaller. Of the 8 columns of a fragment of x, columns 2 p and 2 p + 1 are the high
+        and the low bytes of group p, with zeros for the others' K, and the products of 4 groups stay apart.
+        """
+        X: tl.constexpr = C * (4 if KIND == "int4" else 2)  # groups in a warp's step
+        PARTS: tl.constexpr = 4 if X > 4 else X  # in a fragment
+        D: tl.constexpr = X // PARTS
+        i = tl.arange(0, 8)[None, :, None, None, None, None]
+        low, high = _halves(t, DTYPE)
+        if gains is not None:
+            squares += low * low
+            squares += high * high
+            t = _times(t, _load(gains + k // 2, kx < (K - k) // 2, EVEN), DTYPE, ASM)
+            low, high = _halves(t, DTYPE)
+        top = tl.max(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 5, keep_dims=True), 0, keep_dims=True)
+        exponent = tl.maximum(top, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000
+        inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True) * 8192.0  # 2^13 / 2^exponent
+        # fp32 that holds integers: 1.5 * 2^23, and 128 so that the second byte is the high one of signed low ones
+        low = (low * inverse + 12583040.0).to(tl.int32, bitcast=True).reshape(4, 8, W, 1, D, 2, 2)
+        high = (high * inverse + 12583040.0).to(tl.int32, bitcast=True).reshape(4, 8, W, 1, D, 2, 2)
+        odd = i % 2 == 1
+        if KIND == "int4":  # values in the order of a word's low, then high nibbles
+            low0, low1 = tl.split(low.permute(0, 1, 2, 3, 4, 6, 5))
+            high0, high1 = tl.split(high.permute(0, 1, 2, 3, 4, 6, 5))
+            word = _pick(low0, low1, high0, high1, odd, ASM)
+        else:
+            low0, low1 = tl.split(low)
+            high0, high1 = tl.split(high)
+            word = _pick(low0, high0, low1, high1, odd, ASM)
+        own = tl.expand_dims(i // 2, 6) == tl.arange(0, PARTS)[None, None, None, None, None, :, None]
+        word = tl.where(own, tl.expand_dims(word, 5), 0)  # (j i W 1 D, parts, halves)
+        b = _bytes(word.reshape(4, 8, W, 1, X // 2, 4), ASM).reshape(4, 8, W, D, PARTS // 2, 2, 2, 4)
+        b = b.permute(3, 2, 4, 5, 0, 6, 7, 1).reshape(D * W, PARTS * 32, 8)
+        scale = tl.max((exponent.to(tl.float32, bitcast=True) * (1 / 8192)).reshape(4, 2, W, D), 1)
+        scale = tl.broadcast_to(scale.permute(2, 1, 0).reshape(D * W, 1, 4), (D * W, R * 8, 4))
+        if KIND == "int4":  # (j i W R C, 4 groups, bytes) twice -> (C W, R i, group j half byte)
+            a = tl.join(_bytes(w & 0x0F0F0F0F, ASM), _bytes(w >> 4 & 0x0F0F0F0F, ASM))
+            a = a.permute(4, 2, 3, 1, 5, 0, 7, 6).reshape(D * W, R * 8, 128)
+            sums = tl.dot(tl.full((D * W, R * 8, 128), -8, tl.int8), b, out_dtype=tl.int32)
+            y = _whole(tl.dot(a, b, sums, out_dtype=tl.int32))  # of q - 8
+            gain, zero = _halves(s, tl.bfloat16)
+            gain = gain.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
+            zero = zero.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4) * (-1 / 8)
+            y = gain * y + zero * _whole(sums)
+        else:  # (j i W R D c, 2 groups, halves, bytes)
+            a = _bytes(w, ASM).reshape(4, 8, W, R, D, C // D, 2, 2, 4)
+            a = a.permute(4, 2, 3, 1, 5, 6, 0, 7, 8).reshape(D * W, R * 8, PARTS * 32)
+            y = _whole(tl.dot(a, b, out_dtype=tl.int32))
+        return _add_products(acc, y, scale, D), squares
+
+    @triton.jit
+    def _whole(y):
+        """Products with high and low bytes int32 (n, rows, 8) -> with what they are of, fp32 (n, rows, 4)."""
+        high, low = tl.split(y.reshape(y.shape[0], y.shape[1], 4, 2))
+        return (high * 256 + low).to(tl.float32)
+
+    @triton.jit
+    def _add_both(a, b, c, d):
+        return a + c, b + d
 
     @triton.jit
     def _linear_kernel(
@@ -356,23 +460,25 @@ if triton is not None:
             words = (row8 * blocks + chunk) * 128 + i * 16 + j * 4 + u
             kw = chunk * 128
             pairs = (row8 * (tl.cdiv(K, 256) * 8) + i) * (256 // GROUP)
-            if COLS == 1:
-                first = warp * C
-                column = tl.minimum(2 * j + tl.arange(0, 2)[None, None, None, None, None, :], X - 1)
-                pairs = pairs + (first % 2 * 4 + column) // (GROUP // 32)
+            if COLS == 1:  # lane j has a group of 32; not shown to be neighbours, lest one lane loads those of four
+                pairs = pairs + j * (K > 0).to(tl.int32) // (GROUP // 32)
             else:
                 GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
-                first = chunk
                 pairs = tl.broadcast_to(pairs, (4, 8, W, R, 1, GROUPS))
                 pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
         else:
             row = tl.minimum((pid * R + r) * 8 + i, N - 1)
             words = row.to(tl.int64) * (K // P) + chunk * 16 + j * 4 + u
-            first = chunk
             pairs = 0
             kw = chunk * CHUNK + j * (CHUNK // 4)
-        if COLS == 1:
+        IN_INT8: tl.constexpr = COLS == 1 and (KIND == "int8" or KIND == "int4")
+        if IN_INT8:
+            PARTS: tl.constexpr = 4 if X > 4 else X
+            part = tl.minimum(i // 2, PARTS - 1) + tl.arange(0, X // PARTS)[None, None, None, None, :, None] * PARTS
+            counted = (i % 2 == 0) & (i < 2 * PARTS)  # other lanes have the same parts again
+        elif COLS == 1:
             part = tl.minimum(i, X - 1)  # X is at most 8
+            counted = i < X
         else:
             part = tl.arange(0, X)[None, None, None, None, :, None]
         if P == 4:  # a lane's 16 values of 8 bits meet two loads of x, which is also read in words
@@ -388,11 +494,15 @@ if triton is not None:
 
         if PDL:
             tlx.gdc_launch_dependents()
-        w_now, s_now = _weights(w, s, words, pairs, kw, first, 0, K, KIND, GROUP, COLS, EVEN)
+        w_now, s_now = _weights(w, s, words, pairs, kw, chunk, 0, K, KIND, GROUP, EVEN)
+        n = pid * (R * 8) + tl.arange(0, R * 8)
+        if P == 4:
+            scale = tl.load(s + n, mask=n < N, other=0.0)
+        if bias is not None:
+            shift = tl.load(bias + n, mask=n < N, other=0.0)
         if PDL:
             tlx.gdc_wait()
 
-        n = pid * (R * 8) + tl.arange(0, R * 8)
         PART: tl.constexpr = 2 if GATES else 1
         of_y = pid * (R * 8 // PART) + tl.arange(0, R * 8 // PART)
         outputs = N // PART
@@ -402,11 +512,11 @@ if triton is not None:
         if residual is not None:
             before = tl.load(residual + at, mask=stored, other=0.0)
         t = _load(xs, kx < K // 2, EVEN)
-        acc = tl.zeros((W, R * 8, B * 8), tl.float32)
-        squares = tl.zeros((4, 8, W, 1, 1, 4) if COLS == 1 else (B * W, 16, 16), tl.float32)
+        acc = tl.zeros((W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
+        squares = tl.zeros(t.shape if COLS == 1 else (B * W, 16, 16), tl.float32)
         for k in range(STEP, K, STEP):
             t_next = _load(xs + k // 2, kx < (K - k) // 2, EVEN)
-            w_next, s_next = _weights(w, s, words, pairs, kw, first, k, K, KIND, GROUP, COLS, EVEN)
+            w_next, s_next = _weights(w, s, words, pairs, kw, chunk, k, K, KIND, GROUP, EVEN)
             acc, squares = _step(
                 acc, squares, t, w_now, s_now, gains, kx, k - STEP, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
             )
@@ -416,22 +526,28 @@ if triton is not None:
             acc, squares, t, w_now, s_now, gains, kx, last, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
         )
 
-        if COLS == 1:
-            acc = tl.sum(acc, 2, keep_dims=True)
-        out = tl.sum(acc, 0)  # (rows of W, rows of x)
-        if norm is not None:
-            if COLS == 1:
-                squares = tl.where(i < X, squares, 0.0)  # beyond them, parts of x are there twice
-                squares = tl.sum(squares.reshape(4 * 8 * W * 4), 0)
+        if COLS == 1:  # both sums go through shared memory at once
+            acc = tl.sum(acc, 2)
+            if norm is not None:
+                squares = tl.where(counted, squares, 0.0).permute(2, 0, 1, 3, 4, 5).reshape(W, squares.numel // W)
+                squares = tl.broadcast_to(tl.sum(squares, 1)[:, None], (W, R * 8))
+                out, squares = tl.reduce((acc, squares), 0, _add_both)
+                squares = squares[:, None]
             else:
+                out = tl.sum(acc, 0)
+            out = out[:, None]
+        else:
+            out = tl.sum(acc, 0)  # (rows of W, rows of x)
+            if norm is not None:
                 half = tl.arange(0, 16)
                 squares = tl.sum(tl.where(half[:, None] == half[None, :], squares, 0.0), 1)
                 squares = tl.sum(tl.sum(squares.reshape(B, W, 2, 8), 2), 1).reshape(1, COLS)
+        if norm is not None:
             out *= tl.rsqrt(squares / K + eps)
         if P == 4:
-            out *= tl.load(s + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+            out *= scale.to(tl.float32)[:, None]
         if bias is not None:
-            out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+            out += shift.to(tl.float32)[:, None]
         if GATES:
             gate, up = tl.split(out.reshape(R // 2, 2, 8, COLS).permute(0, 2, 3, 1))
             out = (gate * up / (1 + tl.exp(-gate))).reshape(R * 4, COLS)
@@ -458,14 +574,14 @@ def _out_features(weight: Tensor) -> int:
 
 
 # R, C, W and registers of the linear kernel, see there. Registers are a bound that ptxas would undercut, at the price
-# of delaying loads until their values are needed. The pick of about 20 each on an H200, for the shapes of Llama 7B, 8B
-# and 1B and of SmolLM2, with one row of x and with 6. By the kind of weight and whether x has more rows than one; where
-# programs of 16 rows of the weight fill the multiprocessors once, twice, three, four times (as for twice, with half the
-# warps), or more often:
+# of delaying loads until their values are needed. The pick of about 20 each on an H200, for the shapes of Llama 7B, 8B,
+# 1B and 70B and of SmolLM2, with one row of x and with 6. By the kind of weight and whether x has more rows than one;
+# where programs of 16 rows of the weight fill the multiprocessors once, twice, three, four times or more often:
 CONFIGURATIONS = {
     ("fp", False): ((2, 4, 16, 128), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128), (2, 2, 4, 96)),
-    ("int8", False): ((2, 2, 16, 96), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128), (2, 2, 4, 96)),
-    ("int4", False): ((2, 1, 16, 128), (2, 2, 8, 128), (2, 1, 8, 80), (2, 2, 4, 128), (4, 1, 4, 128)),
+    ("fp8", False): ((2, 2, 16, 96), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128), (2, 2, 4, 96)),
+    ("int8", False): ((2, 2, 16, 64), (2, 2, 16, 64), (4, 2, 8, 128), (2, 2, 16, 64), (2, 2, 4, 96)),
+    ("int4", False): ((2, 1, 16, 128), (4, 1, 16, 128), (2, 1, 8, 80), (4, 1, 8, 128), (4, 1, 4, 128)),
     ("fp", True): ((2, 4, 4, 168), (2, 4, 8, 128), (2, 4, 4, 168), (2, 4, 4, 128), (2, 4, 4, 168)),
     ("int8", True): ((2, 2, 8, 128), (2, 2, 8, 128), (2, 4, 4, 168), (2, 2, 4, 128), (4, 2, 4, 168)),
     ("int4", True): ((2, 1, 8, 128), (2, 1, 8, 128), (2, 2, 4, 168), (2, 1, 4, 128), (4, 1, 4, 168)),
@@ -476,15 +592,20 @@ TUNED = {  # where another one is better for weights (N, K), or of N rows
         **dict.fromkeys((16000, 16384, 32000), (2, 4, 4, 128)),
         49152: (4, 2, 4, 128),
     },
+    ("fp8", False): {22016: (2, 2, 2, 96), 28672: (2, 2, 4, 128)},
     ("int8", False): {
-        **dict.fromkeys((16000, 16384), (4, 2, 4, 168)),
-        22016: (2, 2, 2, 96),
-        28672: (2, 2, 4, 128),
+        **dict.fromkeys((11008, 12288, 16000, 16384, (128256, 2048)), (4, 2, 4, 128)),
+        22016: (8, 1, 4, 168),
+        **dict.fromkeys((32000, 49152), (4, 2, 2, 128)),
+        **dict.fromkeys((57344, (32000, 8192)), (2, 2, 2, 96)),
     },
     ("int4", False): {
-        **dict.fromkeys((10240, 11008, 12288, 128256), (4, 2, 4, 168)),
-        22016: (4, 2, 2, 168),
-        **dict.fromkeys((28672, 32000), (4, 1, 2, 128)),
+        (4096, 4096): (2, 1, 16, 64),
+        **dict.fromkeys((11008, 12288), (2, 1, 4, 80)),
+        22016: (8, 1, 4, 168),
+        **dict.fromkeys((28672, 32000, 128256), (4, 1, 2, 128)),
+        49152: (8, 1, 2, 168),
+        57344: (4, 1, 4, 96),
     },
     ("fp", True): {
         3072: (2, 4, 4, 168),
@@ -504,7 +625,7 @@ TUNED = {  # where another one is better for weights (N, K), or of N rows
 
 def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[int, int, int, int]:
     """R, C, W and registers of the linear kernel for a weight (N, K) and M rows, on so many multiprocessors."""
-    kind = "int8" if kind == "fp8" else kind
+    kind = "int8" if kind == "fp8" and M > 1 else kind
     tuned, by_fill = TUNED[kind, M > 1], CONFIGURATIONS[kind, M > 1][min((-(-N // 16) - 1) // processors, 4)]
     R, C, W, registers = tuned.get((N, K)) or tuned.get(N, by_fill)
     step = {"fp": 32, "int8": 64, "int4": 128}[kind] * W * C

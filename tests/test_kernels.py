@@ -67,6 +67,11 @@ def error(out, expected):
     return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def make_rows(*shape, generator):
+    """Rows of x that 16-bit integers in groups hold exactly."""
+    return (1024 * torch.randn(*shape, generator=generator)).round() / 1024
+
+
 def on_device(*tensors):
     return [t if t is None else t.to(DEVICE) for t in tensors]
 
@@ -87,7 +92,7 @@ def test_pack_int4_is_invertible(group, K):
 def test_linear(kind, M, N, K, dtype):
     generator = torch.Generator().manual_seed(M * N * K)
     w, s, dense = make_weight(kind, N, K, dtype, generator)
-    x = torch.randn(M, K, generator=generator).to(dtype)
+    x = make_rows(M, K, generator=generator).to(dtype)
     gain = torch.rand(K, generator=generator).to(dtype)
     bias = torch.randn(N, generator=generator).to(dtype)
     residual = torch.randn(M, N, generator=generator).to(dtype)
@@ -100,6 +105,21 @@ def test_linear(kind, M, N, K, dtype):
     assert error(out, expected) < 6e-3
     out = gemv.linear(x, w, s, None, gain, 1e-5, out_dtype=torch.float32)
     assert error(out, gemv.linear_reference(x.float(), dense, norm=gain, eps=1e-5)) < 4e-3  # x * gain is rounded
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4:32", "int4:128"])
+def test_one_row_of_any_magnitudes(kind):
+    """Quantised weights meet x in 16-bit integers, whose scale follows each group's largest magnitude."""
+    generator = torch.Generator().manual_seed(6)
+    w, s, dense = make_weight(kind, 24, 640, torch.float16, generator)
+    x = torch.randn(1, 640, generator=generator) * torch.logspace(-4, 3, 640)
+    x[0, 320:352] = 0
+    x[0, 7] = 60000
+    x = x.half()
+    x, w, s, dense = on_device(x, w, s, dense)
+    assert error(gemv.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-4
+    x[0, 100] = math.inf
+    assert not gemv.linear(x, w, s, out_dtype=torch.float32).isfinite().any()
 
 
 TABLES = (*gemv.CONFIGURATIONS.values(), *(table.values() for table in gemv.TUNED.values()))
@@ -115,7 +135,7 @@ def test_configurations(kind, configuration, rows, monkeypatch):
     monkeypatch.setattr(gemv, "_configuration", lambda *_: (R, C, W, registers))
     generator = torch.Generator().manual_seed(3)
     w, s, dense = make_weight(kind, 48, 2144, torch.float16, generator)
-    x = torch.randn(rows, 2144, generator=generator).half()
+    x = make_rows(rows, 2144, generator=generator).half()
     x, w, s, dense = on_device(x, w, s, dense)
     assert error(gemv.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
     gated = gemv.linear(x, w, s, out_dtype=torch.float32, gates=True)
