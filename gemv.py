@@ -628,7 +628,7 @@ def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[
     kind = "int8" if kind == "fp8" and M > 1 else kind
     tuned, by_fill = TUNED[kind, M > 1], CONFIGURATIONS[kind, M > 1][min((-(-N // 16) - 1) // processors, 4)]
     R, C, W, registers = tuned.get((N, K)) or tuned.get(N, by_fill)
-    step = {"fp": 32, "int8": 64, "int4": 128}[kind] * W * C
+    step = {"fp": 32, "int4": 128}.get(kind, 64) * W * C
     while step >= 2 * K and W * C > 1:  # a step that covers K is the best of all, one that is twice as long is not
         W, C, step = (W, C // 2, step // 2) if C > 1 else (W // 2, C, step // 2)
     return R, C, W, registers
