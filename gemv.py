@@ -10,7 +10,9 @@ How the kernel works: at 1 to 16 rows it is a stream of weights, so everything s
 program owns a few rows of W and all of K, split among its warps. Each lane loads 16 bytes of one row of W, and the K
 axis of both operands is permuted (a sum does not care) so that these bytes already are a tensor-core fragment: no
 shared memory, no shuffle between a load and its `mma`. W is the 16-row operand and x the 8-column one, so that 8 rows
-of x read no more weights than 1; one row alone spreads K over the 8 columns, for the fewest instructions.
+of x read no more weights than 1. One row alone spreads K over the 8 columns, for the fewest instructions, and meets
+int8 and int4 weights in products of int8: unpacked to bf16, as several rows have them, these would take longer than
+they take to read.
 """
 
 import functools
@@ -281,9 +283,7 @@ if triton is not None:
     ):  # fmt: skip
         """acc and the sums of squares after the step of K at k: words t of x, w and s of the weight."""
         if COLS == 1 and (KIND == "int8" or KIND == "int4"):
-            acc, squares = _step_in_int8(
-                acc, squares, t, w, s, gains, kx, k, K, KIND, R, C, W, EVEN, ASM, DTYPE
-            )
+            acc, squares = _step_in_int8(acc, squares, t, w, s, gains, kx, k, K, KIND, R, C, W, EVEN, ASM, DTYPE)
         else:
             acc, squares = _step_in_16_bits(
                 acc, squares, t, w, s, gains, kx, k, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
@@ -354,7 +354,9 @@ if triton is not None:
                 "{ .reg .b32 t, u; prmt.b32 t, $1, $2, $5; prmt.b32 u, $3, $4, $5; prmt.b32 $0, t, u, 0x5410; }"
             )
             select = tl.where(odd, 0x40, 0x51)
-            word = tl.inline_asm_elementwise(permute, "=r,r,r,r,r,r", [a, b, c, d, select], tl.int32, is_pure=True, pack=1)
+            word = tl.inline_asm_elementwise(
+                permute, "=r,r,r,r,r,r", [a, b, c, d, select], tl.int32, is_pure=True, pack=1
+            )
         return word ^ tl.where(odd, -0x7F7F7F80, 0)
 
     @triton.jit
@@ -429,17 +431,18 @@ if triton is not None:
     def _linear_kernel(
         y, x, w, s, bias, norm, residual, M, N, K, eps,
         KIND: tl.constexpr, GROUP: tl.constexpr, GATES: tl.constexpr, COLS: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W n(x) [+ bias], or if GATES the `gated` (M, N / 2) of it; 8 R rows of W and
         M <= COLS of x.
 
         Tiles have axes j (4 lanes along K), i (8 lanes along rows), W (warps along K), R and C (repetitions along rows
         and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order. A tile is
-        loaded while the one before it is used, the first one before the wait for x.
+        loaded while the one before it is used, the first one or, if DEEP, two before the wait for x.
 
         COLS is 8 or 16, or 1: then the 8 columns of a fragment of x take parts of 32 values along K, each with zeros
-        for the others, so that a lane loads x once and each part's products stay apart, as int4's groups want them.
+        for the others, so that a lane loads x once and each part's products stay apart.
         """
         P: tl.constexpr = 2 if KIND == "fp" else 8 if KIND == "int4" else 4  # values in a word
         CHUNK: tl.constexpr = 16 * P  # values along K that 4 lanes hold
@@ -495,6 +498,8 @@ if triton is not None:
         if PDL:
             tlx.gdc_launch_dependents()
         w_now, s_now = _weights(w, s, words, pairs, kw, chunk, 0, K, KIND, GROUP, EVEN)
+        if DEEP:
+            w_next, s_next = _weights(w, s, words, pairs, kw, chunk, STEP, K, KIND, GROUP, EVEN)
         n = pid * (R * 8) + tl.arange(0, R * 8)
         if P == 4:
             scale = tl.load(s + n, mask=n < N, other=0.0)
@@ -514,7 +519,13 @@ if triton is not None:
         t = _load(xs, kx < K // 2, EVEN)
         acc = tl.zeros((W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
         squares = tl.zeros(t.shape if COLS == 1 else (B * W, 16, 16), tl.float32)
-        for k in range(STEP, K, STEP):
+        if DEEP:
+            t_next = _load(xs + STEP // 2, kx < (K - STEP) // 2, EVEN)
+            acc, squares = _step(
+                acc, squares, t, w_now, s_now, gains, kx, 0, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
+            )
+            t, w_now, s_now = t_next, w_next, s_next
+        for k in range(2 * STEP if DEEP else STEP, K, STEP):
             t_next = _load(xs + k // 2, kx < (K - k) // 2, EVEN)
             w_next, s_next = _weights(w, s, words, pairs, kw, chunk, k, K, KIND, GROUP, EVEN)
             acc, squares = _step(
@@ -580,7 +591,7 @@ def _out_features(weight: Tensor) -> int:
 CONFIGURATIONS = {
     ("fp", False): ((2, 4, 16, 128), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128), (2, 2, 4, 96)),
     ("fp8", False): ((2, 2, 16, 96), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128), (2, 2, 4, 96)),
-    ("int8", False): ((2, 2, 16, 64), (2, 2, 16, 64), (4, 2, 8, 128), (2, 2, 16, 64), (2, 2, 4, 96)),
+    ("int8", False): ((2, 2, 16, 64), (2, 2, 16, 64), (2, 2, 8, 96), (2, 2, 16, 64), (2, 2, 4, 96)),
     ("int4", False): ((2, 1, 16, 128), (4, 1, 16, 128), (2, 1, 8, 80), (4, 1, 8, 128), (4, 1, 4, 128)),
     ("fp", True): ((2, 4, 4, 168), (2, 4, 8, 128), (2, 4, 4, 168), (2, 4, 4, 128), (2, 4, 4, 168)),
     ("int8", True): ((2, 2, 8, 128), (2, 2, 8, 128), (2, 4, 4, 168), (2, 2, 4, 128), (4, 2, 4, 168)),
@@ -594,13 +605,13 @@ TUNED = {  # where another one is better for weights (N, K), or of N rows
     },
     ("fp8", False): {22016: (2, 2, 2, 96), 28672: (2, 2, 4, 128)},
     ("int8", False): {
-        **dict.fromkeys((11008, 12288, 16000, 16384, (128256, 2048)), (4, 2, 4, 128)),
+        (4096, 4096): (4, 2, 16, 128),
+        **dict.fromkeys((11008, 16000, 16384, (128256, 2048)), (4, 2, 4, 128)),
         22016: (8, 1, 4, 168),
-        **dict.fromkeys((32000, 49152), (4, 2, 2, 128)),
+        49152: (4, 2, 2, 128),
         **dict.fromkeys((57344, (32000, 8192)), (2, 2, 2, 96)),
     },
     ("int4", False): {
-        (4096, 4096): (2, 1, 16, 64),
         **dict.fromkeys((11008, 12288), (2, 1, 4, 80)),
         22016: (8, 1, 4, 168),
         **dict.fromkeys((28672, 32000, 128256), (4, 1, 2, 128)),
@@ -657,12 +668,14 @@ def linear(
     M = len(rows)
     R, C, W, registers = _configuration(kind, N, K, M, _processors(x.device))
     hopper = is_hopper(x.device)
-    chunk = {"fp": 32, "int4": 128}.get(kind, 64)
+    step = W * C * {"fp": 32, "int4": 128}.get(kind, 64)
+    deep = M == 1 and (step < K <= 2 * step or (kind == "int8" and step < K))  # gains there, and only there
     y = torch.empty(*x.shape[:-1], N // 2 if gates else N, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(triton.cdiv(N, 8 * R),)](
         y, rows, weight.view(torch.int32), scales, bias, norm, None if residual is None else residual.contiguous(),
         M, N, K, eps, KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, GATES=gates,
-        COLS=1 if M == 1 else 8 if M <= 8 else 16, R=R, C=C, W=W, EVEN=K % (W * C * chunk) == 0,
+        COLS=1 if M == 1 else 8 if M <= 8 else 16, R=R, C=C, W=W, DEEP=deep,
+        EVEN=K % step == 0,
         ASM=_assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": registers} if hopper else {}),
     )  # fmt: skip
