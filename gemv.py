@@ -537,14 +537,21 @@ if triton is not None:
             acc, squares, t, w_now, s_now, gains, kx, last, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
         )
 
-        if COLS == 1:
-            acc = tl.sum(acc, 2, keep_dims=True)
         if norm is not None and COLS == 1:
             squares = tl.where(counted, squares, 0.0)
-        if IN_INT8 and norm is not None:  # both sums go through shared memory at once: faster here, slower in 16 bits
-            squares = tl.sum(squares.permute(2, 0, 1, 3, 4, 5).reshape(W, squares.numel // W), 1)
-            out, squares = tl.reduce((acc, tl.broadcast_to(squares[:, None, None], acc.shape)), 0, _add_both)
+        if IN_INT8:  # the two sums go through shared memory together: faster here, slower in 16 bits
+            acc = tl.sum(acc, 2)
+            if norm is not None:
+                squares = squares.permute(2, 0, 1, 3, 4, 5).reshape(W, squares.numel // W)
+                squares = tl.broadcast_to(tl.sum(squares, 1)[:, None], (W, R * 8))
+                out, squares = tl.reduce((acc, squares), 0, _add_both)
+                squares = squares[:, None]
+            else:
+                out = tl.sum(acc, 0)
+            out = out[:, None]
         else:
+            if COLS == 1:
+                acc = tl.sum(acc, 2, keep_dims=True)
             out = tl.sum(acc, 0)  # (rows of W, rows of x)
             if norm is not None and COLS == 1:
                 squares = tl.sum(squares.reshape(squares.numel), 0)
