@@ -10,6 +10,7 @@ second, over the read bandwidth measured in the same run.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -239,6 +240,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
             rows.append(measure(shape, mode, model, args, bandwidth))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
             del model
+            gc.collect()  # an engine and its graph hold each other, and it the model
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()

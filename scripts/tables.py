@@ -28,10 +28,11 @@ def speed(result: dict) -> str:
     for row in result["rows"]:
         low, high = row["spread"]
         steps = " / ".join(f"{ms:.2f}" for ms in row["step_ms_by_rows"].values())
+        memory = f"{row['memory_gigabytes']:.1f}" if row["memory_gigabytes"] else "-"
         lines.append(
             f"| {row['model']} | {row['mode']} {row['weight_gigabytes']:.2f} GB | {row['tokens_per_second']:.1f} "
             f"({low:.1f}-{high:.1f}) | {row['gigabytes_per_second']:.0f} | **{row['fraction']:.3f}** | {steps} | "
-            f"{row['memory_gigabytes']:.1f} |"
+            f"{memory} |"
         )
     lines += ["", result["note"]] if "note" in result else []
     first = result["first_token"]
@@ -62,6 +63,7 @@ def tensor_parallel(result: dict) -> str:
         lines.append(f"| {rows[0]['model']} | {rows[0]['mode']} | {' | '.join(rates)} | **{gain:.2f}** |")
     times = gpus[max(gpus)]["all_reduce_us"]["8192 bytes"]
     ways = ", ".join(f"{way} {us:.1f}" for way, us in times.items())
+    lines += ["", result["note"]] if "note" in result else []
     return "\n".join([*lines, "", f"An all-reduce of 8 KB inside a CUDA graph, microseconds: {ways}."])
 
 
