@@ -675,7 +675,8 @@ def linear(
     R, C, W, registers = _configuration(kind, N, K, M, _processors(x.device))
     hopper = is_hopper(x.device)
     step = W * C * {"fp": 32, "int4": 128}.get(kind, 64)
-    deep = M == 1 and step < K and (kind == "int8" or (kind == "int4" and K <= 2 * step))  # gains there, and only there
+    tiles = triton.cdiv(K, step)
+    deep = M == 1 and (tiles == 2 if kind == "int4" else kind == "int8" and tiles > 1)  # gains there, and only there
     y = torch.empty(*x.shape[:-1], N // 2 if gates else N, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(triton.cdiv(N, 8 * R),)](
         y, rows, weight.view(torch.int32), scales, bias, norm, None if residual is None else residual.contiguous(),
