@@ -313,7 +313,7 @@ def attend(
             qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale
         )
     return attend_triton(
-        qkv.contiguous(), k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale
+        qkv.contiguous(), k_cache, v_cache, input_pos.contiguous(), rope, q_norm, k_norm, eps, n_head, window, scale
     )
 
 
