@@ -1,0 +1,307 @@
+"""What a step of the linear kernel (gemv.py) computes: a tile of weights of any kind times x, as Triton functions.
+
+    step(acc, squares, x, weights, ...)   in int8 for one row of x and quantised weights, otherwise in 16 bits
+    assembly(kind)                        PTX that unpacks weights, for Hopper; without it plain Triton does the same
+
+Axes: j and i are a warp's 4 x 8 lanes, W warps along K, R and C repetitions along rows and K; see gemv.py.
+"""
+
+from kernels import tl, triton
+
+if triton is not None:
+
+    @triton.jit
+    def _join4(a, b, c, d):  # (...,) x 4 -> (..., 2, 2), in order
+        return tl.join(tl.join(a, c), tl.join(b, d))
+
+    def assembly(kind: str) -> str:
+        """PTX that turns two int32 words into their values as pairs of bf16, in order."""
+        bodies = {
+            # 128 + the low 7 bits, minus 128 or, if the sign bit is set, 256: exact in bf16
+            "int8": [
+                f"prmt.b32 t, {{w}}, 0, {pick}; lop3.b32 s, t, 0x00800080, 0xc300c300, 0xea;"
+                "lop3.b32 t, t, 0x007f007f, 0x43004300, 0xea; add.rn.bf16x2 {o}, t, s;"
+                for pick in ("0x4140", "0x4342")
+            ],
+            # e4m3's bits, moved into bf16's exponent and mantissa, are the value times 2^-120
+            "fp8": [
+                f"prmt.b32 t, {{w}}, 0, {pick}; shr.b32 s, t, 4; and.b32 s, s, 0x07f007f0;"
+                "lop3.b32 t, t, 0x80008000, s, 0xea; mul.rn.bf16x2 {o}, t, c;"
+                for pick in ("0x1404", "0x3424")
+            ],
+            # nibbles a and a + 4, each in the mantissa of 128: 128 + q
+            "int4": [f"shr.b32 t, {{w}}, {4 * a}; lop3.b32 {{o}}, t, 0x000f000f, 0x43004300, 0xea;" for a in range(4)],
+        }
+        body = bodies.get(kind, [])
+        n = 2 * len(body)
+        lines = [body[i % len(body)].format(o=f"${i}", w=f"${n + i // len(body)}") for i in range(n)]
+        return "{ .reg .b32 t, s, c; mov.b32 c, 0x7b807b80; " + " ".join(lines) + " }"
+
+    @triton.jit
+    def _unpack(w, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+        """Words int32 (..., 4) -> their values, DTYPE (..., 4, 2 [, 2, 2]), whose axes are the word's high bit and the
+        value's low bit e, then the word's low bit and the rest of the value's index. int4 comes as q, or with ASM as
+        128 + q.
+
+        Two neighbouring words go through each piece of assembly (pack=2), and a register of two 16-bit results is one
+        output's value for both of them: what was the word's low bit is e afterwards.
+        """
+        if ASM is None:
+            low, high = tl.split(w.reshape(w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4], 2, 2))
+            e = tl.arange(0, 2)[None, None, None, None, None, None, :]
+            low, high = tl.expand_dims(low, 6), tl.expand_dims(high, 6)
+            if KIND == "int4":
+                l0, l1, l2, l3 = _nibbles(low >> (16 * e), DTYPE)
+                h0, h1, h2, h3 = _nibbles(high >> (16 * e), DTYPE)
+                out = tl.join(_join4(l0, l2, h0, h2), _join4(l1, l3, h1, h3))
+            elif KIND == "fp":
+                low, high = (low >> (16 * e)).to(tl.int16), (high >> (16 * e)).to(tl.int16)
+                out = tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
+            else:
+                out = _join4(
+                    _byte(low >> (8 * e), KIND, DTYPE),
+                    _byte(low >> (8 * e + 16), KIND, DTYPE),
+                    _byte(high >> (8 * e), KIND, DTYPE),
+                    _byte(high >> (8 * e + 16), KIND, DTYPE),
+                )
+        elif KIND == "int4":
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 8, is_pure=True, pack=2
+            )
+            out = tl.join(_join4(a, c, e, g), _join4(b, d, f, h))
+        elif KIND == "fp":
+            move: tl.constexpr = "mov.b32 $0, $2; mov.b32 $1, $3;"
+            a, b = tl.inline_asm_elementwise(move, "=&r,=&r,r,r", [w], (tl.bfloat16,) * 2, is_pure=True, pack=2)
+            out = tl.join(a, b).to(DTYPE, bitcast=True)
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                ASM, "=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 4, is_pure=True, pack=2
+            )
+            out = _join4(a, b, c, d)
+        return out
+
+    @triton.jit
+    def _halves(w, DTYPE: tl.constexpr):
+        """The two 16-bit values of each word, as fp32."""
+        if tl.bfloat16 == DTYPE:
+            low, high = (w << 16).to(tl.float32, bitcast=True), (w & -65536).to(tl.float32, bitcast=True)
+        else:
+            low = w.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+            high = (w >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        return low, high
+
+    @triton.jit
+    def _times(a, b, DTYPE: tl.constexpr, ASM: tl.constexpr):
+        """The products, rounded, of the 16-bit values in words."""
+        if ASM is not None:
+            multiply: tl.constexpr = "mul.rn.bf16x2 $0, $1, $2;" if tl.bfloat16 == DTYPE else "mul.rn.f16x2 $0, $1, $2;"
+            words = tl.inline_asm_elementwise(multiply, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
+        else:
+            low_a, high_a = _halves(a, DTYPE)
+            low_b, high_b = _halves(b, DTYPE)
+            high = (high_a * high_b).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16
+            words = high | (low_a * low_b).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return words
+
+    @triton.jit
+    def _byte(w, KIND: tl.constexpr, DTYPE: tl.constexpr):
+        w = w.to(tl.int8)
+        return w.to(DTYPE) if KIND == "int8" else w.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+
+    @triton.jit
+    def _nibbles(w, DTYPE: tl.constexpr):
+        return (w & 15).to(DTYPE), (w >> 4 & 15).to(DTYPE), (w >> 8 & 15).to(DTYPE), (w >> 12 & 15).to(DTYPE)
+
+    @triton.jit
+    def load(at, inside, EVEN: tl.constexpr, ONCE: tl.constexpr = False):
+        """A load; beyond an uneven K, zeros."""
+        inside = None if EVEN else inside
+        return tl.load(at, inside, other=None if EVEN else 0, eviction_policy="evict_first" if ONCE else "")
+
+    @triton.jit
+    def _multiply(
+        acc, w, s, b, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
+    ):  # fmt: skip
+        """acc + a tile of weights, words (j i W R C u), times b. The K axis of both operands is permuted alike.
+
+        int4: the sum of ((q - 8) scale + zero) x over a group is scale * (the sum of (q' - OFFSET) x) + zero * the sum
+        of x, q' being what the words hold, q + OFFSET - 8. Each group is a product of its own in the batch.
+        """
+        a = _unpack(w, KIND, b.dtype, ASM)
+        if KIND == "int4":
+            OFFSET: tl.constexpr = 8.0 if ASM is None else 136.0
+            # the sum of x times -OFFSET: where the product starts from, and with zero / -OFFSET its other part
+            ones = tl.full((b.shape[0], R * 8, b.shape[1]), -OFFSET, b.dtype)
+            sums = tl.dot(ones, b)
+            scale, zero = _halves(s, tl.bfloat16)
+            zero *= -1 / OFFSET
+            # (j i W R C, uh e ul ah al), word u being a group of 32 -> (j i W R C, uh ul ah al e)
+            GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+            a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2).permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)
+            a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
+            products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b, sums)
+            acc = _add_products(acc, products, _per_row(scale, GROUPS, R, C, W, COLS), C * GROUPS)
+            acc = _add_products(acc, sums, _per_row(zero, GROUPS, R, C, W, COLS), C * GROUPS)
+        else:
+            if KIND == "fp":  # (j i W R C, uh e ul)
+                a = a.reshape(4, 8, W, R, C, 2, 2, 2).permute(2, 3, 1, 4, 7, 0, 5, 6)
+            else:  # (j i W R C, uh e ul p)
+                a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2).permute(2, 3, 1, 4, 5, 8, 0, 7, 6)
+            acc = tl.dot(a.reshape(W, R * 8, C * (32 if KIND == "fp" else 64)), b, acc)
+        return acc
+
+    @triton.jit
+    def _add_products(acc, a, b, n: tl.constexpr):
+        """acc + a * b summed over the first axis of (n, *acc's), one FMA each."""
+        if n == 1:
+            acc += a.reshape(acc.shape) * b.reshape(acc.shape)
+        else:
+            a0, a1 = tl.split(a.reshape(2, n // 2, acc.shape[0], acc.shape[1], acc.shape[2]).permute(1, 2, 3, 4, 0))
+            b0, b1 = tl.split(b.reshape(2, n // 2, acc.shape[0], acc.shape[1], acc.shape[2]).permute(1, 2, 3, 4, 0))
+            acc = _add_products(_add_products(acc, a0, b0, n // 2), a1, b1, n // 2)
+        return acc
+
+    @triton.jit
+    def _per_row(s, GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
+        """Spread a value per row and group, (j i W R C g) and the same for all j, over an accumulator's columns."""
+        s = s.permute(4, 5, 2, 3, 1, 0).reshape(C * GROUPS * W, R * 8, 1, 4, 1)
+        return tl.broadcast_to(s, (C * GROUPS * W, R * 8, COLS // 8, 4, 2)).reshape(C * GROUPS * W, R * 8, COLS)
+
+    @triton.jit
+    def step(
+        acc, squares, t, w, s, gains, kx, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr,
+        C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+        DTYPE: tl.constexpr,
+    ):  # fmt: skip
+        """acc and the sums of squares after the step of K at k: words t of x, w and s of the weight."""
+        if COLS == 1 and (KIND == "int8" or KIND == "int4"):
+            acc, squares = _step_in_int8(acc, squares, t, w, s, gains, kx, k, K, KIND, R, C, W, EVEN, ASM, DTYPE)
+        else:
+            X: tl.constexpr = C * (1 if KIND == "fp" else 4 if KIND == "int4" else 2)
+            B: tl.constexpr = (COLS + 7) // 8
+            if gains is not None:
+                gain = load(gains + k // 2, kx < (K - k) // 2, EVEN)
+            if COLS == 1:
+                i = tl.arange(0, 8)[None, :, None, None, None, None]
+                if gains is not None:
+                    low, high = _halves(t, DTYPE)
+                    squares += low * low
+                    squares += high * high
+                    t = _times(t, gain, DTYPE, ASM)
+                t = tl.where(i == tl.arange(0, X)[None, None, None, None, :, None], t, 0)
+            # (j i W B X, uh e ul), words of x being u = 2 uh + ul
+            t = _unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
+            if gains is not None and COLS > 1:
+                # The sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing; here of two
+                # halves of each row, which as the 16 rows of a fragment need the fewest moves.
+                L: tl.constexpr = 2 if X > 1 else 1
+                halves = t.reshape(4, 8, W, B, X // L, L, 2, 2, 2)
+                rows = halves.permute(3, 2, 8, 1, 4, 6, 0, 5, 7).reshape(B * W, 16, X * 16)
+                cols = halves.permute(3, 2, 4, 6, 0, 5, 7, 8, 1).reshape(B * W, X * 16, 16)
+                squares = tl.dot(rows, cols, squares)
+                t *= _unpack(gain, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
+            # The two halves of a fragment's K are a word's neighbours, which a load of 16 bytes leaves side by side.
+            if KIND == "int4":  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
+                GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+                b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 6, 9, 0, 7, 8, 3, 1)
+                b = b.reshape(C * GROUPS * W, 128 // GROUPS, B * 8)
+            else:
+                b = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
+            acc = _multiply(acc, w, s, b, KIND, GROUP, R, C, W, COLS, ASM)
+        return acc, squares
+
+    @triton.jit
+    def _bytes(w, ASM: tl.constexpr):
+        """The bytes of words int32 (4, 8, W, R, C, 4): int8 (4, 8, W, R, C, 4, 4)."""
+        if ASM is None:
+            shift = 8 * tl.arange(0, 4)[None, None, None, None, None, None, :]
+            out = (tl.expand_dims(w, 6) >> shift).to(tl.int8)
+        else:  # four words go in, and four registers of four results come out, as in _unpack
+            move: tl.constexpr = "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;"
+            a, b, c, d = tl.inline_asm_elementwise(
+                move, "=&r,=&r,=&r,=&r,r,r,r,r", [w], (tl.int8,) * 4, is_pure=True, pack=4
+            )
+            out = _join4(a, b, c, d).reshape(w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4], 4, 4)
+            out = out.permute(0, 1, 2, 3, 4, 6, 5)
+        return out
+
+    @triton.jit
+    def _pick(a, b, c, d, odd, ASM: tl.constexpr):
+        """A word of the second bytes of a, b, c, d or, where odd, of the first ones with the highest bit turned."""
+        if ASM is None:
+            shift = tl.where(odd, 0, 8)
+            word = (a >> shift & 255) | (b >> shift & 255) << 8 | (c >> shift & 255) << 16 | (d >> shift & 255) << 24
+        else:
+            permute: tl.constexpr = (
+                "{ .reg .b32 t, u; prmt.b32 t, $1, $2, $5; prmt.b32 u, $3, $4, $5; prmt.b32 $0, t, u, 0x5410; }"
+            )
+            select = tl.where(odd, 0x40, 0x51)
+            word = tl.inline_asm_elementwise(
+                permute, "=r,r,r,r,r,r", [a, b, c, d, select], tl.int32, is_pure=True, pack=1
+            )
+        return word ^ tl.where(odd, -0x7F7F7F80, 0)
+
+    @triton.jit
+    def _step_in_int8(
+        acc, squares, t, w, s, gains, kx, k, K, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+        EVEN: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
+    ):  # fmt: skip
+        """`step` for one row of x and quantised weights, in products of int8.
+
+        x becomes 16-bit integers, with a power of two for each group of 32 values, and these a high and a low byte:
+        x = scale (256 high + low), to 2^-14 of the group's largest magnitude, so that what a bf16 product would see is
+        exact unless it is 2^6 times smaller. Of the 8 columns of a fragment of x, columns 2 p and 2 p + 1 are the high
+        and the low bytes of group p, with zeros for the others' K, and the products of 4 groups stay apart.
+        """
+        X: tl.constexpr = C * (4 if KIND == "int4" else 2)  # groups in a warp's step
+        PARTS: tl.constexpr = 4 if X > 4 else X  # in a fragment
+        D: tl.constexpr = X // PARTS
+        i = tl.arange(0, 8)[None, :, None, None, None, None]
+        low, high = _halves(t, DTYPE)
+        if gains is not None:
+            squares += low * low
+            squares += high * high
+            t = _times(t, load(gains + k // 2, kx < (K - k) // 2, EVEN), DTYPE, ASM)
+            low, high = _halves(t, DTYPE)
+        top = tl.max(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 5, keep_dims=True), 0, keep_dims=True)
+        exponent = tl.maximum(top, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000
+        inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True) * 8192.0  # 2^13 / 2^exponent
+        # fp32 that holds integers: 1.5 * 2^23, and 128 so that the second byte is the high one of signed low ones
+        low = (low * inverse + 12583040.0).to(tl.int32, bitcast=True).reshape(4, 8, W, 1, D, 2, 2)
+        high = (high * inverse + 12583040.0).to(tl.int32, bitcast=True).reshape(4, 8, W, 1, D, 2, 2)
+        odd = i % 2 == 1
+        if KIND == "int4":  # values in the order of a word's low, then high nibbles
+            low0, low1 = tl.split(low.permute(0, 1, 2, 3, 4, 6, 5))
+            high0, high1 = tl.split(high.permute(0, 1, 2, 3, 4, 6, 5))
+            word = _pick(low0, low1, high0, high1, odd, ASM)
+        else:
+            low0, low1 = tl.split(low)
+            high0, high1 = tl.split(high)
+            word = _pick(low0, high0, low1, high1, odd, ASM)
+        own = tl.expand_dims(i // 2, 6) == tl.arange(0, PARTS)[None, None, None, None, None, :, None]
+        word = tl.where(own, tl.expand_dims(word, 5), 0)  # (j i W 1 D, parts, halves)
+        b = _bytes(word.reshape(4, 8, W, 1, X // 2, 4), ASM).reshape(4, 8, W, D, PARTS // 2, 2, 2, 4)
+        b = b.permute(3, 2, 4, 5, 0, 6, 7, 1).reshape(D * W, PARTS * 32, 8)
+        scale = tl.max((exponent.to(tl.float32, bitcast=True) * (1 / 8192)).reshape(4, 2, W, D), 1)
+        scale = tl.broadcast_to(scale.permute(2, 1, 0).reshape(D * W, 1, 4), (D * W, R * 8, 4))
+        if KIND == "int4":  # (j i W R C, 4 groups, bytes) twice -> (C W, R i, group j half byte)
+            a = tl.join(_bytes(w & 0x0F0F0F0F, ASM), _bytes(w >> 4 & 0x0F0F0F0F, ASM))
+            a = a.permute(4, 2, 3, 1, 5, 0, 7, 6).reshape(D * W, R * 8, 128)
+            sums = tl.dot(tl.full((D * W, R * 8, 128), -8, tl.int8), b, out_dtype=tl.int32)
+            y = _whole(tl.dot(a, b, sums, out_dtype=tl.int32))  # of q - 8
+            gain, zero = _halves(s, tl.bfloat16)
+            gain = gain.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
+            zero = zero.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4) * (-1 / 8)
+            y = gain * y + zero * _whole(sums)
+        else:  # (j i W R D c, 2 groups, halves, bytes)
+            a = _bytes(w, ASM).reshape(4, 8, W, R, D, C // D, 2, 2, 4)
+            a = a.permute(4, 2, 3, 1, 5, 6, 0, 7, 8).reshape(D * W, R * 8, PARTS * 32)
+            y = _whole(tl.dot(a, b, out_dtype=tl.int32))
+        return _add_products(acc, y, scale, D), squares
+
+    @triton.jit
+    def _whole(y):
+        """Products with high and low bytes int32 (n, rows, 8) -> with what they are of, fp32 (n, rows, 4)."""
+        high, low = tl.split(y.reshape(y.shape[0], y.shape[1], 4, 2))
+        return (high * 256 + low).to(tl.float32)
