@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cpu
 from kernels import MAX_ROWS, is_hopper, op, rms_norm, tl, tlx, triton, zeros
 
 
@@ -308,6 +309,8 @@ def attend(
     given.
     """
     scale = k_cache.shape[-1] ** -0.5 if scale is None else scale
+    if cpu.attends(qkv, k_cache, v_cache, input_pos) and cpu.ready():
+        return cpu.attend(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale)
     if triton is None or not qkv.is_cuda or qkv.element_size() != 2 or qkv.shape[1] > MAX_ROWS:
         return attend_reference(
             qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
+import cpu
 import kernels
 from checkpoint import DTYPES, load_model
 from engine import MAX_DEFAULT_CONTEXT, Engine
@@ -159,7 +160,8 @@ class LanguageModel(TemplateLM or object):
         """Feed each row's tokens from its start position on, in slices: yields (offset, hidden states (B, s, C))."""
         tokens, pos = self._padded(rows), torch.tensor(start, device=self._device)
         # A few tokens would go to the kernels for decoding, and be graphs of their own.
-        least = max(2, 1 + kernels.MAX_ROWS // len(rows))
+        most = cpu.MAX_ROWS if self.compile and self._device.type == "cpu" else kernels.MAX_ROWS
+        least = max(2, 1 + most // len(rows))
         size = min(size, MAX_SLICE)
         for a in range(0, tokens.shape[1], size):
             part = tokens[:, a : a + size]

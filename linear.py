@@ -16,9 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import cpu
 import gemv
 from errors import UserError
-from kernels import op
 
 GROUPS = (32, 64, 128, 256)
 PIECE = 2**20  # weights widened to fp32 at a time
@@ -38,6 +38,7 @@ class Linear(nn.Module):
         self.register_parameter("scales", None)
         self.register_parameter("zeros", None)
         self.widen = False  # whether to multiply in fp32, for a CPU without half-precision arithmetic
+        self.on_cpu = False  # whether the CPU's kernels take this weight
 
     @classmethod
     def from_tensors(cls, in_features: int, out_features: int, tensors: dict[str, Tensor]) -> "Linear":
@@ -54,7 +55,7 @@ class Linear(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """W x for x (..., K), in plain PyTorch."""
-        if self.widen and _rows(x) > 6:  # in pieces, since fresh memory for all of an output layer would be slow
+        if self.widen:  # in pieces, since fresh memory for all of an output layer would be slow
             pieces = self.dequantized(x.dtype).split(max(1, PIECE // self.in_features))
             return torch.cat([F.linear(x.float(), piece.float()) for piece in pieces], -1).to(x.dtype)
         return F.linear(x, self.dequantized(x.dtype))
@@ -62,6 +63,7 @@ class Linear(nn.Module):
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
         """Lay the weight out for the device it is on and activations of `dtype`. Called once, after loading."""
         self.widen = _half_is_slow(self.weight.device, dtype)
+        self.on_cpu = cpu.takes(self.weight, self.scales, self.bias, dtype) and cpu.ready()
 
     def forward(
         self, x: Tensor, norm=None, residual: Tensor | None = None, fp32: bool = False, gates: bool = False
@@ -71,6 +73,8 @@ class Linear(nn.Module):
         if gemv.takes(x, self.weight, gain):
             dtype = torch.float32 if fp32 else x.dtype
             return gemv.linear(x, self.weight, self.scales, self.bias, gain, eps, residual, dtype, gates)
+        if self.on_cpu and not gates and x.numel() <= cpu.MAX_ROWS * x.shape[-1]:
+            return cpu.linear(x, self.weight, self.scales, self.zeros, self.bias, gain, eps, residual, fp32)
         y = self.matmul(x if norm is None else norm(x))
         if self.bias is not None:
             y = y + self.bias
@@ -103,13 +107,6 @@ class Int8Linear(Linear):
         q = (weight / scales.float()[:, None]).round().clamp(-128, 127)  # the scale may have been rounded down
         return {"weight": q.to(torch.int8), "scales": scales}
 
-    def matmul(self, x: Tensor) -> Tensor:
-        # PyTorch's CPU kernel reads past the end of rows that are not a multiple of its vectors.
-        if x.is_cpu and x.dtype is torch.bfloat16 and _rows(x) <= 16 and self.in_features % 32 == 0:
-            y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.weight, self.scales)
-            return y.view(*x.shape[:-1], self.out_features)
-        return super().matmul(x)
-
 
 class FP8Linear(Linear):
     """8-bit floating point (e4m3, arXiv 2209.05433), one scale per output row."""
@@ -130,8 +127,6 @@ class FP8Linear(Linear):
 
 class Int4Linear(Linear):
     """Asymmetric int4 in groups of G = 32, 64, 128 or 256 along K (padded to K'): w = (q - 8) * scale + zero."""
-
-    packed_for_cpu = False
 
     @staticmethod
     def grid(groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,42 +154,12 @@ class Int4Linear(Linear):
         q = q.to(torch.uint8)
         return {"weight": q[:, ::2] | q[:, 1::2] << 4, "scales": scales.bfloat16(), "zeros": zeros.bfloat16()}
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        if self.packed_for_cpu:  # the layout depends on the CPU: let its kernel undo it
-            return self.matmul(torch.eye(self.in_features, dtype=torch.bfloat16)).t().to(dtype)
-        return super().dequantized(dtype)
-
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().pack(dtype)
         if dtype.itemsize == 2 and self.weight.is_cuda and self.out_features % 8 == 0:
             weight, scales = gemv.pack_int4(self.weight, self.scales, self.zeros)
-        elif dtype is torch.bfloat16 and self.weight.is_cpu and self.out_features % 16 == 0:
-            weight = torch._convert_weight_to_int4pack_for_cpu(gemv.nibbles(self.weight).int(), 1)
-            scales = torch.stack((self.scales.t(), self.zeros.t()), -1).contiguous()  # (K'/G, N, 2)
-            self.packed_for_cpu = True
-        else:
-            return  # the portable layout serves
-        self.weight, self.scales = nn.Parameter(weight, requires_grad=False), nn.Parameter(scales, requires_grad=False)
-        self.zeros = None
-
-    def matmul(self, x: Tensor) -> Tensor:
-        if not self.packed_for_cpu:
-            return super().matmul(x)
-        padded = 2 * self.weight.shape[1]
-        rows = F.pad(x.reshape(-1, self.in_features).bfloat16(), (0, padded - self.in_features))
-        y = _int4_cpu(rows, self.weight, padded // self.scales.shape[0], self.scales)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-
-@op("int4_cpu")  # Inductor's lowering of PyTorch's op mistakes the group's size inside a nested compile region
-def _int4_cpu(x: Tensor, weight: Tensor, group: int, scales: Tensor) -> Tensor:
-    """W x for bf16 x (rows, K') -> (rows, N), with the weight and scales of Int4Linear.pack."""
-    return torch._weight_int4pack_mm_for_cpu(x, weight, group, scales)
-
-
-@torch.library.register_fake("gptfast::int4_cpu")
-def _(x: Tensor, weight: Tensor, group: int, scales: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(weight))
+            self.weight = nn.Parameter(weight, requires_grad=False)
+            self.scales, self.zeros = nn.Parameter(scales, requires_grad=False), None
 
 
 def quantizer(mode: str) -> Callable[[Tensor], dict[str, Tensor]]:
@@ -242,10 +207,6 @@ def linear_from_tensors(in_features: int, out_features: int, tensors: dict[str, 
     raise UserError(
         f"{name or 'a linear layer'} needs a plain, int8, fp8 or int4 weight for {[N, K]}; found {found or 'none'}"
     )
-
-
-def _rows(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]
 
 
 def _half_is_slow(device: torch.device, dtype: torch.dtype) -> bool:

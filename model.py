@@ -266,8 +266,7 @@ class FeedForward(nn.Module):
         if self.w13:
             hidden = self.w13(x, norm=norm, gates=True)
         else:
-            normed = norm(x)
-            hidden = F.silu(self.w1(normed)) * self.w3(normed)
+            hidden = F.silu(self.w1(x, norm=norm)) * self.w3(x, norm=norm)
         return self.tp.project(self.w2, hidden, residual=x)
 
 

@@ -1,0 +1,129 @@
+"""Kernels of a decode step (1 to 16 rows) on a CPU: cpu.cpp, compiled when a model is first loaded there.
+
+linear(x, weight, scales, zeros, ...)  [residual +] W rms_norm(x) [+ bias], as an op
+attend(qkv, k_cache, ...)              as attention.attend
+ready()                                whether they can be used: without a C++ compiler plain PyTorch serves
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MAX_ROWS = 64  # beyond this, fp32 products of BLAS are faster
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared")
+FLAGS += ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")  # sums may be vectors
+VECTORS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl")}  # elsewhere defaults
+
+
+@functools.cache
+def ready() -> bool:
+    """Whether the kernels are there. The first call on a machine compiles them, in some 10 s, for all later ones."""
+    try:
+        torch.ops.load_library(_build())
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home directory
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        print(f"plain PyTorch serves: the CPU kernels cannot be compiled ({reason})", file=sys.stderr)
+        return False
+    torch.library.register_fake("gptfast::cpu_linear", _linear_fake)
+    torch.library.register_fake("gptfast::cpu_attend", _attend_fake)
+    return True
+
+
+def _build() -> Path:
+    """The compiled library, of the user's cache or anew. Raises OSError or CalledProcessError where that fails."""
+    home = Path(torch.__file__).parent
+    flags = (*FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()), f"-I{home / 'include'}")
+    command = [os.environ.get("CXX", "c++"), *flags, str(SOURCE), f"-L{home / 'lib'}", "-ltorch_cpu"]
+    key = hashlib.sha256(repr((command, torch.__version__, platform.machine())).encode() + SOURCE.read_bytes())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptfast"
+    library = folder / f"cpu-{key.hexdigest()[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:  # several processes may do this at once
+            subprocess.run([*command, "-o", f"{work}/cpu.so"], check=True, capture_output=True, text=True)
+            Path(work, "cpu.so").replace(library)
+    return library
+
+
+def takes(weight: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether `linear` takes this weight (as on disk) and activations of this dtype, where `ready`."""
+    return (
+        weight.is_cpu
+        and weight.is_contiguous()
+        and dtype in (torch.float32, torch.bfloat16)
+        and weight.dtype in (dtype, torch.int8, torch.uint8)
+        and (scales is None or scales.dtype is torch.bfloat16)
+        and (bias is None or bias.dtype is dtype)
+    )
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    fp32: bool,
+) -> Tensor:
+    """[residual +] W rms_norm(x) [+ bias]: x (..., K) -> (..., N) in x's dtype or fp32.
+
+    The weight is as in linear.py; norm (K,), bias (N,) and the residual, like the result, are of x's dtype.
+    """
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    return torch.ops.gptfast.cpu_linear(x, weight, scales, zeros, bias, norm, eps, residual, fp32)
+
+
+def attends(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor) -> bool:
+    """Whether `attend` takes these, where `ready`."""
+    dtype, D = qkv.dtype, k_cache.shape[-1]
+    return (
+        qkv.is_cpu
+        and dtype in (torch.float32, torch.bfloat16)
+        and k_cache.dtype is v_cache.dtype is dtype
+        and D * dtype.itemsize % 32 == 0
+        and qkv.shape[1] <= MAX_ROWS
+        and input_pos.dtype is torch.int64
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+    )
+
+
+def attend(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    rope: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    n_head: int,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """attention.attend, for what `attends` takes."""
+    qkv, input_pos = qkv.contiguous(), input_pos.contiguous()
+    return torch.ops.gptfast.cpu_attend(
+        qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale
+    )
+
+
+def _linear_fake(x, weight, scales, zeros, bias, norm, eps, residual, wide):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32 if wide else x.dtype)
+
+
+def _attend_fake(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale):
+    return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))

@@ -1,0 +1,134 @@
+"""The CPU's kernels against plain PyTorch in float64, and what happens where they cannot be compiled."""
+
+import os
+
+import pytest
+import torch
+from tiny import write_checkpoint
+from torch.nn.functional import linear
+
+import cpu
+from attention import attend_reference
+from linear import GROUPS, Linear, linear_from_tensors, quantize_linear
+from model import RMSNorm
+
+KINDS = ["plain", "int8", *(f"int4:{G}" for G in GROUPS)]
+# (N, K): whole blocks and parts of them, groups that reach past K
+SIZES = [(48, 576), (33, 65), (7, 31), (1, 1), (16, 40), (17, 200), (96, 3072)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    if not cpu.ready():
+        pytest.skip("needs a C++ compiler")
+
+
+def packed(kind: str, N: int, K: int, dtype: torch.dtype) -> tuple[Linear, torch.Tensor]:
+    """A layer that the kernels take, and its weight in float64."""
+    tensors = {"weight": torch.randn(N, K).to(dtype), "bias": torch.randn(N).to(dtype)}
+    layer = linear_from_tensors(K, N, tensors if kind == "plain" else quantize_linear(kind, tensors, "w"))
+    layer.pack(dtype)
+    assert layer.on_cpu
+    return layer, layer.dequantized(torch.float64)
+
+
+def relative(y: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((y.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("N,K", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_agrees_with_float64(kind, dtype, N, K):
+    layer, weight = packed(kind, N, K, dtype)
+    norm = RMSNorm(K, 1e-5)
+    norm.weight.data = (torch.rand(K) + 0.5).to(dtype)
+    for rows in (1, 2, 3, 5, 8, 15, 16, 37, 64):
+        x, residual = torch.randn(1, rows, K).to(dtype), torch.randn(1, rows, N).to(dtype)
+        y = layer(x, fp32=True)
+        assert y.shape == (1, rows, N) and y.dtype is torch.float32
+        bound = 1e-6 if dtype is torch.float32 else 1e-4
+        assert relative(y, linear(x.double(), weight, layer.bias.double())) < bound, rows
+        normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
+        expected = residual.double() + linear(normed, weight, layer.bias.double())
+        assert relative(layer(x, norm=norm, residual=residual), expected) < (4e-3 if dtype is torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4:32", "int4:128"])
+def test_an_outlier_costs_its_neighbours_alone(kind):
+    """Activations become integers with a scale for each 64: one of 10,000 times the others' size spoils 64 of them."""
+    layer, weight = packed(kind, 64, 1024, torch.bfloat16)
+    layer.bias = None
+    x = torch.randn(2, 1024).bfloat16()
+    x[:, 100] = 1e4
+    weight[:, 64:128] = 0
+    alone = torch.zeros_like(x)
+    alone[:, 64:128] = x[:, 64:128]
+    y = layer(x, fp32=True).double() - layer(alone, fp32=True)
+    assert (
+        relative(y, linear(x.double(), weight)) < 1e-3
+    )  # a difference of large numbers in fp32; one scale makes it 0.2
+
+
+def test_columns_of_a_result_do_not_depend_on_the_threads():
+    layer, _ = packed("int4:32", 1000, 192, torch.bfloat16)
+    x = torch.randn(5, 192, dtype=torch.bfloat16)
+    alone = layer(x)
+    torch.set_num_threads(3)
+    assert torch.equal(layer(x), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "B,S,H,Hkv,D,T,window,rotary,norms",
+    [
+        (1, 1, 9, 3, 64, 50, 0, 64, False),
+        (2, 3, 4, 2, 32, 20, 0, 32, True),
+        (3, 8, 4, 1, 16, 19, 5, 8, True),
+        (1, 1, 4, 4, 80, 300, 0, 0, False),
+        (2, 16, 4, 2, 64, 17, 0, 64, False),
+        (2, 64, 2, 1, 16, 70, 9, 16, False),
+    ],
+)
+def test_attention_agrees_with_the_reference(B, S, H, Hkv, D, T, window, rotary, norms, dtype):
+    qkv = torch.randn(B, S, (H + 2 * Hkv) * D).to(dtype)
+    caches = [torch.randn(B, Hkv, T, D).to(dtype) for _ in range(2)]
+    ours, plain = ([cache.clone() for cache in caches] for _ in range(2))
+    pos = torch.tensor([T - 2, 2, 0][:B]) if S < 16 else torch.tensor([5, 0][:B])  # row 0 reaches past the cache
+    angles = torch.rand(T, rotary // 2) * 6
+    rope = torch.stack((angles.cos(), angles.sin()), -1) if rotary else None
+    gains = [torch.rand(D).to(dtype) for _ in range(2)] if norms else [None, None]
+    assert cpu.attends(qkv, *ours, pos)
+    y = cpu.attend(qkv, *ours, pos, rope, *gains, 1e-5, H, window, D**-0.5)
+    rest = (None if rope is None else rope, *gains, 1e-5, H, window, 0, D**-0.5)
+    expected = attend_reference(qkv, *plain, pos, *rest)
+    bound = 2e-6 if dtype is torch.float32 else 6e-3  # the reference rounds more often in bf16
+    inside = (pos[:, None] + torch.arange(S) < T)[..., None]  # what lies past the cache may be anything, but finite
+    assert y.isfinite().all()
+    assert relative(y * inside, (expected * inside).double()) < bound
+    for cache, other in zip(ours, plain):
+        assert relative(cache, other.double()) < bound
+
+
+def test_ops_have_the_shapes_that_compilation_assumes():
+    layer, _ = packed("int4:32", 33, 64, torch.bfloat16)
+    x, none = torch.randn(3, 64, dtype=torch.bfloat16), None
+    args = (x, layer.weight, layer.scales, layer.zeros, layer.bias, none, 0.0, none)
+    for wide in (False, True):
+        torch.library.opcheck(torch.ops.gptfast.cpu_linear.default, (*args, wide), test_utils=("test_faketensor",))
+    qkv, caches = torch.randn(1, 2, 64), [torch.zeros(1, 1, 8, 16) for _ in range(2)]
+    args = (qkv, *caches, torch.zeros(1, dtype=torch.int64), none, none, none, 0.0, 2, 0, 0.25)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.gptfast.cpu_attend.default, args, test_utils=checks)
+
+
+@pytest.mark.parametrize("env", [{"CXX": "/nowhere/c++"}, {"CXX": "false"}, {"XDG_CACHE_HOME": "/proc/nowhere"}])
+def test_without_a_compiler_plain_pytorch_serves(tmp_path, cli, env):
+    write_checkpoint(tmp_path)
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **env}
+    args = ("--checkpoint_path", tmp_path / "model.pth", "--precision", "fp32", "--temperature", 0)
+    args += ("--device", "cpu", "--max_new_tokens", 8, "--prompt", "abc")
+    plain, compiled = cli("generate.py", *args, env=env), cli("generate.py", *args)
+    assert plain.status == compiled.status == 0
+    assert plain.stdout == compiled.stdout
+    assert "plain PyTorch serves" in plain.stderr and "plain PyTorch serves" not in compiled.stderr
