@@ -284,7 +284,6 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
     return out
 
 
-@op("attend", mutates=("k_cache", "v_cache"))
 def attend(
     qkv: Tensor,
     k_cache: Tensor,
@@ -309,8 +308,27 @@ def attend(
     given.
     """
     scale = k_cache.shape[-1] ** -0.5 if scale is None else scale
-    if cpu.attends(qkv, k_cache, v_cache, input_pos) and cpu.ready():
-        return cpu.attend(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale)
+    rest = (input_pos, rope, q_norm, k_norm, eps, n_head, window)
+    if cpu.attends(qkv, k_cache, v_cache, input_pos):
+        return cpu.attend(qkv, k_cache, v_cache, *rest, scale)
+    return _attend(qkv, k_cache, v_cache, *rest, context, scale)
+
+
+@op("attend", mutates=("k_cache", "v_cache"))
+def _attend(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    rope: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    n_head: int,
+    window: int,
+    context: int,
+    scale: float,
+) -> Tensor:
     if triton is None or not qkv.is_cuda or qkv.element_size() != 2 or qkv.shape[1] > MAX_ROWS:
         return attend_reference(
             qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale
@@ -321,8 +339,5 @@ def attend(
 
 
 @torch.library.register_fake("gptfast::attend")
-def _(
-    qkv, k_cache, v_cache, input_pos, rope, q_norm=None, k_norm=None, *,
-    eps=0.0, n_head, window=0, context=0, scale=None,
-):  # fmt: skip
+def _(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale):
     return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))

@@ -25,9 +25,14 @@ FLAGS += ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassoc
 VECTORS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl")}  # elsewhere defaults
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def ready() -> bool:
     """Whether the kernels are there. The first call on a machine compiles them, in some 10 s, for all later ones."""
+    return _load()
+
+
+@functools.cache
+def _load() -> bool:
     try:
         torch.ops.load_library(_build())
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home directory
@@ -56,7 +61,7 @@ def _build() -> Path:
 
 
 def takes(weight: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether `linear` takes this weight (as on disk) and activations of this dtype, where `ready`."""
+    """Whether `linear` takes this weight (as on disk) and activations of this dtype."""
     return (
         weight.is_cpu
         and weight.is_contiguous()
@@ -64,6 +69,7 @@ def takes(weight: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: tor
         and weight.dtype in (dtype, torch.int8, torch.uint8)
         and (scales is None or scales.dtype is torch.bfloat16)
         and (bias is None or bias.dtype is dtype)
+        and ready()
     )
 
 
@@ -87,7 +93,7 @@ def linear(
 
 
 def attends(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor) -> bool:
-    """Whether `attend` takes these, where `ready`."""
+    """Whether `attend` takes these."""
     dtype, D = qkv.dtype, k_cache.shape[-1]
     return (
         qkv.is_cpu
@@ -98,6 +104,7 @@ def attends(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor) ->
         and input_pos.dtype is torch.int64
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()
+        and ready()
     )
 
 

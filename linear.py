@@ -63,7 +63,7 @@ class Linear(nn.Module):
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
         """Lay the weight out for the device it is on and activations of `dtype`. Called once, after loading."""
         self.widen = _half_is_slow(self.weight.device, dtype)
-        self.on_cpu = cpu.takes(self.weight, self.scales, self.bias, dtype) and cpu.ready()
+        self.on_cpu = cpu.takes(self.weight, self.scales, self.bias, dtype)
 
     def forward(
         self, x: Tensor, norm=None, residual: Tensor | None = None, fp32: bool = False, gates: bool = False

@@ -102,15 +102,9 @@ def _(logits, temperature, top_k, min_p, rng):
 def sample_reference(logits, temperature, top_k, min_p, rng):
     if temperature <= 0:
         return logits.argmax(-1)  # the lowest index of equals
-    scores = logits / temperature
-    keep = scores > -math.inf
-    if 0 < top_k < logits.shape[-1]:
-        keep &= logits >= logits.topk(top_k).values[..., -1:]
-    if min_p > 0:
-        keep &= scores >= scores.amax(-1, keepdim=True) + math.log(min_p)
-    row, token = keep.nonzero(as_tuple=True)
-    noisy = torch.full_like(scores, -math.inf)
-    noisy[row, token] = scores[row, token] + gumbel(rng, row, token)
+    row, token = (logits >= floor_reference(logits, temperature, top_k, min_p)).nonzero(as_tuple=True)
+    noisy = torch.full_like(logits, -math.inf)
+    noisy[row, token] = logits[row, token] / temperature + gumbel(rng, row, token)
     return noisy.argmax(-1)
 
 
