@@ -317,14 +317,14 @@ void products(const char* w, int64_t bytes, const Rows& x, const BF16* s, const 
 
 template <class T>
 Tensor linear(const Tensor& x, const Tensor& weight, const Optional& scales, const Optional& zeros, const Optional& bias,
-              const Optional& norm, double eps, const Optional& residual, bool wide) {
+              const Optional& norm, double eps, const Optional& residual, bool wide, bool gates) {
   thread_local Rows own;
   Rows& rows = own;  // the other threads read this one's
   const int64_t N = weight.size(0), bytes = weight.numel() / N * weight.element_size();
   const int64_t groups = zeros ? zeros->size(1) : 0, K = x.size(-1), all = x.numel() / K;
   rows.K = K, rows.stride = padded(groups ? 2 * bytes : K);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = N;
+  shape.back() = gates ? N / 2 : N;
   Tensor y = torch::stable::new_empty(x, shape, wide ? ScalarType::Float : x.scalar_type());
   const char* w = static_cast<const char*>(weight.data_ptr());
   const BF16 *s = data<BF16>(scales), *z = data<BF16>(zeros);
@@ -350,11 +350,18 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Optional& scales, con
       for (int64_t n = 16 * begin; n < std::min(16 * end, N); n += 16) {
         const int64_t count = std::min<int64_t>(16, N - n);
         multiply(w, bytes, rows, s, z, groups, n, count, sums);
-        for (int64_t m = 0; m < M; m++)
-          for (int64_t i = 0; i < count; i++) {
-            float v = sums[i * rows.M + m] + (halves ? sums[i * rows.M + M + m] : 0) + (b ? widen(b[n + i]) : 0);
-            store(v, r, to, (start + m) * N + n + i, wide);
+        auto value = [&](int64_t m, int64_t i) {
+          const float* own = sums + i * rows.M + m;
+          return own[0] + (halves ? own[M] : 0) + (b ? widen(b[n + i]) : 0);
+        };
+        for (int64_t m = 0; m < M; m++) {
+          const int64_t row = start + m;
+          for (int64_t i = 0; i < (gates ? 8 : count); i++) {
+            float v = value(m, i);
+            if (gates) v *= value(m, i + 8) / (1 + std::exp(-v));
+            store(v, r, to, gates ? (row * N + n) / 2 + i : row * N + n + i, wide);
           }
+        }
       }
     });
   }
@@ -362,9 +369,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Optional& scales, con
 }
 
 Tensor any_linear(const Tensor x, const Tensor weight, Optional scales, Optional zeros, Optional bias, Optional norm,
-                  double eps, Optional residual, bool wide) {
+                  double eps, Optional residual, bool wide, bool gates) {
   auto f = x.scalar_type() == ScalarType::Float ? linear<float> : linear<BF16>;
-  return f(x, weight, scales, zeros, bias, norm, eps, residual, wide);
+  return f(x, weight, scales, zeros, bias, norm, eps, residual, wide, gates);
 }
 
 // --- attention -------------------------------------------------------------------------------------------------------
@@ -463,7 +470,7 @@ Tensor any_attend(const Tensor qkv, const Tensor k_cache, const Tensor v_cache, 
 STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
   m.def(
       "cpu_linear(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, Tensor? norm, float eps, "
-      "Tensor? residual, bool wide) -> Tensor");
+      "Tensor? residual, bool wide, bool gates) -> Tensor");
   m.def(
       "cpu_attend(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor input_pos, Tensor? rope, Tensor? q_norm, "
       "Tensor? k_norm, float eps, int n_head, int window, float scale) -> Tensor");

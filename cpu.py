@@ -1,6 +1,6 @@
 """Kernels of a decode step (1 to 16 rows) on a CPU: cpu.cpp, compiled when a model is first loaded there.
 
-linear(x, weight, scales, zeros, ...)  [residual +] W rms_norm(x) [+ bias], as an op
+linear(x, weight, scales, zeros, ...)  [residual +] W rms_norm(x) [+ bias], or gated, as an op
 attend(qkv, k_cache, ...)              as attention.attend
 ready()                                whether they can be used: without a C++ compiler plain PyTorch serves
 """
@@ -83,13 +83,14 @@ def linear(
     eps: float,
     residual: Tensor | None,
     fp32: bool,
+    gates: bool,
 ) -> Tensor:
-    """[residual +] W rms_norm(x) [+ bias]: x (..., K) -> (..., N) in x's dtype or fp32.
+    """[residual +] W rms_norm(x) [+ bias], or gemv.gated of it: x (..., K) -> (..., N or N / 2) in x's dtype or fp32.
 
     The weight is as in linear.py; norm (K,), bias (N,) and the residual, like the result, are of x's dtype.
     """
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    return torch.ops.gptfast.cpu_linear(x, weight, scales, zeros, bias, norm, eps, residual, fp32)
+    return torch.ops.gptfast.cpu_linear(x, weight, scales, zeros, bias, norm, eps, residual, fp32, gates)
 
 
 def attends(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor) -> bool:
@@ -128,8 +129,9 @@ def attend(
     )
 
 
-def _linear_fake(x, weight, scales, zeros, bias, norm, eps, residual, wide):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32 if wide else x.dtype)
+def _linear_fake(x, weight, scales, zeros, bias, norm, eps, residual, wide, gates):
+    N = weight.shape[0] // 2 if gates else weight.shape[0]
+    return x.new_empty((*x.shape[:-1], N), dtype=torch.float32 if wide else x.dtype)
 
 
 def _attend_fake(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale):

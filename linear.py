@@ -73,8 +73,8 @@ class Linear(nn.Module):
         if gemv.takes(x, self.weight, gain):
             dtype = torch.float32 if fp32 else x.dtype
             return gemv.linear(x, self.weight, self.scales, self.bias, gain, eps, residual, dtype, gates)
-        if self.on_cpu and not gates and x.numel() <= cpu.MAX_ROWS * x.shape[-1]:
-            return cpu.linear(x, self.weight, self.scales, self.zeros, self.bias, gain, eps, residual, fp32)
+        if self.on_cpu and x.numel() <= cpu.MAX_ROWS * x.shape[-1]:
+            return cpu.linear(x, self.weight, self.scales, self.zeros, self.bias, gain, eps, residual, fp32, gates)
         y = self.matmul(x if norm is None else norm(x))
         if self.bias is not None:
             y = y + self.bias
@@ -120,9 +120,9 @@ class FP8Linear(Linear):
         return {"weight": q.to(torch.float8_e4m3fn), "scales": scales}
 
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        super().pack(dtype)
         if self.weight.is_cpu:  # CPUs convert e4m3 more slowly than they would read the wider weight
             self.weight, self.scales = nn.Parameter(self.dequantized(dtype), requires_grad=False), None
+        super().pack(dtype)
 
 
 class Int4Linear(Linear):

@@ -302,14 +302,14 @@ class Transformer(nn.Module):
 
     def pack(self, dtype: torch.dtype) -> None:
         """Lay the weights out for the device they are on and activations of `dtype`. Called once, after loading."""
-        cuda = self.norm.weight.is_cuda
+        device = self.norm.weight.device.type
         for layer in self.layers:
-            if cuda and dtype.itemsize == 2:
+            if device == "cpu" or device == "cuda" and dtype.itemsize == 2:  # where kernels gate
                 layer.feed_forward.merge()
             for module in layer.modules():
                 if isinstance(module, Linear):
                     module.pack(dtype)
-            if cuda:
+            if device == "cuda":
                 torch.cuda.empty_cache()  # the tensors replaced leave holes that none of the new ones fits
         self.output.pack(dtype)
 

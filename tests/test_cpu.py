@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 import cpu
 from attention import attend_reference
+from gemv import gated
 from linear import GROUPS, Linear, linear_from_tensors, quantize_linear
 from model import RMSNorm
 
@@ -51,6 +52,10 @@ def test_linear_agrees_with_float64(kind, dtype, N, K):
         assert relative(y, linear(x.double(), weight, layer.bias.double())) < bound, rows
         normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
         expected = residual.double() + linear(normed, weight, layer.bias.double())
+        if N % 16 == 0:
+            y = layer(x, norm=norm, residual=residual[..., : N // 2], fp32=True, gates=True)
+            own = residual[..., : N // 2].double() + gated(expected - residual.double())
+            assert relative(y, own) < 4 * bound  # a product of two, of which the gate's slope reaches 1.1
         assert relative(layer(x, norm=norm, residual=residual), expected) < (4e-3 if dtype is torch.bfloat16 else 1e-6)
 
 
@@ -111,11 +116,12 @@ def test_attention_agrees_with_the_reference(B, S, H, Hkv, D, T, window, rotary,
 
 
 def test_ops_have_the_shapes_that_compilation_assumes():
-    layer, _ = packed("int4:32", 33, 64, torch.bfloat16)
+    layer, _ = packed("int4:32", 32, 64, torch.bfloat16)
     x, none = torch.randn(3, 64, dtype=torch.bfloat16), None
     args = (x, layer.weight, layer.scales, layer.zeros, layer.bias, none, 0.0, none)
-    for wide in (False, True):
-        torch.library.opcheck(torch.ops.gptfast.cpu_linear.default, (*args, wide), test_utils=("test_faketensor",))
+    for wide, gates in ((False, False), (True, False), (False, True)):
+        own = (*args, wide, gates)
+        torch.library.opcheck(torch.ops.gptfast.cpu_linear.default, own, test_utils=("test_faketensor",))
     qkv, caches = torch.randn(1, 2, 64), [torch.zeros(1, 1, 8, 16) for _ in range(2)]
     args = (qkv, *caches, torch.zeros(1, dtype=torch.int64), none, none, none, 0.0, 2, 0, 0.25)
     checks = ("test_schema", "test_faketensor")
