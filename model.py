@@ -304,7 +304,7 @@ class Transformer(nn.Module):
         """Lay the weights out for the device they are on and activations of `dtype`. Called once, after loading."""
         device = self.norm.weight.device.type
         for layer in self.layers:
-            if device == "cpu" or device == "cuda" and dtype.itemsize == 2:  # where kernels gate
+            if device == "cpu" or (device == "cuda" and dtype.itemsize == 2):  # where kernels gate
                 layer.feed_forward.merge()
             for module in layer.modules():
                 if isinstance(module, Linear):
