@@ -68,17 +68,18 @@ def tensor_parallel(result: dict) -> str:
 
 
 # llama.cpp's tg128 on the same kind of machine (2 vCPU EPYC with AVX2), tok/s with 1 / 2 threads.
-LLAMA_CPP = {"f16": (42.9, 66.5), "bf16": (38.8, 57.4)}
+LLAMA_CPP = {"f16": (42.9, 66.5), "bf16": (38.8, 57.4), "q8_0": (65.5, 91.9), "q4_0": (90.3, 125.2)}
+CPU_KINDS = ("fp32", "bf16", "int8", "int4")
 
 
 def cpu(results: dict) -> str:
     lines = ["SmolLM2-135M on two cores of an AMD EPYC with AVX2 (`scripts/bench_cpu.sh`); llama.cpp beside it:", ""]
     lines += ["| | 1 thread, tok/s | 2 threads, tok/s | of read bandwidth |", "|---|---|---|---|"]
-    for precision in ("bf16", "fp32"):
-        rows = [results[f"cpu_{precision}_{threads}"]["rows"][0] for threads in (1, 2)]
+    for kind in CPU_KINDS:
+        rows = [results[f"cpu_{kind}_{threads}"]["rows"][0] for threads in (1, 2)]
         rates = " | ".join(f"{r['tokens_per_second']:.1f} ({r['spread'][0]:.1f}-{r['spread'][1]:.1f})" for r in rows)
         shares = " / ".join(f"{r['fraction']:.2f}" for r in rows)
-        lines.append(f"| this, {precision}, `--compile` | {rates} | {shares} |")
+        lines.append(f"| this, {kind}, `--compile` | {rates} | {shares} |")
     lines += [f"| llama.cpp, {kind} | {one} | {two} | |" for kind, (one, two) in LLAMA_CPP.items()]
     return "\n".join(lines)
 
@@ -153,7 +154,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[dict], str]]] = {
     "real_text": (("speculate_cpu", "speculate_cpu_bf16", "speculate_h200"), real_text),
     "quant_7b": (("h200",), lambda results: quant_7b(results["h200"])),
     "tensor_parallel": (("tp_h200",), lambda results: tensor_parallel(results["tp_h200"])),
-    "cpu": (("cpu_bf16_1", "cpu_bf16_2", "cpu_fp32_1", "cpu_fp32_2"), cpu),
+    "cpu": (tuple(f"cpu_{kind}_{threads}" for kind in CPU_KINDS for threads in (1, 2)), cpu),
 }
 
 
