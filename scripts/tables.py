@@ -108,7 +108,7 @@ def quant(result: dict) -> str:
         cells += [cost.format(**row, gigabytes=row.get("quantise_memory", 0) / 1e9)]
         line = " | ".join([kind, f"{row['bytes'] / 1e6:.0f}", *cells])
         lines.append(f"| {line} |".replace("nan (+nan %)", "-").replace("nan %", "-"))
-    return "\n".join(lines)
+    return "\n".join(lines + (["", result["note"]] if "note" in result else []))
 
 
 def speculate(result: dict) -> str:
