@@ -269,8 +269,9 @@ void arrange_integers(Rows& rows) {
       std::memcpy(rounded + 8 * i, &v, sizeof v);
     }
     for (int k = 0; k < 64; k += Kind::P * Kind::WORDS) arrange<Kind>(rounded + k, (int16_t*)&rows.q[4 * block] + k);
-    rows.scales[block] = top / 32767;
-    for (int i = 0; i < 8; i++) rows.quarters[block][i] = sum(halves[i / 4]) / 4;
+    const float low = sum(halves[0]), high = sum(halves[1]);
+    rows.scales[block] = std::isnan(low + high) ? low + high : top / 32767;  // integers hold no NaN
+    for (int i = 0; i < 8; i++) rows.quarters[block][i] = (i < 4 ? low : high) / 4;
     block++;
   };
   by_rows(rows.M, [&]<int M>(int64_t first) {

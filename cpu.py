@@ -1,4 +1,4 @@
-"""Kernels of a decode step (1 to 16 rows) on a CPU: cpu.cpp, compiled when a model is first loaded there.
+"""Kernels for a decode step or a short prompt on a CPU: cpu.cpp, compiled when a model is first loaded there.
 
 linear(x, weight, scales, zeros, ...)  [residual +] W rms_norm(x) [+ bias], or gated, as an op
 attend(qkv, k_cache, ...)              as attention.attend
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-MAX_ROWS = 64  # beyond this, fp32 products of BLAS are faster
+MAX_ROWS = 64  # of x; with more, weights widened to fp32 and BLAS are faster
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared")

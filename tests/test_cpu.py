@@ -75,6 +75,16 @@ def test_an_outlier_costs_its_neighbours_alone(kind):
     )  # a difference of large numbers in fp32; one scale makes it 0.2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(kind, value):
+    layer, _ = packed(kind, 16, 192, torch.bfloat16)
+    x = torch.randn(3, 192).bfloat16()
+    x[1, 70] = value
+    finite = layer(x).isfinite()
+    assert finite[0].all() and finite[2].all() and not finite[1].any()
+
+
 def test_columns_of_a_result_do_not_depend_on_the_threads():
     layer, _ = packed("int4:32", 1000, 192, torch.bfloat16)
     x = torch.randn(5, 192, dtype=torch.bfloat16)
