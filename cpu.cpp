@@ -58,11 +58,11 @@ void narrow(float x, BF16& to) {  // to nearest, ties to even
 }
 
 float sum(Floats v) {
-  typedef float Half __attribute__((vector_size(16)));
-  struct Halves {
-    Half low, high;
-  } halves = load<Halves>(&v);
-  Half s = halves.low + halves.high;
+  typedef float Quad __attribute__((vector_size(16)));
+  struct Quads {
+    Quad low, high;
+  } quads = load<Quads>(&v);
+  Quad s = quads.low + quads.high;
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
