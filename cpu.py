@@ -109,24 +109,9 @@ def attends(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor) ->
     )
 
 
-def attend(
-    qkv: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    input_pos: Tensor,
-    rope: Tensor | None,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    n_head: int,
-    window: int,
-    scale: float,
-) -> Tensor:
-    """attention.attend, for what `attends` takes."""
-    qkv, input_pos = qkv.contiguous(), input_pos.contiguous()
-    return torch.ops.gptfast.cpu_attend(
-        qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale
-    )
+def attend(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, *rest: object) -> Tensor:
+    """attention.attend of what `attends` takes; rest: rope, q_norm, k_norm, eps, n_head, window, scale."""
+    return torch.ops.gptfast.cpu_attend(qkv.contiguous(), k_cache, v_cache, input_pos.contiguous(), *rest)
 
 
 def _linear_fake(x, weight, scales, zeros, bias, norm, eps, residual, wide, gates):

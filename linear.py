@@ -55,7 +55,7 @@ class Linear(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """W x for x (..., K), in plain PyTorch."""
-        if self.widen:  # in pieces, since fresh memory for all of an output layer would be slow
+        if self.widen and x.numel() > 6 * x.shape[-1]:  # in pieces: fresh memory for all of an output layer is slow
             pieces = self.dequantized(x.dtype).split(max(1, PIECE // self.in_features))
             return torch.cat([F.linear(x.float(), piece.float()) for piece in pieces], -1).to(x.dtype)
         return F.linear(x, self.dequantized(x.dtype))
