@@ -94,11 +94,8 @@ class Engine:
 
     def _eager_step(self) -> None:
         """Feed each row's token at its position, sample the next one, advance. Everything stays on the device."""
-        token = self.history.gather(1, self.pos[:, None])  # (B, 1)
-        logits = self.model(token, self.pos, self.cache)[:, -1]
-        following = self.sampler(logits, self.history, self.pos, self.rng)
-        self.pos.add_(1)
-        self.history.scatter_(1, self.pos[:, None], following[:, None])
+        logits = self.model(self.history, self.pos, self.cache, new=1)[:, -1]
+        self.sampler(logits, self.history, self.pos, self.rng)
 
     def _eager_prefill(self, tokens: Tensor, start: Tensor, last: Tensor, context: int = 0) -> Tensor:
         return self.model(tokens, start, self.cache, last=last, context=context)[:, -1]
@@ -136,9 +133,7 @@ class Engine:
         if self.speculator:
             self.speculator.prefill(start, longest)
         self.pos.copy_(end - 1)
-        first = self.sampler(logits, self.history, self.pos, self.rng)
-        self.pos.copy_(end)
-        self.history.scatter_(1, end[:, None], first[:, None])
+        self.sampler(logits, self.history, self.pos, self.rng)
 
     @torch.inference_mode()
     def decode(self, steps: int, live: list[bool]) -> Iterator[list[int]]:

@@ -318,16 +318,17 @@ class Transformer(nn.Module):
         like = {"dtype": self.norm.weight.dtype, "device": self.norm.weight.device}
         return KVCache(self.config, batch_size, length, shards=self.tp.world, **like)
 
-    def hidden(self, tokens: Tensor, input_pos: Tensor, cache: "KVCache", *, context: int = 0) -> Tensor:
+    def hidden(self, tokens: Tensor, input_pos: Tensor, cache: "KVCache", *, new: int = 0, context: int = 0) -> Tensor:
         """What the output layer reads of new tokens (before the last norm), whose keys and values enter the cache.
 
         Positions past a row's end may hold padding: what it writes is overwritten before a real token can see it.
 
         tokens: (B, S) int, the new tokens of each row; input_pos: (B,) int, the position of each row's first new token;
+        new: if not 0, tokens (B, ..) holds a token for each position, of which S = new from input_pos on are new;
         context: an upper bound of the positions in use after this call when the host knows one (0: it does not),
         which spares reading it from the device. Returns (B, S, C).
         """
-        x = self.tp.embed(tokens, self.tok_embeddings.weight)
+        x = self.tp.embed(self.tok_embeddings.weight, tokens, input_pos if new else None, new or tokens.shape[1])
         for layer, k, v in zip(self.layers, cache.k, cache.v):
             x = layer(x, input_pos, k, v, cache.rope, context)
         return x
@@ -344,13 +345,14 @@ class Transformer(nn.Module):
         *,
         last: Tensor | None = None,
         all_logits: bool = False,
+        new: int = 0,
         context: int = 0,
     ) -> Tensor:
         """Logits of new tokens, arguments as `hidden`'s: fp32 (B, 1, V), or (B, S, V) with all_logits.
 
         last: (B,) int, the index in S whose logits are wanted, by default the last.
         """
-        x = self.hidden(tokens, input_pos, cache, context=context)
+        x = self.hidden(tokens, input_pos, cache, new=new, context=context)
         if not all_logits:
             x = x[:, -1:] if last is None else x[torch.arange(len(x), device=x.device), last].unsqueeze(1)
         return self.logits(x)

@@ -39,10 +39,11 @@ class Sampler:
                 raise UserError(f"{name} is {value}; accepted: {low} to {high}")
 
     def __call__(self, logits: Tensor, history: Tensor, pos: Tensor, rng: Tensor) -> Tensor:
-        """Draw a token for each row. logits: fp32 (B, V); history: (B, T) int64, tokens known at positions 0..pos;
-        pos: (B,) int64; rng: int64 (2,), seed and offset, which advances. Returns (B,) int64.
+        """Draw a token for each row, write it behind the row's position and advance that. logits: fp32 (B, V); history:
+        (B, T) int64, tokens known at positions 0..pos; pos: (B,) int64; rng: int64 (2,), seed and offset, which
+        advances. Returns (B,) int64.
         """
-        return self.draw(self.penalized(logits, history, pos), rng)
+        return self.draw(self.penalized(logits, history, pos), rng, history, pos)
 
     def penalized(self, logits: Tensor, history: Tensor, pos: Tensor) -> Tensor:
         """The logits after the repetition penalty; arguments and result as above."""
@@ -54,12 +55,12 @@ class Sampler:
         score = torch.where(score < 0, score * self.repetition_penalty, score / self.repetition_penalty)
         return logits.scatter(1, index, score)
 
-    def draw(self, logits: Tensor, rng: Tensor) -> Tensor:
-        """Draw a token (B,) for each row of penalised logits (B, V)."""
+    def draw(self, logits: Tensor, rng: Tensor, history: Tensor | None = None, pos: Tensor | None = None) -> Tensor:
+        """Draw a token (B,) for each row of penalised logits (B, V); see `sample`."""
         top_k, min_p = self.top_k or 0, self.min_p or 0.0
         if (self.top_p or 1) < 1 and self.temperature > 0:  # the floor is that of all filters
             logits, top_k, min_p = logits.masked_fill(logits < self._floor(logits), -torch.inf), 0, 0.0
-        return sample(logits, self.temperature, top_k, min_p, rng)
+        return sample(logits, self.temperature, top_k, min_p, rng, history, pos)
 
     def judge(self, logits: Tensor, draft_logits: Tensor, guesses: Tensor, rng: Tensor) -> Tensor:
         """Judge guesses int64 (B, k), drawn by `draw` from draft_logits (B, k, V), by penalised logits (B (k + 1), V):
@@ -79,33 +80,44 @@ class Sampler:
         return least
 
 
-@op("sample", mutates=("rng",))
-def sample(logits: Tensor, temperature: float, top_k: int, min_p: float, rng: Tensor) -> Tensor:
+@op("sample", mutates=("rng", "history", "pos"))
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int,
+    min_p: float,
+    rng: Tensor,
+    history: Tensor | None = None,
+    pos: Tensor | None = None,
+) -> Tensor:
     """Draw a token for each row of logits fp32 (B, V): int64 (B,).
 
     Softmax at `temperature` over the top_k largest logits (0: all; those equal to the smallest of them stay too) whose
     probability is at least min_p of the largest one's. temperature <= 0 takes the largest logit, of equals the lowest
-    token. rng int64 (2,), a seed and an offset, which advances by one, makes draws repeatable.
+    token. rng int64 (2,), a seed and an offset, which advances by one, makes draws repeatable. With history int64
+    (B, T) and pos int64 (B,), pos advances by one, and the token is written there.
     """
     if triton is None or not logits.is_cuda:
-        token = sample_reference(logits, temperature, top_k, min_p, rng)
-        rng[1] += 1
-        return token
-    return sample_triton(logits.contiguous(), temperature, top_k, min_p, rng)
+        return sample_reference(logits, temperature, top_k, min_p, rng, history, pos)
+    return sample_triton(logits.contiguous(), temperature, top_k, min_p, rng, history, pos)
 
 
 @torch.library.register_fake("gptfast::sample")
-def _(logits, temperature, top_k, min_p, rng):
+def _(logits, temperature, top_k, min_p, rng, history=None, pos=None):
     return logits.new_empty(logits.shape[:1], dtype=torch.int64)
 
 
-def sample_reference(logits, temperature, top_k, min_p, rng):
-    if temperature <= 0:
-        return logits.argmax(-1)  # the lowest index of equals
-    row, token = (logits >= floor_reference(logits, temperature, top_k, min_p)).nonzero(as_tuple=True)
-    noisy = torch.full_like(logits, -math.inf)
-    noisy[row, token] = logits[row, token] / temperature + gumbel(rng, row, token)
-    return noisy.argmax(-1)
+def sample_reference(logits, temperature, top_k, min_p, rng, history=None, pos=None):
+    noisy = logits
+    if temperature > 0:
+        row, token = (logits >= floor_reference(logits, temperature, top_k, min_p)).nonzero(as_tuple=True)
+        noisy = torch.full_like(logits, -math.inf)
+        noisy[row, token] = logits[row, token] / temperature + gumbel(rng, row, token)
+    drawn = noisy.argmax(-1)  # the lowest index of equals
+    rng[1] += 1
+    if history is not None:
+        history.scatter_(1, pos.add_(1)[:, None], drawn[:, None])
+    return drawn
 
 
 @op("floor")
@@ -189,10 +201,11 @@ def uniform(rng: Tensor, row: Tensor, token: Tensor) -> Tensor:
     return u.clamp(max=1 - 2.0**-24)
 
 
-def sample_triton(logits, temperature, top_k, min_p, rng):
-    """Two launches, or one where every token is in: logits fp32 (B, V) contiguous, rng int64 (2,)."""
+def sample_triton(logits, temperature, top_k, min_p, rng, history=None, pos=None):
+    """Two launches, or one where every token is in: logits fp32 (B, V), history and pos contiguous."""
     how = (temperature, top_k, min_p, rng, 1.0) if temperature > 0 else (1.0, 0, 0.0, rng, 0.0)
-    return _sample(torch.empty(len(logits), dtype=torch.int64, device=logits.device), logits, *how)
+    out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    return _sample(out, logits, *how, history, pos)
 
 
 def floor_triton(logits, temperature, top_k, min_p):
@@ -201,7 +214,7 @@ def floor_triton(logits, temperature, top_k, min_p):
     return _sample(out, logits, temperature, top_k, min_p) if 0 < top_k < logits.shape[1] or min_p > 0 else out
 
 
-def _sample(out, logits, temperature, top_k, min_p, rng=None, noise=0.0):
+def _sample(out, logits, temperature, top_k, min_p, rng=None, noise=0.0, history=None, pos=None):
     B, V = logits.shape
     device, hopper = logits.device, is_hopper(logits.device)
     k = top_k if 0 < top_k < V else V
@@ -218,7 +231,8 @@ def _sample(out, logits, temperature, top_k, min_p, rng=None, noise=0.0):
     if filtered:
         _maxima_kernel[(B, blocks)](logits, maxima, V, PART=part, num_warps=4, **options)
     _sample_kernel[(B, blocks)](
-        out, logits, rng, zeros(device, 2 * B + 1), maxima, best, listed, V, k, 1 / temperature, noise, margin,
+        out, logits, rng, zeros(device, 2 * B + 1), maxima, best, listed, history, pos,
+        0 if history is None else history.shape[1], V, k, 1 / temperature, noise, margin,
         BLOCKS=blocks, BLOCKS2=triton.next_power_of_2(blocks), COUNT2=triton.next_power_of_2(count), FILTER=filtered,
         num_warps=8, **options,
     )  # fmt: skip
@@ -298,7 +312,7 @@ if triton is not None:
 
     @triton.jit
     def _sample_kernel(
-        out, logits, rng, counters, maxima, best, listed, V, k, scale, noise, margin,
+        out, logits, rng, counters, maxima, best, listed, history, pos, width, V, k, scale, noise, margin,
         BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS2: tl.constexpr, COUNT: tl.constexpr, COUNT2: tl.constexpr,
         FILTER: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
@@ -374,7 +388,12 @@ if triton is not None:
             winner = tl.max(tl.load(best + blocks, mask=blocks < BLOCKS, other=lowest, cache_modifier=".cg"), 0)
         tl.store(state + 1, 0)
         if rng is not None:
-            tl.store(out + row, 0x7FFFFFFF - (winner & 0xFFFFFFFF))
+            winner = 0x7FFFFFFF - (winner & 0xFFFFFFFF)
+            tl.store(out + row, winner)
+            if history is not None:
+                at = tl.load(pos + row) + 1
+                tl.store(pos + row, at)
+                tl.store(history + row * width + at, winner)
             _advance(rng, counters + 2 * tl.num_programs(0))
 
     @triton.jit

@@ -55,26 +55,26 @@ class DraftModel:
         self.step = self._step  # replaced by its compiled self
 
     def _step(self, pos: Tensor, rows: int) -> Tensor:
-        """Feed the `rows` tokens that end at `pos` (B,) and write a guess behind them. Returns its logits (B, V)."""
+        """Feed the `rows` tokens that end at `pos` (B,), write a guess behind them and advance `pos`. Returns the
+        guess's logits (B, V)."""
         history, sampler = self.llm.history, self.llm.sampler
-        start = pos - (rows - 1)
-        tokens = history.gather(1, start[:, None] + torch.arange(rows, device=pos.device))
-        logits = sampler.penalized(self.model(tokens, start, self.cache)[:, -1], history, pos)
-        history.scatter_(1, pos[:, None] + 1, sampler.draw(logits, self.llm.rng)[:, None])
+        start = pos - (rows - 1) if rows > 1 else pos
+        logits = sampler.penalized(self.model(history, start, self.cache, new=rows)[:, -1], history, pos)
+        sampler.draw(logits, self.llm.rng, history, pos)
         return logits
 
     def propose(self, k: int) -> Tensor | None:
         """Write k guesses behind each row's position. Returns the logits fp32 (B, k, V) that they were drawn from, if
         drawn. The first step feeds two tokens: of a round whose guesses all held, the last was never fed.
         """
-        logits = [self.step(self.llm.pos + i, 1 if i else 2) for i in range(k)]
+        pos = self.llm.pos.clone()
+        logits = [self.step(pos, 1 if i else 2) for i in range(k)]
         return torch.stack(logits, 1) if self.llm.sampler.temperature > 0 else None
 
     def read(self, start: Tensor, n: int) -> None:
         """Feed n tokens of each row from position `start` (B,) on."""
         for a in range(0, n, CHUNK):
-            index = start[:, None] + torch.arange(a, min(a + CHUNK, n), device=start.device)
-            self.model(self.llm.history.gather(1, index), start + a, self.cache)
+            self.model(self.llm.history, start + a, self.cache, new=min(CHUNK, n - a))
 
 
 class Speculator:

@@ -105,18 +105,21 @@ class TensorParallel:
         cut = _cut(weight, 1, range(part.start // 2, (part.start + n * new) // 2))
         return {**tensors, "weight": cut, "scales": scales[:, group], "zeros": tensors["zeros"][:, group]}
 
-    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """Rows of an embedding of which `table` (n, C) is this rank's part: (B, S) int64 -> (B, S, C)."""
-        return F.embedding(tokens, table) if self.world == 1 else exchange(table, tokens, False, self.rank, self.world)
+    def embed(self, table: Tensor, tokens: Tensor, start: Tensor | None, new: int) -> Tensor:
+        """As `embedding`, of a table of which `table` (n, C) is this rank's part."""
+        if self.world == 1:
+            return embedding(table, tokens, start, new)
+        part = embedding(table, tokens, start, new, self.rank * len(table))
+        return exchange(part, False, self.rank, self.world)
 
     def project(self, linear: Linear, x: Tensor, residual: Tensor) -> Tensor:
         """residual + W x, of which every rank holds some columns of W and that part of x (..., K / world)."""
         y = linear(x, residual=residual if self.rank == 0 else None)
-        return y if self.world == 1 else exchange(y, None, False, self.rank, self.world)
+        return y if self.world == 1 else exchange(y, False, self.rank, self.world)
 
     def gather(self, x: Tensor, size: int) -> Tensor:
         """The ranks' (..., n) side by side, up to `size`: (..., size)."""
-        return x if self.world == 1 else exchange(x, None, True, self.rank, self.world)[..., :size]
+        return x if self.world == 1 else exchange(x, True, self.rank, self.world)[..., :size]
 
     def share(self, value):
         """Rank 0's value on every rank. The others wait for it."""
@@ -212,36 +215,70 @@ def _end(rank: int, store: dist.Store, message: str, status: int) -> None:
     os._exit(status)
 
 
+# --- embedding --------------------------------------------------------------------------------------------------------
+
+
+@op("embedding")
+def embedding(table: Tensor, tokens: Tensor, start: Tensor | None, new: int, first: int | None = None) -> Tensor:
+    """Rows of table (n, C) for the `new` tokens of tokens int64 (B, T) from start (B,) int64 on, by default the first
+    ones: (B, new, C). If the table is part of one, from row `first` on, the rows of others are zeros.
+    """
+    if triton is None or not table.is_cuda:
+        return embedding_reference(table, tokens, start, new, first)
+    return embedding_triton(table, tokens.contiguous(), start, new, first)
+
+
+@torch.library.register_fake("gptfast::embedding")
+def embedding_fake(table, tokens, start, new, first=None):
+    return table.new_empty(len(tokens), new, table.shape[1])
+
+
+def embedding_reference(table, tokens, start, new, first=None):
+    if start is not None:
+        tokens = tokens.gather(1, start[:, None] + torch.arange(new, device=tokens.device))
+    tokens = tokens[:, :new]
+    if first is None:
+        return F.embedding(tokens, table)
+    tokens = tokens - first
+    inside = (tokens >= 0) & (tokens < len(table))
+    return F.embedding(torch.where(inside, tokens, 0), table) * inside[..., None]
+
+
+def embedding_triton(table, tokens, start, new, first=None):
+    """One launch: table and tokens contiguous."""
+    (B, T), (n, C) = tokens.shape, table.shape
+    out = embedding_fake(table, tokens, start, new)
+    pdl = is_hopper(table.device)
+    _embedding_kernel[(B * new, triton.cdiv(C, 1024))](
+        out, table, tokens, start, new, T, first or 0, n, C,
+        BLOCK=1024, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out
+
+
 # --- exchange ---------------------------------------------------------------------------------------------------------
 
 
 @op("exchange")
-def exchange(x: Tensor, tokens: Tensor | None, gather: bool, rank: int, world: int) -> Tensor:
+def exchange(x: Tensor, gather: bool, rank: int, world: int) -> Tensor:
     """Of x (..., n) on every rank: the sum or, to gather, the ranks' parts side by side, (..., world n).
 
-    With tokens (B, S) int64, x (n, C) is this rank's part of an embedding, of which the rows come: (B, S, C).
     Every rank gets the same bits. On GPUs with peer access one kernel does it, otherwise NCCL, and on a CPU gloo.
     """
-    words = (tokens.numel() * x.shape[1] if tokens is not None else x.numel()) * x.element_size() // 4
+    words = x.numel() * x.element_size() // 4
     if x.is_cuda and words <= MAX_WORDS and x.shape[-1] * x.element_size() % 4 == 0 and (box := _mailbox(x.device)):
-        return exchange_triton(x.contiguous(), tokens, gather, rank, world, *box[:2])
+        return exchange_triton(x.contiguous(), gather, rank, world, *box[:2])
     if gather:
         parts = [torch.empty_like(x) for _ in range(world)]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts, -1)
-    if tokens is not None:
-        local = tokens - rank * len(x)
-        inside = (local >= 0) & (local < len(x))
-        x = F.embedding(local.clamp(0, len(x) - 1), x) * inside[..., None]
     total = x.to(torch.float32 if x.is_cpu else x.dtype, copy=True)
     dist.all_reduce(total)
     return total.to(x.dtype)
 
 
 @torch.library.register_fake("gptfast::exchange")
-def exchange_fake(x, tokens, gather, rank, world):
-    if tokens is not None:
-        return x.new_empty((*tokens.shape, x.shape[1]))
+def exchange_fake(x, gather, rank, world):
     return x.new_empty((*x.shape[:-1], x.shape[-1] * (world if gather else 1)))
 
 
@@ -268,15 +305,14 @@ def _mailbox(device: torch.device) -> tuple[Tensor, ...] | None:
     return (addresses, counts, box, handle) if ready.item() else None
 
 
-def exchange_triton(x, tokens, gather, rank, world, boxes, counts):
+def exchange_triton(x, gather, rank, world, boxes, counts):
     """One launch of the exchange kernel: x contiguous, in whole words of 4 bytes along its last dimension."""
-    out = exchange_fake(x, tokens, gather, rank, world)
+    out = exchange_fake(x, gather, rank, world)
     pdl = is_hopper(x.device)
     width = x.shape[-1] * x.element_size() // 4
-    words = out.numel() * x.element_size() // 4 // (world if gather else 1)
+    words = x.numel() * x.element_size() // 4
     _exchange_kernel[(triton.cdiv(words, BLOCK),)](
-        out.view(torch.int32), x.view(torch.int32), None if tokens is None else tokens.contiguous(), boxes, counts,
-        rank, words, width, x.shape[0],
+        out.view(torch.int32), x.view(torch.int32), boxes, counts, rank, words, width,
         WORLD=world, RANKS=triton.next_power_of_2(world), SLOTS=MAX_WORDS, GATHER=gather, DTYPE=_TRITON[x.dtype],
         BLOCK=BLOCK, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
@@ -286,9 +322,25 @@ def exchange_triton(x, tokens, gather, rank, world, boxes, counts):
 if triton is not None:
     _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+    @triton.jit(do_not_specialize=["new", "T"])  # a prompt of any length must not have to wait for a compiler
+    def _embedding_kernel(out, table, tokens, start, new, T, first, rows, C, BLOCK: tl.constexpr, PDL: tl.constexpr):
+        row = tl.program_id(0)
+        c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        if PDL:
+            # The model's first kernel lets no other start until all before it has ended: attention reads positions,
+            # which sampling writes, without waiting.
+            tlx.gdc_wait()
+            tlx.gdc_launch_dependents()
+        at = row // new * T + row % new
+        if start is not None:
+            at += tl.load(start + row // new)
+        token = tl.load(tokens + at) - first
+        x = tl.load(table + token * C + c, mask=(token >= 0) & (token < rows) & (c < C), other=0.0)
+        tl.store(out + row.to(tl.int64) * C + c, x, mask=c < C)
+
     @triton.jit(do_not_specialize=["rank", "words"])  # all ranks run the same code, and so sum in the same order
     def _exchange_kernel(
-        out, x, tokens, boxes, counts, rank, words, width, rows,
+        out, x, boxes, counts, rank, words, width,
         WORLD: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, GATHER: tl.constexpr, DTYPE: tl.constexpr,
         BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
@@ -310,11 +362,7 @@ if triton is not None:
             tlx.gdc_wait()
         count = tl.load(counts + pid) + 1
         number = count & 0xFFFFFFFF
-        if tokens is None:
-            word = tl.load(x + at, mask=sent, other=0)
-        else:
-            row = tl.load(tokens + at // width, mask=sent, other=0) - rank * rows
-            word = tl.load(x + row * width + at % width, mask=sent & (row >= 0) & (row < rows), other=0)
+        word = tl.load(x + at, mask=sent, other=0)
         message = (word.to(tl.int64) << 32) | number
         place = (count % 2) * (WORLD * SLOTS) + at
         tl.store(theirs + (place + rank * SLOTS), tl.broadcast_to(message, (RANKS, BLOCK)), mask=mask)

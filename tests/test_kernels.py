@@ -15,6 +15,7 @@ import gemv  # noqa: E402
 import kernels  # noqa: E402
 import lookup  # noqa: E402
 import sampling  # noqa: E402
+import tp  # noqa: E402
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 from triton.runtime import interpreter  # noqa: E402
@@ -218,10 +219,17 @@ def test_attend_reference_is_plain_attention():
 def test_sample_draws_what_the_reference_draws(B, V, temperature, top_k, min_p):
     logits = 3 * torch.randn(B, V, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     rng = torch.tensor([1234567890123, 7], device=DEVICE)
+    history, pos = torch.full((B, 7), -1, device=DEVICE), torch.tensor([4, 0][:B], device=DEVICE)
+    states = [(rng, history, pos), (rng.clone(), history.clone(), pos.clone())]
     for step in range(2):
-        expected = sampling.sample_reference(logits, temperature, top_k, min_p, rng)
-        assert sampling.sample_triton(logits, temperature, top_k, min_p, rng).tolist() == expected.tolist()
+        drawn = sampling.sample_triton(logits, temperature, top_k, min_p, *states[0])
+        assert sampling.sample_reference(logits, temperature, top_k, min_p, *states[1]).tolist() == drawn.tolist()
+        assert all(map(torch.equal, *states))
         assert rng.tolist() == [1234567890123, 8 + step]
+        assert history.gather(1, pos[:, None]).flatten().tolist() == drawn.tolist()
+        assert pos.tolist() == [5 + step, 1 + step][:B] and (history < 0).sum() == B * (6 - step)
+    assert sampling.sample_triton(logits, 0.0, 0, 0.0, rng).tolist() == logits.argmax(1).tolist()
+    assert torch.equal(history, states[1][1])  # written only when asked to
 
 
 def test_sample_keeps_ties_and_takes_the_first_when_greedy():
@@ -299,21 +307,42 @@ def test_copy_match_writes_what_the_reference_writes():
         torch.testing.assert_close(history, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("C,first", [(72, None), (1030, None), (72, 20), (1030, 0)])
+def test_embedding(C, first, dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(9)
+    table = torch.randn(40, C, generator=generator).to(dtype).to(DEVICE)
+    tokens = torch.randint(0, 40 if first is None else 80, (3, 21), generator=generator).to(DEVICE)
+    poisoned = tp.embedding_fake
+    monkeypatch.setattr(tp, "embedding_fake", lambda *rest: poisoned(*rest).fill_(math.nan))
+    for start, new in ((None, 21), ([0, 20, 7], 1), ([19, 0, 4], 2)):
+        start = start and torch.tensor(start, device=DEVICE)
+        out = tp.embedding_triton(table, tokens, start, new, first)
+        for row in range(3):
+            begin = 0 if start is None else int(start[row])
+            for i, token in enumerate((tokens[row, begin : begin + new] - (first or 0)).tolist()):
+                assert torch.equal(out[row, i], table[token] if 0 <= token < 40 else torch.zeros_like(table[0]))
+        assert torch.equal(tp.embedding_reference(table, tokens, start, new, first), out)
+    assert first is None or 0 < (out == 0).all(2).sum() < 6
+
+
 def test_ops_trace():
-    x, w = torch.randn(2, 3, 64, device=DEVICE).half(), torch.randn(48, 64, device=DEVICE).half()
+    table, w = torch.randn(24, 64, device=DEVICE).half(), torch.randn(48, 64, device=DEVICE).half()
     gain, cache = torch.rand(64, device=DEVICE).half(), torch.zeros(2, 2, 1, 8, 16, device=DEVICE).half()
-    rng = torch.tensor([5, 0], device=DEVICE)
+    rng, history, pos = (torch.tensor(t, device=DEVICE) for t in ([5, 0], [[1, 0, 0, 0], [7, 8, 9, 0]], [0, 2]))
 
-    def step(x, gain, k_cache, v_cache, rng):
+    def step(k_cache, v_cache, rng, history, pos):
+        x = tp.embedding(table, history, pos, 1)
         qkv = gemv.linear(x, w, norm=gain, eps=1e-5)
-        y = attention.attend(qkv, k_cache, v_cache, torch.tensor([0, 2], device=DEVICE), None, n_head=1)
+        y = attention.attend(qkv, k_cache, v_cache, pos, None, n_head=1)
         z = gemv.linear(x, w, norm=gain, eps=1e-5, out_dtype=torch.float32, gates=True)
-        return y, z, sampling.sample(z[:, -1], 0.9, 0, 0.0, rng)
+        return y, sampling.sample(z[:, -1], 0.9, 0, 0.0, rng, history, pos)
 
-    expected = step(x, gain, *cache, rng)
-    compiled_cache, compiled_rng = torch.zeros_like(cache), torch.tensor([5, 0], device=DEVICE)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(x, gain, *compiled_cache, compiled_rng)
-    torch.testing.assert_close((*compiled, compiled_cache, compiled_rng), (*expected, cache, rng))
+    state = (*cache, rng, history, pos)
+    compiled_state = [t.clone() for t in state]
+    expected = step(*state)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled_state)
+    torch.testing.assert_close((*compiled, *compiled_state), (*expected, *state))
 
 
 def test_cache_writes_stop_at_its_end():

@@ -111,31 +111,25 @@ def test_a_draft_that_every_rank_holds_whole_is_compared_with_the_whole_target()
 
 @pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("mode", ["sum fp32", "sum fp16", "gather", "embed"])
+@pytest.mark.parametrize("mode", ["sum fp32", "sum fp16", "gather"])
 def test_exchange_kernel(world, mode):
     """Rank 1's kernel, with what the other ranks send put into its mailbox beforehand."""
     pytest.importorskip("triton")
-    rank, rows = 1, 10
+    rank = 1
     slots = parallel.MAX_WORDS
     mailboxes = [torch.zeros(2, world, slots, dtype=torch.int64) for _ in range(world)]
     boxes = torch.tensor([box.data_ptr() for box in mailboxes])
     counts = torch.zeros(slots // parallel.BLOCK, dtype=torch.int64)
     for number in (1, 2, 3):  # the two places take turns
-        x = torch.randn(world, 2, 3, 130) if mode != "embed" else torch.randn(world, rows, 66)
-        x = x.to(torch.float16 if mode == "sum fp16" else torch.float32)
-        tokens = torch.randint(0, world * rows, (5, 7))[:, ::2][:, :3] if mode == "embed" else None  # not contiguous
-        sent = list(x)
-        if mode == "embed":
-            inside = [(tokens // rows == r)[..., None] for r in range(world)]
-            sent = [torch.where(own, t[tokens % rows], 0) for t, own in zip(x, inside)]
+        x = torch.randn(world, 2, 3, 130).to(torch.float16 if mode == "sum fp16" else torch.float32)
         for other in range(world):
-            words = sent[other].contiguous().view(torch.int32).flatten().long()
+            words = x[other].view(torch.int32).flatten().long()
             if other != rank:
                 mailboxes[rank][number % 2, other, : len(words)] = words << 32 | number
-        out = parallel.exchange_triton(x[rank].contiguous(), tokens, mode == "gather", rank, world, boxes, counts)
-        expected = torch.cat(sent, -1) if mode == "gather" else sum(t.float() for t in sent).to(x.dtype)
+        out = parallel.exchange_triton(x[rank], mode == "gather", rank, world, boxes, counts)
+        expected = torch.cat(list(x), -1) if mode == "gather" else x.float().sum(0).to(x.dtype)
         torch.testing.assert_close(out, expected)
-        mine = sent[rank].contiguous().view(torch.int32).flatten().long() << 32 | number
+        mine = x[rank].view(torch.int32).flatten().long() << 32 | number
         assert all(torch.equal(box[number % 2, rank, : len(mine)], mine) for box in mailboxes)
 
 
