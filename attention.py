@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cpu
-from kernels import MAX_ROWS, is_hopper, op, rms_norm, tl, tlx, triton, zeros
+from kernels import MAX_ROWS, flat, is_hopper, op, rms_norm, tl, tlx, triton, unflat, zeros
 
 
 def rotate(x: Tensor, positions: Tensor, rope: Tensor) -> Tensor:
@@ -109,8 +109,20 @@ if triton is not None:
         return tl.load(cache + t.to(tl.int64) * stride_t + d, mask=(t < end) & (d < D), other=0.0, cache_modifier=".cg")
 
     @triton.jit
+    def _fetch(memory, lines, W: tl.constexpr):
+        """Ask for the first so many lines of 128 bytes of memory to come to the L2 cache, each program for its part."""
+        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+        program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
+        lane = tl.arange(0, W * 32)
+        for i in range(program * (W * 32), lines, programs * (W * 32)):
+            at = memory.to(tl.int64) + tl.minimum(i + lane, lines - 1).to(tl.int64) * 128
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, is_pure=False, pack=1
+            )
+
+    @triton.jit
     def _attend_kernel(
-        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, arrived,
+        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, arrived, ahead, lines,
         S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h, stride_t,
         G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
         W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
@@ -123,8 +135,8 @@ if triton is not None:
         tiles of keys and values are loaded as fragments, by permuting what the dot products sum over or, for values,
         the features.
 
-        Positions and old keys come from before the model's first kernel, which starts when all before it has ended, so
-        they need not wait for the kernel before this one.
+        Positions and old keys come from before the model's first kernel, which lets no other start until all before it
+        has ended, so they need not wait for the kernel before this one.
         """
         X: tl.constexpr = DP // 32
         Y: tl.constexpr = KEYS // 8
@@ -143,6 +155,9 @@ if triton is not None:
         share = tl.maximum(tl.cdiv(old, SPLITS), SHARE)
         parts = tl.maximum(tl.cdiv(old, share), 1)
         if split >= parts:
+            if ahead is not None:
+                tlx.gdc_wait()
+                _fetch(ahead, lines, W)
             return
 
         keys = k_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
@@ -159,6 +174,11 @@ if triton is not None:
         pair = tl.arange(0, STEP // 4)[None, None, None, :, None, None]
         key_of_v = pair // 2 * 8 + j * 2 + pair % 2
         d_of_v = (warp * 8 + i) * Z + tl.arange(0, Z)[None, None, None, None, None, :]
+        key_of_k, d_of_k = flat(key_of_k, W, Y, X), flat(d_of_k, W, Y, X)
+        if Z > 1:
+            key_of_v, d_of_v = flat(key_of_v, W, STEP // 4, 1), flat(d_of_v, W, STEP // 4, 1)
+        else:  # too narrow: loaded as it lies, (pair j, features), and made a fragment through shared memory
+            key_of_v, d_of_v = key_of_v.permute(3, 0, 1, 2, 4, 5).reshape(STEP, 1), tl.arange(0, DP)[None, :]
         key_of_p = tl.arange(0, W)[:, None, None] * KEYS + tl.arange(0, KEYS)[None, None, :]
         k_tile = _cached(keys, begin + key_of_k, d_of_k, end, stride_t, D)
         v_tile = _cached(values, begin + key_of_v, d_of_v, end, stride_t, D)
@@ -181,6 +201,8 @@ if triton is not None:
         q = tl.load(q_rows[:, None] + n[None, :], mask=(row < S * G)[:, None] & (n < D)[None, :], other=0.0)
         k_new = tl.load(k_rows[:, None] + n[None, :], mask=ours & (n < D)[None, :], other=0.0)
         v_new = tl.load((k_rows + Hkv * D)[:, None] + d[None, :], mask=ours & (d < D)[None, :], other=0.0)
+        if ahead is not None:
+            _fetch(ahead, lines, W)
         q = _turned(q, q_turns, q_norm, eps, D, DP, ROTARY)
 
         top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -192,7 +214,10 @@ if triton is not None:
             written = ((new < S) & (pos + new < T))[:, None]
             tl.store(keys + at + n[None, :], k_new.to(k_cache.dtype.element_ty), mask=written & (n < D)[None, :])
             tl.store(values + at + d[None, :], v_new.to(v_cache.dtype.element_ty), mask=written & (d < D)[None, :])
-            scores = tl.dot(q, tl.trans(k_new)) * scale  # (ROWS, NEW), in units of log2 e
+            if NEW == 1:
+                scores = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1)[:, None] * scale
+            else:
+                scores = tl.dot(q, tl.trans(k_new)) * scale  # (ROWS, NEW), in units of log2 e
             seen = (pos + new < T)[None, :] & (pos + new[None, :] <= last[:, None])
             scores = tl.where(
                 seen & ((window <= 0) | (pos + new[None, :] > last[:, None] - window)), scores, float("-inf")
@@ -200,14 +225,15 @@ if triton is not None:
             top = tl.max(scores, 1)
             p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
             total = tl.sum(p, 1)
-            acc = tl.dot(p.to(q.dtype), v_new.to(q.dtype))
+            acc = p * v_new.to(tl.float32) if NEW == 1 else tl.dot(p.to(q.dtype), v_new.to(q.dtype))
 
         # K as its fragments have it: (X, ul, j, uh, e) for feature 32 X + 8 j + 4 uh + 2 ul + e
         q = q.reshape(ROWS, X, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5).reshape(1, ROWS, DP)
         q = tl.broadcast_to(q, (W, ROWS, DP))
         last = last[None, :, None]
         for t0 in range(begin, end, STEP):
-            k = k_tile.reshape(4, 8, W, Y, X, 2, 2, 2).permute(2, 4, 6, 0, 5, 7, 3, 1).reshape(W, DP, KEYS)
+            k = unflat(k_tile, W, Y, X).reshape(4, 8, W, Y, X, 2, 2, 2).permute(2, 4, 6, 0, 5, 7, 3, 1)
+            k = k.reshape(W, DP, KEYS)
             scores = tl.dot(q, k.to(q.dtype)) * scale  # (W, ROWS, KEYS), in units of log2 e
             t = t0 + key_of_p
             scores = tl.where((t < end) & ((window <= 0) | (t > last - window)), scores, float("-inf"))
@@ -219,11 +245,15 @@ if triton is not None:
             total = total * fade + tl.sum(tl.sum(p, 2), 0)
             top = new_top
             p = p.to(q.dtype).permute(1, 0, 2).reshape(ROWS, STEP)
-            # (j i W, Y of keys, 2 of keys, Z) -> (keys: Y j 2, features: Z W i)
-            v = v_tile.reshape(4, 8, W, STEP // 8, 2, Z).permute(3, 0, 4, 5, 2, 1).reshape(STEP, DP)
+            if Z > 1:  # (j i W, Y of keys, 2 of keys, Z) -> (keys: Y j 2, features: Z W i)
+                v = unflat(v_tile, W, STEP // 4, 1).reshape(4, 8, W, STEP // 8, 2, Z).permute(3, 0, 4, 5, 2, 1)
+            else:
+                v = v_tile.reshape(STEP // 8, 2, 4, DP).permute(0, 2, 1, 3)
+            v = v.reshape(STEP, DP)
             acc = tl.dot(p, v.to(q.dtype), acc * fade[:, None])
-            k_tile = _cached(keys, t0 + STEP + key_of_k, d_of_k, end, stride_t, D)
-            v_tile = _cached(values, t0 + STEP + key_of_v, d_of_v, end, stride_t, D)
+            if t0 + STEP < end:
+                k_tile = _cached(keys, t0 + STEP + key_of_k, d_of_k, end, stride_t, D)
+                v_tile = _cached(values, t0 + STEP + key_of_v, d_of_v, end, stride_t, D)
 
         if parts > 1:
             group = head * tl.num_programs(2) + block
@@ -258,14 +288,16 @@ if triton is not None:
         tl.store(out + to, acc.to(out.dtype.element_ty), mask=(row < S * G)[:, None] & (d < D)[None, :])
 
 
+AHEAD = 2**23  # bytes of the weights ahead that are asked for
 ATTEND = (8, 16, 128)  # warps, keys of a warp in a step, keys that one program takes before there are more
 
 
-def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale):
+def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale, ahead=None):
     """One launch of the attention kernel: qkv (B, S, (H + 2 Hkv) D) contiguous, S <= 16."""
     B, S, _ = qkv.shape
     _, Hkv, T, D = k_cache.shape
     hopper = is_hopper(qkv.device)
+    ahead = ahead if hopper else None
     G, DP = n_head // Hkv, max(64, triton.next_power_of_2(D))
     rows = 8 if S * G <= 8 else 16
     blocks = triton.cdiv(S * G, rows)
@@ -275,10 +307,10 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
     partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
     _attend_kernel[(B * Hkv, splits, blocks)](
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial,
-        zeros(qkv.device, max(4096, B * Hkv * blocks)),
+        zeros(qkv.device, max(4096, B * Hkv * blocks)), ahead, 0 if ahead is None else min(ahead.nbytes, AHEAD) // 128,
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
-        ROWS=rows, NEW=max(16, triton.next_power_of_2(S)), W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
+        ROWS=rows, NEW=1 if S == 1 else 16, W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
         num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return out
@@ -298,6 +330,7 @@ def attend(
     window: int = 0,
     context: int = 0,
     scale: float | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of S new tokens a row, whose keys and values enter the cache: -> (B, S, H D).
 
@@ -305,13 +338,13 @@ def attend(
     each row's first new token; rope fp32 (positions, R/2, 2), see `rotate`, or None; q_norm, k_norm (D,), gains of a
     per-head RMSNorm before RoPE. Position p sees keys j <= p and, with a window w > 0, j > p - w. Nothing is written at
     T or beyond. `context`, if not 0, is an upper bound of the positions in use afterwards; scale is 1/sqrt(D) unless
-    given.
+    given. `ahead`: weights that will be read soon, of which a GPU brings the first part closer, as memory is idle here.
     """
     scale = k_cache.shape[-1] ** -0.5 if scale is None else scale
     rest = (input_pos, rope, q_norm, k_norm, eps, n_head, window)
     if cpu.attends(qkv, k_cache, v_cache, input_pos):
         return cpu.attend(qkv, k_cache, v_cache, *rest, scale)
-    return _attend(qkv, k_cache, v_cache, *rest, context, scale)
+    return _attend(qkv, k_cache, v_cache, *rest, context, scale, ahead)
 
 
 @op("attend", mutates=("k_cache", "v_cache"))
@@ -328,16 +361,28 @@ def _attend(
     window: int,
     context: int,
     scale: float,
+    ahead: Tensor | None,
 ) -> Tensor:
     if triton is None or not qkv.is_cuda or qkv.element_size() != 2 or qkv.shape[1] > MAX_ROWS:
         return attend_reference(
             qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale
         )
     return attend_triton(
-        qkv.contiguous(), k_cache, v_cache, input_pos.contiguous(), rope, q_norm, k_norm, eps, n_head, window, scale
+        qkv.contiguous(),
+        k_cache,
+        v_cache,
+        input_pos.contiguous(),
+        rope,
+        q_norm,
+        k_norm,
+        eps,
+        n_head,
+        window,
+        scale,
+        ahead,
     )
 
 
 @torch.library.register_fake("gptfast::attend")
-def _(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale):
+def _(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale, ahead):
     return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))

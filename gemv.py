@@ -102,39 +102,65 @@ if triton is not None:
 
     @triton.jit
     def _weights(
-        w, s, words, pairs, kw, chunk, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+        w, s, tile, k, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr,
+        C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, PERSIST: tl.constexpr,
     ):  # fmt: skip
-        """A tile's words and, for int4, scales and zeros, k values of K further on."""
+        """The words of a tile of W at k and, for int4, its scales and zeros."""
         PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
-        inside = kw < K - k
-        # Weights leave the L2 cache first, which gains up to 10 %, but not in 16 bits.
-        tile = products.load(w + words + k // PER_WORD, inside, EVEN, KIND != "fp")
+        j, i, warp, r, u = _axes(W, R)
+        chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
+        wanted = None
+        if PERSIST:
+            wanted = tile * (8 * R) < N
         pair = 0
         if KIND == "int4":
+            blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
+            row8 = tl.minimum(tile * R + r, N // 8 - 1).to(tl.int64)
+            words = (row8 * blocks + chunk) * 128 + i * 16 + j * 4 + u
+            inside = chunk * 128 < K - k
+            pairs = (row8 * (tl.cdiv(K, 256) * 8) + i) * (256 // GROUP)
+            if COLS == 1:  # lane j has a group of 32
+                pairs = pairs + j // (GROUP // 32)
+            else:
+                GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+                pairs = tl.broadcast_to(pairs, (4, 8, W, R, 1, GROUPS))
+                pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
             block = chunk + k // 128  # of 128 values
-            at = pairs + block // 2 * (8 * 256 // GROUP)
+            pairs += block // 2 * (8 * 256 // GROUP)
             if GROUP < 256:
-                at += block % 2 * (128 // GROUP)
-            pair = products.load(s + at, inside, EVEN)
-        return tile, pair
+                pairs += block % 2 * (128 // GROUP)
+            pair = products.load(s, pairs, 0, inside, EVEN, False, wanted)
+        else:
+            P: tl.constexpr = PER_WORD
+            row = tl.minimum((tile * R + r) * 8 + i, N - 1)
+            words = row.to(tl.int64) * (K // P) + chunk * 16 + j * 4 + u
+            inside = chunk * (16 * P) + j * (4 * P) < K - k
+        # Weights leave the L2 cache first, which gains up to 10 %, but not in 16 bits.
+        return products.load(w, words, k // PER_WORD, inside, EVEN, KIND != "fp", wanted), pair
 
     @triton.jit
-    def _add_both(a, b, c, d):
-        return a + c, b + d
+    def _axes(W: tl.constexpr, R: tl.constexpr):
+        j = tl.arange(0, 4)[:, None, None, None, None, None]
+        i = tl.arange(0, 8)[None, :, None, None, None, None]
+        warp = tl.arange(0, W)[None, None, :, None, None, None]
+        r = tl.arange(0, R)[None, None, None, :, None, None]
+        return j, i, warp, r, tl.arange(0, 4)[None, None, None, None, None, :]
 
     @triton.jit
     def _linear_kernel(
         y, x, w, s, bias, norm, residual, M, N, K, eps,
         KIND: tl.constexpr, GROUP: tl.constexpr, GATES: tl.constexpr, COLS: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
-        PDL: tl.constexpr,
+        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, PERSIST: tl.constexpr,
+        EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """y (M, N) = [residual +] W n(x) [+ bias], or if GATES the `gated` (M, N / 2) of it; 8 R rows of W and
-        M <= COLS of x.
+        """y (M, N) = [residual +] W n(x) [+ bias], or if GATES the `gated` (M, N / 2) of it; M <= COLS rows of x.
+
+        A program has 8 R rows of W or, if it is to PERSIST, as many such tiles as it takes, in steps along K; if WHOLE,
+        one step is all of K, and x is made ready once. Weights are asked for as soon as those before are used up, and
+        the first ones before the wait for x.
 
         Tiles have axes j (4 lanes along K), i (8 lanes along rows), W (warps along K), R and C (repetitions along rows
-        and K), and last the lane's 16 bytes: Triton hands out lanes and warps to the axes in this order. A tile is
-        loaded while the one before it is used, the first one or, if DEEP, two before the wait for x.
+        and K), and last the lane's 16 bytes: with `flat`, Triton hands out lanes and warps to the axes in this order.
 
         COLS is 8 or 16, or 1: then the 8 columns of a fragment of x take parts of 32 values along K, each with zeros
         for the others, so that a lane loads x once and each part's products stay apart.
@@ -145,127 +171,103 @@ if triton is not None:
         X: tl.constexpr = C * CHUNK // 32  # parts of x in a warp's step, of which a lane holds 8 values each
         B: tl.constexpr = (COLS + 7) // 8
         DTYPE: tl.constexpr = x.dtype.element_ty
-        pid = tl.program_id(0)
-        j = tl.arange(0, 4)[:, None, None, None, None, None]
-        i = tl.arange(0, 8)[None, :, None, None, None, None]
-        warp = tl.arange(0, W)[None, None, :, None, None, None]
-        r = tl.arange(0, R)[None, None, None, :, None, None]
-        chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
-        u = tl.arange(0, 4)[None, None, None, None, None, :]
-        if KIND == "int4":
-            blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
-            row8 = tl.minimum(pid * R + r, N // 8 - 1).to(tl.int64)
-            words = (row8 * blocks + chunk) * 128 + i * 16 + j * 4 + u
-            kw = chunk * 128
-            pairs = (row8 * (tl.cdiv(K, 256) * 8) + i) * (256 // GROUP)
-            if COLS == 1:  # lane j has a group of 32; not shown to be neighbours, lest one lane loads those of four
-                pairs = pairs + j * (K > 0).to(tl.int32) // (GROUP // 32)
-            else:
-                GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
-                pairs = tl.broadcast_to(pairs, (4, 8, W, R, 1, GROUPS))
-                pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
-        else:
-            row = tl.minimum((pid * R + r) * 8 + i, N - 1)
-            words = row.to(tl.int64) * (K // P) + chunk * 16 + j * 4 + u
-            pairs = 0
-            kw = chunk * CHUNK + j * (CHUNK // 4)
         IN_INT8: tl.constexpr = COLS == 1 and (KIND == "int8" or KIND == "int4")
-        if IN_INT8:
+        j, i, warp, _, u = _axes(W, R)
+        if IN_INT8:  # other lanes have the same parts again
             PARTS: tl.constexpr = 4 if X > 4 else X
             part = tl.minimum(i // 2, PARTS - 1) + tl.arange(0, X // PARTS)[None, None, None, None, :, None] * PARTS
-            counted = (i % 2 == 0) & (i < 2 * PARTS)  # other lanes have the same parts again
         elif COLS == 1:
             part = tl.minimum(i, X - 1)  # X is at most 8
-            counted = i < X
         else:
             part = tl.arange(0, X)[None, None, None, None, :, None]
         if P == 4:  # a lane's 16 values of 8 bits meet two loads of x, which is also read in words
             kx = warp * (C * CHUNK // 2) + (part // 2) * 32 + j * 8 + (part % 2) * 4 + u
         else:
             kx = warp * (C * CHUNK // 2) + part * 16 + j * 4 + u
-        xs = x.to(tl.pointer_type(tl.int32)) + kx
+        xs = x.to(tl.pointer_type(tl.int32))
+        at_x = kx
         if COLS > 1:  # columns past M hold the last row again
-            xs += tl.minimum(tl.arange(0, B)[None, None, None, :, None, None] * 8 + i, M - 1) * (K // 2)
+            kx = tl.broadcast_to(kx, (4, 8, W, B, X, 4))
+            at_x += tl.minimum(tl.arange(0, B)[None, None, None, :, None, None] * 8 + i, M - 1) * (K // 2)
+
         gains = norm
         if norm is not None:
-            gains = norm.to(tl.pointer_type(tl.int32)) + (kx if COLS == 1 else tl.broadcast_to(kx, (4, 8, W, B, X, 4)))
+            gains = norm.to(tl.pointer_type(tl.int32))
 
+        tile = tl.program_id(0)
         if PDL:
             tlx.gdc_launch_dependents()
-        w_now, s_now = _weights(w, s, words, pairs, kw, chunk, 0, K, KIND, GROUP, EVEN)
-        if DEEP:
-            w_next, s_next = _weights(w, s, words, pairs, kw, chunk, STEP, K, KIND, GROUP, EVEN)
-        n = pid * (R * 8) + tl.arange(0, R * 8)
-        if P == 4:
-            scale = tl.load(s + n, mask=n < N, other=0.0)
-        if bias is not None:
-            shift = tl.load(bias + n, mask=n < N, other=0.0)
+        w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
         if PDL:
             tlx.gdc_wait()
 
         PART: tl.constexpr = 2 if GATES else 1
-        of_y = pid * (R * 8 // PART) + tl.arange(0, R * 8 // PART)
         outputs = N // PART
         col = tl.arange(0, COLS)
-        stored = (of_y < outputs)[:, None] & (col < M)[None, :]
-        at = col[None, :].to(tl.int64) * outputs + of_y[:, None]
-        if residual is not None:
-            before = tl.load(residual + at, mask=stored, other=0.0)
-        t = products.load(xs, kx < K // 2, EVEN)
-        acc = tl.zeros((W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
-        squares = tl.zeros(t.shape if COLS == 1 else (B * W, 16, 16), tl.float32)
-        if DEEP:
-            t_next = products.load(xs + STEP // 2, kx < (K - STEP) // 2, EVEN)
-            acc, squares = products.step(
-                acc, squares, t, w_now, s_now, gains, kx, 0, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
-            )
-            t, w_now, s_now = t_next, w_next, s_next
-        for k in range(2 * STEP if DEEP else STEP, K, STEP):
-            t_next = products.load(xs + k // 2, kx < (K - k) // 2, EVEN)
-            w_next, s_next = _weights(w, s, words, pairs, kw, chunk, k, K, KIND, GROUP, EVEN)
-            acc, squares = products.step(
-                acc, squares, t, w_now, s_now, gains, kx, k - STEP, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
-            )
-            t, w_now, s_now = t_next, w_next, s_next
         last = (K - 1) // STEP * STEP
-        acc, squares = products.step(
-            acc, squares, t, w_now, s_now, gains, kx, last, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
-        )
+        t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
+        squares = tl.zeros((B * W, 16, 16), tl.float32)
+        if norm is not None and COLS == 1:  # here, where weights are on their way, and not at the end
+            factor = tl.rsqrt(products.sum_of_squares(xs, K, W * 128, DTYPE) / K + eps)
+        if WHOLE:
+            b, x_scale, squares = products.operand(
+                squares, t, gains, kx, 0, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
+            )
+        rounds = 1
+        if PERSIST:
+            rounds = tl.cdiv(tl.cdiv(N, 8 * R) - tile, tl.num_programs(0))
+        for _ in range(rounds):
+            n = tile * (R * 8) + tl.arange(0, R * 8)
+            of_y = tile * (R * 8 // PART) + tl.arange(0, R * 8 // PART)
+            stored = (of_y < outputs)[:, None] & (col < M)[None, :]
+            at = col[None, :].to(tl.int64) * outputs + of_y[:, None]
+            if P == 4:
+                scale = tl.load(s + n, mask=n < N, other=0.0)
+            if bias is not None:
+                shift = tl.load(bias + n, mask=n < N, other=0.0)
+            if residual is not None:
+                before = tl.load(residual + at, mask=stored, other=0.0)
+            acc = tl.zeros((W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
+            if not WHOLE:
+                squares = tl.zeros(squares.shape, tl.float32)
+                for k in range(STEP, K, STEP):
+                    t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
+                    b, x_scale, squares = products.operand(
+                        squares, t, gains, kx, k - STEP, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
+                    )
+                    acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, ASM)
+                    w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
+                    t = t_next
+                b, x_scale, squares = products.operand(
+                    squares, t, gains, kx, last, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
+                )
+            acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, ASM)
+            tile += tl.num_programs(0)
+            if PERSIST:
+                w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
+                if not WHOLE:
+                    t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
 
-        if norm is not None and COLS == 1:
-            squares = tl.where(counted, squares, 0.0)
-        if IN_INT8:  # the two sums go through shared memory together: faster here, slower in 16 bits
-            acc = tl.sum(acc, 2)
-            if norm is not None:
-                squares = squares.permute(2, 0, 1, 3, 4, 5).reshape(W, squares.numel // W)
-                squares = tl.broadcast_to(tl.sum(squares, 1)[:, None], (W, R * 8))
-                out, squares = tl.reduce((acc, squares), 0, _add_both)
-                squares = squares[:, None]
-            else:
-                out = tl.sum(acc, 0)
-            out = out[:, None]
-        else:
             if COLS == 1:
                 acc = tl.sum(acc, 2, keep_dims=True)
             out = tl.sum(acc, 0)  # (rows of W, rows of x)
-            if norm is not None and COLS == 1:
-                squares = tl.sum(squares.reshape(squares.numel), 0)
-            elif norm is not None:
-                half = tl.arange(0, 16)
-                squares = tl.sum(tl.where(half[:, None] == half[None, :], squares, 0.0), 1)
-                squares = tl.sum(tl.sum(squares.reshape(B, W, 2, 8), 2), 1).reshape(1, COLS)
-        if norm is not None:
-            out *= tl.rsqrt(squares / K + eps)
-        if P == 4:
-            out *= scale.to(tl.float32)[:, None]
-        if bias is not None:
-            out += shift.to(tl.float32)[:, None]
-        if GATES:
-            gate, up = tl.split(out.reshape(R // 2, 2, 8, COLS).permute(0, 2, 3, 1))
-            out = (gate * up / (1 + tl.exp(-gate))).reshape(R * 4, COLS)
-        if residual is not None:
-            out += before.to(tl.float32)
-        tl.store(y + at, out.to(y.dtype.element_ty), mask=stored)
+            if norm is not None:
+                if COLS > 1:
+                    half = tl.arange(0, 16)
+                    total = tl.sum(tl.where(half[:, None] == half[None, :], squares, 0.0), 1)
+                    total = tl.sum(tl.sum(total.reshape(B, W, 2, 8), 2), 1).reshape(1, COLS)
+                    factor = tl.rsqrt(total / K + eps)
+                out *= factor
+            if P == 4:
+                out *= scale.to(tl.float32)[:, None]
+            if bias is not None:
+                out += shift.to(tl.float32)[:, None]
+            if GATES:
+                gate, up = tl.split(out.reshape(R // 2, 2, 8, COLS).permute(0, 2, 3, 1))
+                out = (gate * up / (1 + tl.exp(-gate))).reshape(R * 4, COLS)
+            if residual is not None:
+                out += before.to(tl.float32)
+            tl.store(y + at, out.to(y.dtype.element_ty), mask=stored)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,65 +287,76 @@ def _out_features(weight: Tensor) -> int:
     return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
 
 
-# R, C, W and registers of the linear kernel, see there. Registers are a bound that ptxas would undercut, at the price
-# of delaying loads until their values are needed. The pick of about 20 each on an H200, for the shapes of Llama 7B, 8B,
-# 1B and 70B and of SmolLM2, with one row of x and with 6. By the kind of weight and whether x has more rows than one;
-# where programs of 16 rows of the weight fill the multiprocessors once, twice, three, four times or more often:
+# R, C, W, registers and programs a multiprocessor (0: as many as there are tiles) of the linear kernel, see there.
+# Registers are a bound that ptxas would undercut, at the price of delaying loads until their values are needed. The
+# pick of about 60 each on an H100, in a step of Llama 7B, 8B and 1B with one row of x and with 6. By the kind of weight
+# and whether x has more rows than one; where tiles of 16 rows of the weight fill the multiprocessors once, twice, three,
+# four times or more often:
 CONFIGURATIONS = {
-    ("fp", False): ((2, 4, 16, 128), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128), (2, 2, 4, 96)),
-    ("fp8", False): ((2, 2, 16, 96), (2, 4, 8, 128), (2, 2, 8, 80), (2, 4, 4, 128), (2, 2, 4, 96)),
-    ("int8", False): ((2, 2, 16, 64), (2, 2, 16, 64), (2, 2, 8, 96), (2, 2, 16, 64), (2, 2, 4, 96)),
-    ("int4", False): ((2, 1, 16, 128), (4, 1, 16, 128), (2, 1, 8, 80), (4, 1, 8, 128), (4, 1, 4, 128)),
-    ("fp", True): ((2, 4, 4, 168), (2, 4, 8, 128), (2, 4, 4, 168), (2, 4, 4, 128), (2, 4, 4, 168)),
-    ("int8", True): ((2, 2, 8, 128), (2, 2, 8, 128), (2, 4, 4, 168), (2, 2, 4, 128), (4, 2, 4, 168)),
-    ("int4", True): ((2, 1, 8, 128), (2, 1, 8, 128), (2, 2, 4, 168), (2, 1, 4, 128), (4, 1, 4, 168)),
+    ("fp", False): ((2, 8, 8, 128, 2),) * 5,
+    ("fp8", False): ((2, 2, 16, 96, 0), (2, 4, 8, 128, 0), (2, 2, 8, 80, 0), (2, 4, 4, 128, 0), (2, 2, 4, 96, 0)),
+    ("int8", False): ((4, 2, 16, 120, 1),) * 2 + ((4, 2, 8, 128, 0),) * 2 + ((4, 2, 4, 128, 0),),
+    ("int4", False): ((4, 2, 8, 128, 0), (4, 1, 16, 128, 1)) + ((4, 2, 8, 128, 0),) * 2 + ((4, 1, 4, 128, 0),),
+    ("fp", True): ((2, 8, 4, 240, 2), (2, 4, 8, 128, 0), (4, 4, 4, 240, 0), (2, 4, 4, 128, 0), (2, 4, 4, 168, 0)),
+    ("int8", True): ((2, 2, 8, 128, 0), (2, 2, 8, 128, 0), (2, 2, 4, 128, 0), (2, 2, 4, 128, 0), (4, 2, 4, 168, 0)),
+    ("int4", True): ((2, 2, 8, 168, 1), (2, 1, 8, 128, 0), (2, 2, 4, 168, 0), (2, 1, 4, 128, 0), (4, 1, 4, 168, 0)),
 }
 TUNED = {  # where another one is better for weights (N, K), or of N rows
     ("fp", False): {
-        (4096, 11008): (2, 4, 8, 112),
-        **dict.fromkeys((16000, 16384, 32000), (2, 4, 4, 128)),
-        49152: (4, 2, 4, 128),
+        **dict.fromkeys(((2048, 8192), (4096, 11008), (4096, 14336), 12288), (2, 4, 16, 120, 1)),
+        **dict.fromkeys((6144, 22016, 28672, (128256, 4096)), (2, 8, 16, 120, 1)),
+        3072: (4, 4, 16, 120, 1),
+        16384: (4, 4, 4, 200, 2),
+        49152: (4, 2, 4, 128, 0),
     },
-    ("fp8", False): {22016: (2, 2, 2, 96), 28672: (2, 2, 4, 128)},
+    ("fp8", False): {22016: (2, 2, 2, 96, 0), 28672: (2, 2, 4, 128, 0)},
     ("int8", False): {
-        (4096, 4096): (4, 2, 16, 128),
-        **dict.fromkeys((11008, 16000, 16384, (128256, 2048)), (4, 2, 4, 128)),
-        22016: (8, 1, 4, 168),
-        49152: (4, 2, 2, 128),
-        **dict.fromkeys((57344, (32000, 8192)), (2, 2, 2, 96)),
+        (2048, 8192): (2, 8, 16, 120, 1),
+        (4096, 4096): (2, 2, 16, 64, 0),
+        22016: (2, 2, 4, 96, 0),
+        49152: (4, 2, 2, 128, 0),
     },
     ("int4", False): {
-        **dict.fromkeys((11008, 12288), (2, 1, 4, 80)),
-        22016: (8, 1, 4, 168),
-        **dict.fromkeys((28672, 32000, 128256), (4, 1, 2, 128)),
-        49152: (8, 1, 2, 168),
-        57344: (4, 1, 4, 96),
+        (2048, 8192): (2, 1, 16, 128, 1),
+        (4096, 4096): (2, 4, 8, 128, 0),
+        12288: (2, 4, 8, 128, 1),
+        22016: (8, 1, 4, 168, 3),
+        (128256, 2048): (4, 2, 4, 168, 0),
+        (128256, 4096): (4, 2, 8, 128, 0),
+        49152: (8, 1, 2, 168, 0),
     },
     ("fp", True): {
-        3072: (2, 4, 4, 168),
-        **dict.fromkeys((12288, 22016, 32000, 128256), (2, 4, 2, 168)),
-        16384: (4, 2, 4, 168),
-        28672: (2, 2, 4, 128),
-        49152: (4, 2, 4, 128),
+        (2048, 8192): (2, 8, 8, 240, 1),
+        **dict.fromkeys(((4096, 4096), (4096, 14336)), (2, 8, 4, 240, 2)),
+        **dict.fromkeys((3072, 16384, 32000), (4, 4, 4, 240, 0)),
+        12288: (2, 4, 2, 168, 0),
+        49152: (4, 2, 4, 128, 0),
     },
-    ("int8", True): {**dict.fromkeys((16384, 28672, 32000), (4, 2, 4, 128)), 22016: (4, 2, 2, 168)},
+    ("int8", True): {
+        (2048, 8192): (2, 4, 8, 240, 0),
+        12288: (4, 2, 4, 128, 4),
+        16384: (4, 2, 2, 168, 4),
+        22016: (4, 2, 2, 168, 6),
+        28672: (2, 4, 4, 168, 3),
+    },
     ("int4", True): {
-        16384: (4, 1, 4, 128),
-        22016: (4, 1, 2, 168),
-        **dict.fromkeys((28672, 32000, 128256), (8, 1, 2, 240)),
+        3072: (4, 2, 8, 240, 1),
+        16384: (4, 1, 4, 128, 4),
+        22016: (4, 1, 2, 168, 0),
+        **dict.fromkeys((28672, 32000, 128256), (8, 1, 2, 240, 4)),
     },
 }
 
 
-def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[int, int, int, int]:
-    """R, C, W and registers of the linear kernel for a weight (N, K) and M rows, on so many multiprocessors."""
+def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[int, int, int, int, int]:
+    """R, C, W, registers and programs of the linear kernel: a weight (N, K), M rows, so many multiprocessors."""
     kind = "int8" if kind == "fp8" and M > 1 else kind
     tuned, by_fill = TUNED[kind, M > 1], CONFIGURATIONS[kind, M > 1][min((-(-N // 16) - 1) // processors, 4)]
-    R, C, W, registers = tuned.get((N, K)) or tuned.get(N, by_fill)
+    R, C, W, registers, programs = tuned.get((N, K)) or tuned.get(N, by_fill)
     step = {"fp": 32, "int4": 128}.get(kind, 64) * W * C
     while step >= 2 * K and W * C > 1:  # a step that covers K is the best of all, one that is twice as long is not
         W, C, step = (W, C // 2, step // 2) if C > 1 else (W // 2, C, step // 2)
-    return R, C, W, registers
+    return R, C, W, registers, programs
 
 
 @op("linear")
@@ -367,16 +380,17 @@ def linear(
     K, N, kind = x.shape[-1], _out_features(weight), _kind(weight)
     rows = x.reshape(-1, K).contiguous()
     M = len(rows)
-    R, C, W, registers = _configuration(kind, N, K, M, _processors(x.device))
+    R, C, W, registers, programs = _configuration(kind, N, K, M, _processors(x.device))
     hopper = is_hopper(x.device)
     step = W * C * {"fp": 32, "int4": 128}.get(kind, 64)
-    tiles = triton.cdiv(K, step)
-    deep = M == 1 and (tiles == 2 if kind == "int4" else kind == "int8" and tiles > 1)  # gains there, and only there
+    tiles = triton.cdiv(N, 8 * R)
+    programs = min(tiles, programs * _processors(x.device) or tiles)
     y = torch.empty(*x.shape[:-1], N // 2 if gates else N, dtype=out_dtype or x.dtype, device=x.device)
-    _linear_kernel[(triton.cdiv(N, 8 * R),)](
+    _linear_kernel[(programs,)](
         y, rows, weight.view(torch.int32), scales, bias, norm, None if residual is None else residual.contiguous(),
         M, N, K, eps, KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, GATES=gates,
-        COLS=1 if M == 1 else 8 if M <= 8 else 16, R=R, C=C, W=W, DEEP=deep,
+        COLS=1 if M == 1 else 8 if M <= 8 else 16, R=R, C=C, W=W,
+        WHOLE=step >= K, PERSIST=programs < tiles,
         EVEN=K % step == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": registers} if hopper else {}),

@@ -218,7 +218,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor, context: int
+        self, x: Tensor, norm: RMSNorm, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor, context: int, ahead
     ) -> Tensor:
         y = attend(
             self.project_in(x, norm),
@@ -232,6 +232,7 @@ class Attention(nn.Module):
             n_head=self.n_head,
             window=self.window,
             context=context,
+            ahead=ahead,
         )
         return self.project_out(y, x)
 
@@ -281,7 +282,8 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor, context: int = 0) -> Tensor:
         """x: (B, S, C); k, v: this layer's caches (B, Hkv, T, D), written in place."""
         # Norm and residual belong to the linears beside them, so that a kernel can fuse them.
-        x = self.attention(x, self.attention_norm, input_pos, k, v, rope, context)
+        ahead = self.feed_forward.w13.weight if self.feed_forward.w13 else None
+        x = self.attention(x, self.attention_norm, input_pos, k, v, rope, context, ahead)
         return self.feed_forward(x, self.ffn_norm)
 
 

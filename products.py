@@ -1,12 +1,13 @@
 """What a step of the linear kernel (gemv.py) computes: a tile of weights of any kind times x, as Triton functions.
 
-    step(acc, squares, x, weights, ...)   in int8 for one row of x and quantised weights, otherwise in 16 bits
-    assembly(kind)                        PTX that unpacks weights, for Hopper; without it plain Triton does the same
+    operand(x, ...), multiply(acc, weights, operand, ...)
+                        in int8 for one row of x and quantised weights, otherwise in 16 bits
+    assembly(kind)      PTX that unpacks weights, for Hopper; without it plain Triton does the same
 
 Axes: j and i are a warp's 4 x 8 lanes, W warps along K, R and C repetitions along rows and K; see gemv.py.
 """
 
-from kernels import tl, triton
+from kernels import flat, tl, triton, unflat
 
 if triton is not None:
 
@@ -113,10 +114,23 @@ if triton is not None:
         return (w & 15).to(DTYPE), (w >> 4 & 15).to(DTYPE), (w >> 8 & 15).to(DTYPE), (w >> 12 & 15).to(DTYPE)
 
     @triton.jit
-    def load(at, inside, EVEN: tl.constexpr, ONCE: tl.constexpr = False):
-        """A load; beyond an uneven K, zeros."""
-        inside = None if EVEN else inside
-        return tl.load(at, inside, other=None if EVEN else 0, eviction_policy="evict_first" if ONCE else "")
+    def load(base, at, k, inside, EVEN: tl.constexpr, ONCE: tl.constexpr = False, wanted=None):
+        """A tile (j i W R C u) from base + at + k, see `flat`; beyond an uneven K, zeros. Anything, if not wanted."""
+        W: tl.constexpr = at.shape[2]
+        R: tl.constexpr = at.shape[3]
+        C: tl.constexpr = at.shape[4]
+        mask = wanted
+        if not EVEN:
+            mask = flat(inside, W, R, C)
+            if wanted is not None:
+                mask &= wanted
+        tile = tl.load(  # k comes last: constant distances between offsets are then part of the instructions
+            base + flat(at, W, R, C) + k,
+            mask,
+            other=None if EVEN else 0,
+            eviction_policy="evict_first" if ONCE else "",
+        )
+        return unflat(tile, W, R, C)
 
     @triton.jit
     def _multiply(
@@ -169,26 +183,24 @@ if triton is not None:
         return tl.broadcast_to(s, (C * GROUPS * W, R * 8, COLS // 8, 4, 2)).reshape(C * GROUPS * W, R * 8, COLS)
 
     @triton.jit
-    def step(
-        acc, squares, t, w, s, gains, kx, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr,
-        C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
-        DTYPE: tl.constexpr,
+    def operand(
+        squares, t, gains, kx, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        W: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
     ):  # fmt: skip
-        """acc and the sums of squares after the step of K at k: words t of x, w and s of the weight."""
+        """What the step at k multiplies weights with, from words t of x and, if there is a norm, its gains: the
+        operand, its scale where products are of int8, and with a norm and several rows, sums of squares so far."""
+        if gains is not None:
+            gain = load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
+            if COLS == 1:
+                t = _times(t, gain, DTYPE, ASM)
+        scale = 0.0
         if COLS == 1 and (KIND == "int8" or KIND == "int4"):
-            acc, squares = _step_in_int8(acc, squares, t, w, s, gains, kx, k, K, KIND, R, C, W, EVEN, ASM, DTYPE)
+            b, scale = _operand_in_int8(t, KIND, R, C, W, ASM, DTYPE)
         else:
             X: tl.constexpr = C * (1 if KIND == "fp" else 4 if KIND == "int4" else 2)
             B: tl.constexpr = (COLS + 7) // 8
-            if gains is not None:
-                gain = load(gains + k // 2, kx < (K - k) // 2, EVEN)
             if COLS == 1:
                 i = tl.arange(0, 8)[None, :, None, None, None, None]
-                if gains is not None:
-                    low, high = _halves(t, DTYPE)
-                    squares += low * low
-                    squares += high * high
-                    t = _times(t, gain, DTYPE, ASM)
                 t = tl.where(i == tl.arange(0, X)[None, None, None, None, :, None], t, 0)
             # (j i W B X, uh e ul), words of x being u = 2 uh + ul
             t = _unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
@@ -208,8 +220,29 @@ if triton is not None:
                 b = b.reshape(C * GROUPS * W, 128 // GROUPS, B * 8)
             else:
                 b = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
+        return b, scale, squares
+
+    @triton.jit
+    def multiply(
+        acc, w, s, b, scale, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
+    ):  # fmt: skip
+        """acc and a tile of weights, words w and int4's scales s, times an `operand`."""
+        if COLS == 1 and (KIND == "int8" or KIND == "int4"):
+            acc = _multiply_in_int8(acc, w, s, b, scale, KIND, R, C, W, ASM)
+        else:
             acc = _multiply(acc, w, s, b, KIND, GROUP, R, C, W, COLS, ASM)
-        return acc, squares
+        return acc
+
+    @triton.jit
+    def sum_of_squares(x, K, SPAN: tl.constexpr, DTYPE: tl.constexpr):
+        """The sum of the squares of one row of x, words at x, SPAN of them at a time."""
+        at = tl.arange(0, SPAN)
+        squares = tl.zeros((SPAN,), tl.float32)
+        for start in range(0, K // 2, SPAN):
+            low, high = _halves(tl.load(x + start + at, start + at < K // 2, other=0), DTYPE)
+            squares += low * low + high * high
+        return tl.sum(squares, 0)
 
     @triton.jit
     def _bytes(w, ASM: tl.constexpr):
@@ -243,11 +276,10 @@ if triton is not None:
         return word ^ tl.where(odd, -0x7F7F7F80, 0)
 
     @triton.jit
-    def _step_in_int8(
-        acc, squares, t, w, s, gains, kx, k, K, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-        EVEN: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
-    ):  # fmt: skip
-        """`step` for one row of x and quantised weights, in products of int8.
+    def _operand_in_int8(
+        t, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr
+    ):
+        """`operand` for one row of x and quantised weights, in products of int8.
 
         x becomes 16-bit integers, with a power of two for each group of 32 values, and these a high and a low byte:
         x = scale (256 high + low), to 2^-14 of the group's largest magnitude, so that what a bf16 product would see is
@@ -259,11 +291,6 @@ if triton is not None:
         D: tl.constexpr = X // PARTS
         i = tl.arange(0, 8)[None, :, None, None, None, None]
         low, high = _halves(t, DTYPE)
-        if gains is not None:
-            squares += low * low
-            squares += high * high
-            t = _times(t, load(gains + k // 2, kx < (K - k) // 2, EVEN), DTYPE, ASM)
-            low, high = _halves(t, DTYPE)
         top = tl.max(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 5, keep_dims=True), 0, keep_dims=True)
         exponent = tl.maximum(top, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000
         inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True) * 8192.0  # 2^13 / 2^exponent
@@ -285,6 +312,15 @@ if triton is not None:
         b = b.permute(3, 2, 4, 5, 0, 6, 7, 1).reshape(D * W, PARTS * 32, 8)
         scale = tl.max((exponent.to(tl.float32, bitcast=True) * (1 / 8192)).reshape(4, 2, W, D), 1)
         scale = tl.broadcast_to(scale.permute(2, 1, 0).reshape(D * W, 1, 4), (D * W, R * 8, 4))
+        return b, scale
+
+    @triton.jit
+    def _multiply_in_int8(
+        acc, w, s, b, scale, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr
+    ):
+        X: tl.constexpr = C * (4 if KIND == "int4" else 2)
+        PARTS: tl.constexpr = 4 if X > 4 else X
+        D: tl.constexpr = X // PARTS
         if KIND == "int4":  # (j i W R C, 4 groups, bytes) twice -> (C W, R i, group j half byte)
             a = tl.join(_bytes(w & 0x0F0F0F0F, ASM), _bytes(w >> 4 & 0x0F0F0F0F, ASM))
             a = a.permute(4, 2, 3, 1, 5, 0, 7, 6).reshape(D * W, R * 8, 128)
@@ -298,7 +334,7 @@ if triton is not None:
             a = _bytes(w, ASM).reshape(4, 8, W, R, D, C // D, 2, 2, 4)
             a = a.permute(4, 2, 3, 1, 5, 6, 0, 7, 8).reshape(D * W, R * 8, PARTS * 32)
             y = _whole(tl.dot(a, b, out_dtype=tl.int32))
-        return _add_products(acc, y, scale, D), squares
+        return _add_products(acc, y, scale, D)
 
     @triton.jit
     def _whole(y):

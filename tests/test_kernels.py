@@ -131,16 +131,35 @@ CONFIGURATIONS = sorted({configuration for table in TABLES for configuration in 
 @pytest.mark.parametrize("kind", ["16-bit", "int8", "int4:64"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_configurations(kind, configuration, rows, monkeypatch):
-    R, C, W, registers = configuration
+    R, C, W, registers, programs = configuration
     C = min(C, {"16-bit": 8, "int8": 4}.get(kind, 2))
-    monkeypatch.setattr(gemv, "_configuration", lambda *_: (R, C, W, registers))
+    monkeypatch.setattr(gemv, "_configuration", lambda *_: (R, C, W, registers, min(programs, 1)))
+    monkeypatch.setattr(gemv, "_processors", lambda _: 2)  # programs of several tiles
     generator = torch.Generator().manual_seed(3)
-    w, s, dense = make_weight(kind, 48, 2144, torch.float16, generator)
+    w, s, dense = make_weight(kind, 80, 2144, torch.float16, generator)
     x = make_rows(rows, 2144, generator=generator).half()
-    x, w, s, dense = on_device(x, w, s, dense)
+    gain, residual = torch.rand(2144, generator=generator).half(), torch.randn(rows, 80, generator=generator).half()
+    x, w, s, dense, gain, residual = on_device(x, w, s, dense, gain, residual)
     assert error(gemv.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
+    expected = gemv.linear_reference(x.float(), dense, norm=gain, eps=1e-5, residual=residual)
+    assert error(gemv.linear(x, w, s, None, gain, 1e-5, residual), expected) < 4e-3
     gated = gemv.linear(x, w, s, out_dtype=torch.float32, gates=True)
     assert error(gated, gemv.gated(x.float() @ dense.T)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["16-bit", "int8", "int4:32"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_programs_of_several_tiles_whose_step_is_all_of_K(kind, rows, monkeypatch):
+    C = {"16-bit": 8, "int8": 4}.get(kind, 2)
+    monkeypatch.setattr(gemv, "_configuration", lambda *_: (2, C, 4, 128, 1))
+    monkeypatch.setattr(gemv, "_processors", lambda _: 2)
+    generator = torch.Generator().manual_seed(7)
+    for K in (1024, 992):
+        w, s, dense = make_weight(kind, 88, K, torch.float16, generator)
+        x, gain = make_rows(rows, K, generator=generator).half(), torch.rand(K, generator=generator).half()
+        x, w, s, dense, gain = on_device(x, w, s, dense, gain)
+        out = gemv.linear(x, w, s, None, gain, 1e-5, out_dtype=torch.float32)
+        assert error(out, gemv.linear_reference(x.float(), dense, norm=gain, eps=1e-5)) < 4e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
