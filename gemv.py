@@ -290,8 +290,8 @@ def _out_features(weight: Tensor) -> int:
 # R, C, W, registers and programs a multiprocessor (0: as many as there are tiles) of the linear kernel, see there.
 # Registers are a bound that ptxas would undercut, at the price of delaying loads until their values are needed. The
 # pick of about 60 each on an H100, in a step of Llama 7B, 8B and 1B with one row of x and with 6. By the kind of weight
-# and whether x has more rows than one; where tiles of 16 rows of the weight fill the multiprocessors once, twice, three,
-# four times or more often:
+# and whether x has more rows than one; where tiles of 16 rows of the weight fill the multiprocessors once, twice, three
+# or four times, or more often:
 CONFIGURATIONS = {
     ("fp", False): ((2, 8, 8, 128, 2),) * 5,
     ("fp8", False): ((2, 2, 16, 96, 0), (2, 4, 8, 128, 0), (2, 2, 8, 80, 0), (2, 4, 4, 128, 0), (2, 2, 4, 96, 0)),

@@ -124,7 +124,7 @@ def all_reduce_times(tp: TensorParallel, device: torch.device) -> dict[str, dict
     for size in sizes:
         x, buffer = torch.zeros(size // 2, dtype=torch.bfloat16, device=device), place[: size // 2]
         ways = {
-            "exchange kernel": partial(exchange, x, None, False, tp.rank, tp.world),
+            "exchange kernel": partial(exchange, x, False, tp.rank, tp.world),
             "torch one-shot": partial(one_shot, buffer),
             "torch one-shot, copied in": lambda x=x, buffer=buffer: one_shot(buffer.copy_(x)),
             "NCCL": partial(dist.all_reduce, x),
