@@ -84,9 +84,11 @@ if triton is not None:
     def _turns(rope, positions, max_position, DP: tl.constexpr, ROTARY: tl.constexpr):
         """Cosines and sines, interleaved, of `positions` (R,): (R, DP), if there is a table."""
         d = tl.arange(0, DP)[None, :]
-        if rope is None:
-            return 0.0
-        return tl.load(rope + tl.minimum(positions, max_position)[:, None] * ROTARY + d, mask=d < ROTARY, other=0.0)
+        turns = 0.0
+        if rope is not None:
+            at = tl.minimum(positions, max_position)[:, None] * ROTARY + d
+            turns = tl.load(rope + at, mask=d < ROTARY, other=0.0)
+        return turns
 
     @triton.jit
     def _turned(heads, turns, norm, eps, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr):

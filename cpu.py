@@ -25,10 +25,12 @@ FLAGS += ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassoc
 VECTORS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl")}  # elsewhere defaults
 
 
-@torch.compiler.assume_constant_result
 def ready() -> bool:
     """Whether the kernels are there. The first call on a machine compiles them, in some 10 s, for all later ones."""
     return _load()
+
+
+ready._dynamo_marked_constant = True  # all that torch.compiler.assume_constant_result does, but it imports Dynamo: 3 s
 
 
 @functools.cache
