@@ -131,10 +131,9 @@ if triton is not None:
                 pairs += block % 2 * (128 // GROUP)
             pair = products.load(s, pairs, 0, inside, EVEN, False, wanted)
         else:
-            P: tl.constexpr = PER_WORD
             row = tl.minimum((tile * R + r) * 8 + i, N - 1)
-            words = row.to(tl.int64) * (K // P) + chunk * 16 + j * 4 + u
-            inside = chunk * (16 * P) + j * (4 * P) < K - k
+            words = row.to(tl.int64) * (K // PER_WORD) + chunk * 16 + j * 4 + u
+            inside = (chunk * 16 + j * 4) * PER_WORD < K - k
         # Weights leave the L2 cache first, which gains up to 10 %, but not in 16 bits.
         return products.load(w, words, k // PER_WORD, inside, EVEN, KIND != "fp", wanted), pair
 

@@ -19,26 +19,24 @@ def about(result: dict) -> str:
     return f"{result['device']}, torch {result['torch']}, `{result['command']}`"
 
 
-def speed(result: dict) -> str:
-    lines = [f"{about(result)}; it reads {result['read_bandwidth'] / 1e9:.0f} GB/s.", ""]
-    lines += [
-        "| model | weights | tok/s (min-max) | GB/s | of read bandwidth | step of 1 / 8 / 16 rows, ms | GB used |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for row in result["rows"]:
-        low, high = row["spread"]
-        steps = " / ".join(f"{ms:.2f}" for ms in row["step_ms_by_rows"].values())
-        memory = f"{row['memory_gigabytes']:.1f}" if row["memory_gigabytes"] else "-"
-        lines.append(
-            f"| {row['model']} | {row['mode']} {row['weight_gigabytes']:.2f} GB | {row['tokens_per_second']:.1f} "
-            f"({low:.1f}-{high:.1f}) | {row['gigabytes_per_second']:.0f} | **{row['fraction']:.3f}** | {steps} | "
-            f"{memory} |"
-        )
-    lines += ["", result["note"]] if "note" in result else []
-    first = result["first_token"]
+def speed(results: dict) -> str:
+    lines = []
+    for result in results.values():
+        lines += [f"{about(result)}; it reads {result['read_bandwidth'] / 1e9:.0f} GB/s.", ""]
+        lines += ["| model | weights | tok/s (min-max) | GB/s | of read bandwidth | step of 1 / 6 / 8 / 16 rows, ms |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for row in result["rows"]:
+            low, high = row["spread"]
+            steps = " / ".join(f"{ms:.2f}" for ms in row["step_ms_by_rows"].values())
+            lines.append(
+                f"| {row['model']} | {row['mode']} {row['weight_gigabytes']:.2f} GB | {row['tokens_per_second']:.1f} "
+                f"({low:.1f}-{high:.1f}) | {row['gigabytes_per_second']:.0f} | **{row['fraction']:.3f}** | {steps} |"
+            )
+        lines += [""]
+    first = results["h100"]["first_token"]
     warm = " to ".join(map(str, first["warm caches"]))
-    lines += ["", f"From the start of `generate.py --compile` to the first token of a 7B in bf16: {warm} s,"]
-    lines += [f"and {first['cold caches']} s before the kernels have been compiled once."]
+    lines += [f"From the start of `generate.py --compile` to the first token of a 7B in bf16, on the H100: {warm} s,"]
+    lines += [f"and {first['cold caches']} s before the kernels have been compiled once. {first['note']}"]
     return "\n".join(lines)
 
 
@@ -112,7 +110,11 @@ def quant(result: dict) -> str:
 
 
 def speculate(result: dict) -> str:
-    lines = ["A round of 5 guesses at Llama-2-7B's shape, on an NVIDIA H200 (`scripts/bench_speculate.py`):", ""]
+    commit = result["rounds"]["about"]["commit"][:7]
+    lines = [
+        f"A round of 5 guesses at Llama-2-7B's shape, on an NVIDIA H200 (`scripts/bench_speculate.py`, {commit}):",
+        "",
+    ]
     lines += ["| weights, draft | plain step, ms | verify 6 rows over a plain step | overhead a round, ms |"]
     lines += ["|---|---|---|---|"]
     for name, row in result["rounds"].items():
@@ -148,7 +150,7 @@ def real_text(results: dict) -> str:
 
 
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[dict], str]]] = {
-    "speed": (("h200",), lambda results: speed(results["h200"])),
+    "speed": (("h100", "h200"), speed),
     "quant": (("quant_smollm2",), lambda results: quant(results["quant_smollm2"])),
     "speculate": (("speculate_h200",), lambda results: speculate(results["speculate_h200"])),
     "real_text": (("speculate_cpu", "speculate_cpu_bf16", "speculate_h200"), real_text),
