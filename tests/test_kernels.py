@@ -211,7 +211,7 @@ def test_attend(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
     arguments = (pos, rope, q_norm, k_norm, 1e-5, H, window)
     expected = attention.attend_reference(qkv.float(), k_expected, v_expected, *arguments)
     for _ in range(2):  # the counters are left as they were found
-        out = attention.attend_triton(qkv, k_cache, v_cache, *arguments, D**-0.5)
+        out = attention.attend_triton(qkv, k_cache, v_cache, *arguments, D**-0.5, ahead=qkv)
         fit = min(S, T - int(pos.max()))
         assert error(out[:, :fit], expected[:, :fit]) < 1e-2
     for cache, other in ((k_cache, k_expected), (v_cache, v_expected)):

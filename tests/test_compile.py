@@ -1,0 +1,135 @@
+"""What the interpreter does not tell: that the Triton kernels compile for a GPU, which need not be there, and that
+weights, keys and x get from their load to the tensor cores without a detour through shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    """What `main` prints, without the interpreter, in which the kernels are not even parsed as Triton."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def test_all_kernels_compile_for_hopper(compiled):
+    assert {row["kernel"] for row in compiled} == {
+        "_linear_kernel",
+        "_attend_kernel",
+        "_maxima_kernel",
+        "_sample_kernel",
+        "_judge_kernel",
+        "_copy_match_kernel",
+        "_embedding_kernel",
+    }
+    assert all(row["waits"] == row["launches"] > 0 for row in compiled if "_attend" not in row["kernel"])
+
+
+def test_fragments_are_loaded_as_they_are(compiled):
+    """A layout that Triton converts on the way to a product shows as shared memory with a name of its own."""
+    linear = [row for row in compiled if row["kernel"] == "_linear_kernel"]
+    assert len(linear) > 20
+    assert [row["case"] for row in linear if row["buffers"]] == []
+
+
+def main() -> None:
+    """Compile each kernel for sm_90 by its own launcher, with a driver that only says so, and print what came out."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    import attention
+    import gemv
+    import lookup
+    import sampling
+    import tp
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    case = ""
+
+    def launcher(kernel, grid):
+        def launch(*args, **options):
+            asm = kernel.run(*args, grid=grid, warmup=True, **options).asm
+            found = {
+                "kernel": kernel.fn.__name__,
+                "case": case,
+                "buffers": asm["ttgir"].count("ttg.local_alloc"),
+                "waits": asm["ptx"].count("griddepcontrol.wait"),
+                "launches": asm["ptx"].count("griddepcontrol.launch_dependents"),
+            }
+            print(json.dumps(found))
+
+        return launch
+
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.__getitem__ = launcher
+    for module in (attention, gemv, lookup, sampling, tp):
+        module.is_hopper = lambda device: True
+
+    dtype, N, K = torch.bfloat16, 4096, 2112
+    bits = {"16-bit": ((N, K), dtype), "int8": ((N, K), torch.int8), "fp8": ((N, K), torch.float8_e4m3fn)}
+    for kind in (*bits, "int4:32", "int4:128"):
+        if kind in bits:
+            shape, of = bits[kind]
+            w, s = torch.empty(shape, dtype=of), None if kind == "16-bit" else torch.empty(N, dtype=dtype)
+        else:
+            group = int(kind[5:])
+            K4 = -(-K // group) * group
+            scales = torch.ones(N, K4 // group, dtype=dtype)
+            w, s = gemv.pack_int4(torch.zeros(N, K4 // 2, dtype=torch.uint8), scales, scales)
+        for rows in (1, 6, 16) if kind == "16-bit" else (1, 6):
+            x, gain, residual = (torch.empty(*shape, dtype=dtype) for shape in ((rows, K), (K,), (rows, N)))
+            case = f"{kind}, {rows} rows, a residual"
+            gemv.linear(x, w, s, residual=residual)
+            case = f"{kind}, {rows} rows, a norm and gates"
+            gemv.linear(x, w, s, None, gain, 1e-5, gates=True)
+    w, x, gain = (
+        torch.empty(32000, 4096, dtype=dtype),
+        torch.empty(1, 4096, dtype=dtype),
+        torch.empty(4096, dtype=dtype),
+    )
+    case = "programs of several tiles"
+    gemv.linear(x, w, None, None, gain, 1e-5, out_dtype=torch.float32)
+    case = "programs of several tiles, a step for all of K"
+    gemv.linear(x[:, :2048], w[:, :2048].to(torch.int8).contiguous(), torch.empty(32000, dtype=dtype))
+
+    pos = torch.zeros(1, dtype=torch.int64)
+    for S, H, Hkv, D, rotary in ((1, 4, 4, 128, True), (1, 8, 2, 64, True), (6, 4, 2, 128, True), (4, 4, 2, 16, False)):
+        case = f"{S} tokens, {H} heads of {D}, {Hkv} keys{', rope' if rotary else ''}"
+        qkv, cache = torch.empty(1, S, (H + 2 * Hkv) * D, dtype=dtype), torch.empty(2, 1, Hkv, 1024, D, dtype=dtype)
+        rope, norm = (torch.empty(1024, D // 2, 2), torch.empty(D, dtype=dtype)) if rotary else (None, None)
+        attention.attend_triton(qkv, *cache, pos, rope, norm, norm, 1e-5, H, 0, 1.0, None if rotary else qkv)
+
+    case, rng, history = "", torch.zeros(2, dtype=torch.int64), torch.zeros(1, 64, dtype=torch.int64)
+    logits = torch.zeros(12, 32000)
+    sampling.sample_triton(logits[:1], 0.8, 200, 0.0, rng, history, pos)
+    sampling.sample_triton(logits[:1], 0.8, 0, 0.0, rng)
+    sampling.floor_triton(logits, 0.8, 200, 0.1)
+    sampling.judge_triton(logits[:11], logits[:11, :1], history[:, :5].contiguous(), 0.8, rng)
+    lookup.copy_match_triton(history, pos, 5)
+    tp.embedding_triton(torch.empty(40, 72, dtype=dtype), history, pos, 1)
+    tp.embedding_triton(torch.empty(40, 72, dtype=dtype), history, None, 8, 20)
+
+
+if __name__ == "__main__":
+    main()
