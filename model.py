@@ -218,7 +218,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor, context: int, ahead
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        input_pos: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: Tensor,
+        context: int,
+        ahead: Tensor | None = None,
     ) -> Tensor:
         y = attend(
             self.project_in(x, norm),
