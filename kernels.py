@@ -20,7 +20,7 @@ try:
     import triton.language as tl
     from triton.language.extra import cuda as tlx
 except ImportError:  # CPU-only builds of torch come without Triton: the references serve
-    triton = tl = tlx = None
+    triton = tl = tlx = flat = unflat = None
 
 MAX_ROWS = 16  # beyond this a step is a prefill, and cuBLAS is the right tool
 

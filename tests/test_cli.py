@@ -206,3 +206,9 @@ def test_bad_conversions(refuses, tmp_path, files, words):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 97} | sizes))
     refuses("scripts/convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path, words=words)
     assert not list(tmp_path.glob("model.pth*"))
+
+
+def test_everything_imports_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import generate, eval, quantize, kernels; print(kernels.triton)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert run.stdout == "None\n", run.stderr
