@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import exchange
 import products
-from kernels import fits, is_hopper, op, rms_norm, tl, tlx, triton
+from kernels import MAX_ROWS, fits, is_hopper, op, rms_norm, tl, tlx, triton
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -99,6 +100,8 @@ def unpack_int4(words: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # Triton kernels. ASM and PDL are off in the interpreter and on GPUs before Hopper, where plain Triton does the same.
 
 if triton is not None:
+    FEATURES = tl.constexpr(exchange.MAX_FEATURES)
+    SLOTS = tl.constexpr(exchange.MAX_FEATURES * MAX_ROWS)
 
     @triton.jit
     def _weights(
@@ -145,14 +148,15 @@ if triton is not None:
         r = tl.arange(0, R)[None, None, None, :, None, None]
         return j, i, warp, r, tl.arange(0, 4)[None, None, None, None, None, :]
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rank"])  # all ranks run the same code, and so sum in the same order
     def _linear_kernel(
-        y, x, w, s, bias, norm, residual, M, N, K, eps,
-        KIND: tl.constexpr, GROUP: tl.constexpr, GATES: tl.constexpr, COLS: tl.constexpr,
+        y, x, w, s, bias, norm, residual, boxes, counts, rank, M, N, K, eps,
+        KIND: tl.constexpr, GROUP: tl.constexpr, GATES: tl.constexpr, COLS: tl.constexpr, WORLD: tl.constexpr,
         R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, PERSIST: tl.constexpr,
         EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W n(x) [+ bias], or if GATES the `gated` (M, N / 2) of it; M <= COLS rows of x.
+        If WORLD is not 1, W n(x) [+ bias] is summed over so many ranks before that, each tile by itself (exchange.py).
 
         A program has 8 R rows of W or, if it is to PERSIST, as many such tiles as it takes, in steps along K; if WHOLE,
         one step is all of K, and x is made ready once. Weights are asked for as soon as those before are used up, and
@@ -193,6 +197,10 @@ if triton is not None:
         if norm is not None:
             gains = norm.to(tl.pointer_type(tl.int32))
 
+        if WORLD > 1:
+            RANKS: tl.constexpr = triton.next_power_of_2(WORLD)
+            source = tl.arange(0, RANKS)[:, None, None]
+            theirs, mine = exchange.addresses(boxes, source, rank, WORLD, SLOTS)
         tile = tl.program_id(0)
         if PDL:
             tlx.gdc_launch_dependents()
@@ -226,6 +234,8 @@ if triton is not None:
                 shift = tl.load(bias + n, mask=n < N, other=0.0)
             if residual is not None:
                 before = tl.load(residual + at, mask=stored, other=0.0)
+            if WORLD > 1:
+                count = tl.load(counts + n // 8, mask=n < N, other=0, cache_modifier=".cg") + 1
             acc = tl.zeros((W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
             if not WHOLE:
                 squares = tl.zeros(squares.shape, tl.float32)
@@ -264,6 +274,14 @@ if triton is not None:
             if GATES:
                 gate, up = tl.split(out.reshape(R // 2, 2, 8, COLS).permute(0, 2, 3, 1))
                 out = (gate * up / (1 + tl.exp(-gate))).reshape(R * 4, COLS)
+            if WORLD > 1:
+                slot = (col[None, :] * FEATURES + n[:, None])[None, :, :]
+                sent = stored[None, :, :] & (source < WORLD)
+                out = out.to(tl.int32, bitcast=True)[None, :, :]
+                out = exchange.deliver(out, theirs, mine, slot, sent, count[None, :, None], WORLD, SLOTS)
+                out = tl.sum(out.to(tl.float32, bitcast=True), 0)
+                tl.debug_barrier()  # every thread has read the count
+                tl.store(counts + n // 8, count, mask=n < N)
             if residual is not None:
                 out += before.to(tl.float32)
             tl.store(y + at, out.to(y.dtype.element_ty), mask=stored)
@@ -372,36 +390,43 @@ def linear(
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     gates: bool = False,
+    rank: int = 0,
+    world: int = 1,
 ) -> Tensor:
     """[residual +] W rms_norm(x) [+ bias]: x (..., K) -> (..., N) in x's dtype or `out_dtype`, in one launch; with
     `gates` its `gated` (..., N / 2). See `takes` for what it takes, besides CPU tensors in Triton's interpreter.
 
     norm (K,) is RMSNorm's gain and `eps` its epsilon, without `norm` x is taken as it is; bias (N,); residual like the
-    result.
+    result. With several ranks in `world`, which have some columns each, W x [+ bias] is the sum of theirs.
     """
     K, N, kind = x.shape[-1], _out_features(weight), _kind(weight)
     rows = x.reshape(-1, K).contiguous()
     M = len(rows)
     R, C, W, registers, programs = _configuration(kind, N, K, M, _processors(x.device))
     hopper = is_hopper(x.device)
+    boxes = exchange.mailbox(x.device) if world > 1 and N <= exchange.MAX_FEATURES else None
+    if world > 1 and boxes is None:
+        residual = residual if rank == 0 else None
     step = W * C * {"fp": 32, "int4": 128}.get(kind, 64)
     tiles = triton.cdiv(N, 8 * R)
     programs = min(tiles, programs * _processors(x.device) or tiles)
     y = torch.empty(*x.shape[:-1], N // 2 if gates else N, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(programs,)](
         y, rows, weight.view(torch.int32), scales, bias, norm, None if residual is None else residual.contiguous(),
-        M, N, K, eps, KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, GATES=gates,
-        COLS=1 if M == 1 else 8 if M <= 8 else 16, R=R, C=C, W=W,
-        WHOLE=step >= K, PERSIST=programs < tiles,
-        EVEN=K % step == 0,
+        *(boxes[1] if boxes else (None, None)), rank, M, N, K, eps,
+        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, GATES=gates,
+        COLS=1 if M == 1 else 8 if M <= 8 else 16, WORLD=world if boxes else 1, R=R, C=C, W=W,
+        WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": registers} if hopper else {}),
     )  # fmt: skip
-    return y
+    return y if world == 1 or boxes else exchange.exchange(y, False, rank, world)
 
 
 @torch.library.register_fake("gptfast::linear")
-def _(x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, gates=False):
+def _(
+    x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, gates=False, rank=0, world=1
+):
     N = _out_features(weight)
     return x.new_empty((*x.shape[:-1], N // 2 if gates else N), dtype=out_dtype or x.dtype)
 

@@ -23,17 +23,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symm_mem
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+import gemv
 from errors import UserError
+from exchange import exchange
 from kernels import is_hopper, op, tl, tlx, triton
 from linear import GROUPS, Int4Linear, Linear
 
-MAX_WORDS = 2**17  # of 4 bytes, a rank; more than that (a prefill) is NCCL's, whose strength is bandwidth
-BLOCK = 256  # words a program of the exchange kernel
 ARRIVAL = timedelta(minutes=5)  # how long a rank waits for the others to start,
 SILENCE = timedelta(seconds=20)  # for a sign of life from them,
 PATIENCE = timedelta(days=7)  # and for what they send, which may be what a user has yet to type
@@ -114,6 +113,9 @@ class TensorParallel:
 
     def project(self, linear: Linear, x: Tensor, residual: Tensor) -> Tensor:
         """residual + W x, of which every rank holds some columns of W and that part of x (..., K / world)."""
+        if gemv.takes(x, linear.weight):
+            rest = (linear.weight, linear.scales, linear.bias)
+            return gemv.linear(x, *rest, residual=residual, rank=self.rank, world=self.world)
         y = linear(x, residual=residual if self.rank == 0 else None)
         return y if self.world == 1 else exchange(y, False, self.rank, self.world)
 
@@ -256,71 +258,7 @@ def embedding_triton(table, tokens, start, new, first=None):
     return out
 
 
-# --- exchange ---------------------------------------------------------------------------------------------------------
-
-
-@op("exchange")
-def exchange(x: Tensor, gather: bool, rank: int, world: int) -> Tensor:
-    """Of x (..., n) on every rank: the sum or, to gather, the ranks' parts side by side, (..., world n).
-
-    Every rank gets the same bits. On GPUs with peer access one kernel does it, otherwise NCCL, and on a CPU gloo.
-    """
-    words = x.numel() * x.element_size() // 4
-    if x.is_cuda and words <= MAX_WORDS and x.shape[-1] * x.element_size() % 4 == 0 and (box := _mailbox(x.device)):
-        return exchange_triton(x.contiguous(), gather, rank, world, *box[:2])
-    if gather:
-        parts = [torch.empty_like(x) for _ in range(world)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts, -1)
-    total = x.to(torch.float32 if x.is_cpu else x.dtype, copy=True)
-    dist.all_reduce(total)
-    return total.to(x.dtype)
-
-
-@torch.library.register_fake("gptfast::exchange")
-def exchange_fake(x, gather, rank, world):
-    return x.new_empty((*x.shape[:-1], x.shape[-1] * (world if gather else 1)))
-
-
-@functools.cache
-def _mailbox(device: torch.device) -> tuple[Tensor, ...] | None:
-    """The address of each rank's mailbox, int64 (world,), and the number of exchanges each program has done; None where
-    GPUs cannot reach each other's memory. Every rank must call it. A mailbox has two places for a word of each rank.
-    """
-    world = dist.get_world_size()
-    if triton is None or int(os.environ.get("LOCAL_WORLD_SIZE", 0)) != world:
-        return None
-    if not all(torch.cuda.can_device_access_peer(i, j) for i in range(world) for j in range(i)):
-        return None
-    addresses = torch.zeros(world, dtype=torch.int64, device=device)
-    try:
-        box = symm_mem.empty(2 * world * MAX_WORDS, dtype=torch.int64, device=device).zero_()
-        handle = symm_mem.rendezvous(box, dist.group.WORLD)
-        addresses += torch.tensor(handle.buffer_ptrs, device=device)
-    except RuntimeError as error:
-        print(f"NCCL serves: no memory is shared between GPUs ({str(error).splitlines()[0]})", file=sys.stderr)
-    ready = addresses.amin()
-    dist.all_reduce(ready, dist.ReduceOp.MIN)  # also waits until every mailbox is empty
-    counts = torch.zeros(MAX_WORDS // BLOCK, dtype=torch.int64, device=device)
-    return (addresses, counts, box, handle) if ready.item() else None
-
-
-def exchange_triton(x, gather, rank, world, boxes, counts):
-    """One launch of the exchange kernel: x contiguous, in whole words of 4 bytes along its last dimension."""
-    out = exchange_fake(x, gather, rank, world)
-    pdl = is_hopper(x.device)
-    width = x.shape[-1] * x.element_size() // 4
-    words = x.numel() * x.element_size() // 4
-    _exchange_kernel[(triton.cdiv(words, BLOCK),)](
-        out.view(torch.int32), x.view(torch.int32), boxes, counts, rank, words, width,
-        WORLD=world, RANKS=triton.next_power_of_2(world), SLOTS=MAX_WORDS, GATHER=gather, DTYPE=_TRITON[x.dtype],
-        BLOCK=BLOCK, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
-    return out
-
-
 if triton is not None:
-    _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
     @triton.jit(do_not_specialize=["new", "T"])  # a prompt of any length must not have to wait for a compiler
     def _embedding_kernel(out, table, tokens, start, new, T, first, rows, C, BLOCK: tl.constexpr, PDL: tl.constexpr):
@@ -337,50 +275,3 @@ if triton is not None:
         token = tl.load(tokens + at) - first
         x = tl.load(table + token * C + c, mask=(token >= 0) & (token < rows) & (c < C), other=0.0)
         tl.store(out + row.to(tl.int64) * C + c, x, mask=c < C)
-
-    @triton.jit(do_not_specialize=["rank", "words"])  # all ranks run the same code, and so sum in the same order
-    def _exchange_kernel(
-        out, x, boxes, counts, rank, words, width,
-        WORLD: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, GATHER: tl.constexpr, DTYPE: tl.constexpr,
-        BLOCK: tl.constexpr, PDL: tl.constexpr,
-    ):  # fmt: skip
-        """Each rank writes its words into everyone's mailbox and waits for everyone's in its own.
-
-        A message is 8 bytes, a word and the number of this exchange, which a GPU writes as one: no other signal is
-        needed (NCCL's LL protocol). Two places in turn suffice: who sends message n + 2 has received all of n + 1, and
-        these were sent after their senders had read n.
-        """
-        pid = tl.program_id(0)
-        at = pid * BLOCK + tl.arange(0, BLOCK)[None, :]
-        source = tl.arange(0, RANKS)[:, None]
-        sent = at < words
-        mask = sent & (source < WORLD)
-        theirs = tl.load(boxes + source, mask=source < WORLD, other=0).to(tl.pointer_type(tl.int64))
-        mine = tl.load(boxes + rank).to(tl.pointer_type(tl.int64))
-        if PDL:
-            tlx.gdc_launch_dependents()
-            tlx.gdc_wait()
-        count = tl.load(counts + pid) + 1
-        number = count & 0xFFFFFFFF
-        word = tl.load(x + at, mask=sent, other=0)
-        message = (word.to(tl.int64) << 32) | number
-        place = (count % 2) * (WORLD * SLOTS) + at
-        tl.store(theirs + (place + rank * SLOTS), tl.broadcast_to(message, (RANKS, BLOCK)), mask=mask)
-        mine += place + source * SLOTS
-        got = tl.load(mine, mask=mask, other=number, volatile=True)
-        while tl.max(tl.max(((got & 0xFFFFFFFF) != number).to(tl.int32), 1), 0) != 0:
-            got = tl.load(mine, mask=mask, other=number, volatile=True)
-        got = (got >> 32).to(tl.int32)
-        if GATHER:
-            tl.store(out + (at // width) * (WORLD * width) + source * width + at % width, got, mask=mask)
-        elif DTYPE is tl.float32:
-            total = tl.sum(tl.where(mask, got.to(tl.float32, bitcast=True), 0.0), 0)
-            tl.store(out + at, total.to(tl.int32, bitcast=True)[None, :], mask=sent)
-        else:
-            low, high = got.to(tl.int16), (got >> 16).to(tl.int16)
-            low = tl.sum(tl.where(mask, low.to(DTYPE, bitcast=True).to(tl.float32), 0.0), 0).to(DTYPE)
-            high = tl.sum(tl.where(mask, high.to(DTYPE, bitcast=True).to(tl.float32), 0.0), 0).to(DTYPE)
-            low, high = low.to(tl.int16, bitcast=True).to(tl.int32), high.to(tl.int16, bitcast=True).to(tl.int32)
-            tl.store(out + at, ((high << 16) | (low & 0xFFFF))[None, :], mask=sent)
-        tl.debug_barrier()  # every thread has read the count
-        tl.store(counts + pid, count)

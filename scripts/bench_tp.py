@@ -29,9 +29,10 @@ import bench
 
 import kernels
 from errors import UserError, run_cli
+from exchange import exchange
 from generate import pick_device
 from model import ModelConfig
-from tp import TensorParallel, exchange, session
+from tp import TensorParallel, session
 
 LARGE = "70B"  # only on the largest number of GPUs
 

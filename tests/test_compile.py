@@ -31,6 +31,7 @@ def test_all_kernels_compile_for_hopper(compiled):
         "_judge_kernel",
         "_copy_match_kernel",
         "_embedding_kernel",
+        "_exchange_kernel",
     }
     assert all(row["waits"] == row["launches"] > 0 for row in compiled if "_attend" not in row["kernel"])
 
@@ -50,6 +51,7 @@ def main() -> None:
     from triton.runtime.jit import JITFunction
 
     import attention
+    import exchange
     import gemv
     import lookup
     import sampling
@@ -83,7 +85,7 @@ def main() -> None:
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.__getitem__ = launcher
-    for module in (attention, gemv, lookup, sampling, tp):
+    for module in (attention, exchange, gemv, lookup, sampling, tp):
         module.is_hopper = lambda device: True
 
     dtype, N, K = torch.bfloat16, 4096, 2112
@@ -112,6 +114,15 @@ def main() -> None:
     gemv.linear(x, w, None, None, gain, 1e-5, out_dtype=torch.float32)
     case = "programs of several tiles, a step for all of K"
     gemv.linear(x[:, :2048], w[:, :2048].to(torch.int8).contiguous(), torch.empty(32000, dtype=dtype))
+
+    boxes = counts = torch.zeros(2, dtype=torch.int64)
+    exchange.mailbox = lambda device: (None, (boxes, counts))
+    for rows in (1, 6):
+        case = f"a sum over ranks, {rows} rows"
+        x = torch.empty(rows, 2048, dtype=dtype)
+        gemv.linear(x, w[:4096, :2048].contiguous(), residual=torch.empty(rows, 4096, dtype=dtype), world=2)
+    exchange.exchange_triton(x, False, 0, 2, boxes, counts)
+    exchange.exchange_triton(x, True, 1, 4, boxes, counts)
 
     pos = torch.zeros(1, dtype=torch.int64)
     for S, H, Hkv, D, rotary in ((1, 4, 4, 128, True), (1, 8, 2, 64, True), (6, 4, 2, 128, True), (4, 4, 2, 16, False)):

@@ -17,7 +17,8 @@ CUDA = torch.cuda.device_count() > 0  # does not start CUDA, after which no proc
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # has to be set before Triton is imported
 
-import tp as parallel  # noqa: E402
+import exchange  # noqa: E402
+import gemv  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from errors import UserError  # noqa: E402
 from generate import Engine, generate, load  # noqa: E402
@@ -109,6 +110,11 @@ def test_a_draft_that_every_rank_holds_whole_is_compared_with_the_whole_target()
     assert Engine(target, max_seq_length=8, draft=draft).speculator.draft.model is draft
 
 
+def mailboxes(world, slots):
+    boxes = [torch.zeros(2, world, slots, dtype=torch.int64) for _ in range(world)]
+    return boxes, torch.tensor([box.data_ptr() for box in boxes])
+
+
 @pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("mode", ["sum fp32", "sum fp16", "gather"])
@@ -116,21 +122,62 @@ def test_exchange_kernel(world, mode):
     """Rank 1's kernel, with what the other ranks send put into its mailbox beforehand."""
     pytest.importorskip("triton")
     rank = 1
-    slots = parallel.MAX_WORDS
-    mailboxes = [torch.zeros(2, world, slots, dtype=torch.int64) for _ in range(world)]
-    boxes = torch.tensor([box.data_ptr() for box in mailboxes])
-    counts = torch.zeros(slots // parallel.BLOCK, dtype=torch.int64)
+    memory, boxes = mailboxes(world, exchange.MAX_WORDS)
+    counts = torch.zeros(exchange.MAX_WORDS // exchange.BLOCK, dtype=torch.int64)
     for number in (1, 2, 3):  # the two places take turns
         x = torch.randn(world, 2, 3, 130).to(torch.float16 if mode == "sum fp16" else torch.float32)
         for other in range(world):
             words = x[other].view(torch.int32).flatten().long()
             if other != rank:
-                mailboxes[rank][number % 2, other, : len(words)] = words << 32 | number
-        out = parallel.exchange_triton(x[rank], mode == "gather", rank, world, boxes, counts)
+                memory[rank][number % 2, other, : len(words)] = words << 32 | number
+        out = exchange.exchange_triton(x[rank], mode == "gather", rank, world, boxes, counts)
         expected = torch.cat(list(x), -1) if mode == "gather" else x.float().sum(0).to(x.dtype)
         torch.testing.assert_close(out, expected)
         mine = x[rank].view(torch.int32).flatten().long() << 32 | number
-        assert all(torch.equal(box[number % 2, rank, : len(mine)], mine) for box in mailboxes)
+        assert all(torch.equal(box[number % 2, rank, : len(mine)], mine) for box in memory)
+
+
+@pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_kernel_sums_over_ranks(world, kind, monkeypatch):
+    """Rank 1's kernel, with the other ranks' products put into its mailbox beforehand: tiles and rows change, and
+    weights are narrower in between, as a draft model's may be."""
+    pytest.importorskip("triton")
+    rank, features = 1, exchange.MAX_FEATURES
+    memory, boxes = mailboxes(world, features * exchange.MAX_ROWS)
+    counts = torch.zeros(features // 8, dtype=torch.int64)
+    monkeypatch.setattr(exchange, "mailbox", lambda device: (None, (boxes, counts)))
+    sent = [0, 0]  # so far, of the first 40 features and of the others
+    for rows, N, R, programs in ((1, 104, 2, 0), (3, 104, 4, 0), (1, 40, 2, 0), (2, 104, 2, 2), (1, 104, 2, 3)):
+        monkeypatch.setattr(gemv, "_configuration", lambda *_, R=R, programs=programs: (R, 1, 1, 128, programs))
+        monkeypatch.setattr(gemv, "_processors", lambda device: 1)
+        sent[0] += 1
+        sent[1] += N > 40
+        number = torch.where(torch.arange(N) < 40, *sent)
+        x, residual = torch.randn(rows, 288).half(), torch.randn(rows, N).half()
+        tensors = {"weight": torch.randn(N, 288) * 0.1}
+        if kind == "plain":
+            tensors = {"weight": tensors["weight"].half()}
+        else:
+            tensors = quantize_linear(kind, tensors, "w")
+        weight = gemv.dequantize(tensors["weight"], tensors.get("scales"), tensors.get("zeros"), torch.float32)[:, :288]
+        if kind.startswith("int4"):
+            tensors["weight"], tensors["scales"] = gemv.pack_int4(*tensors.values())
+        theirs = torch.randn(world, rows, N)
+        for other in range(world):
+            words = theirs[other].view(torch.int32).long() << 32 | number
+            if other != rank:
+                place = memory[rank].view(2, world, exchange.MAX_ROWS, features)[:, other, :rows, :N]
+                place.scatter_(0, (number % 2).expand(1, rows, N), words[None])
+        out = gemv.linear(x, tensors["weight"], tensors.get("scales"), residual=residual, rank=rank, world=world)
+        theirs[rank] = x.float() @ weight.t()
+        torch.testing.assert_close(out.float(), residual.float() + theirs.sum(0), rtol=2e-2, atol=5e-2)
+        for box in memory:  # everyone got this rank's products
+            place = box.view(2, world, exchange.MAX_ROWS, features)[:, rank, :rows, :N]
+            got = place.gather(0, (number % 2).expand(1, rows, N))[0]
+            assert torch.equal(got & 0xFFFFFFFF, number.expand(rows, N))
+            torch.testing.assert_close((got >> 32).int().view(torch.float32), theirs[rank], rtol=2e-2, atol=5e-2)
 
 
 # --- in several processes ---------------------------------------------------------------------------------------------

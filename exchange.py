@@ -1,0 +1,144 @@
+"""What ranks on the GPUs of one machine send each other within a decode step, through memory that all can reach.
+
+    exchange(x, gather, rank, world)   the sum or the parts of all ranks, as an op; elsewhere by NCCL or gloo
+    deliver, addresses                 the same inside another kernel: gemv.py's, whose every program sums its own tile
+    mailbox(device)                    the memory, or None
+
+A message is 8 bytes, a word and the number of this exchange, which a GPU writes as one: no other signal is needed
+(NCCL's LL protocol). A mailbox has two places for each message, which take turns. Two suffice: who sends message n + 2
+has received all of n + 1, and these were sent after their senders had read n.
+"""
+
+import functools
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
+from torch import Tensor
+
+from kernels import MAX_ROWS, is_hopper, op, tl, tlx, triton
+
+MAX_WORDS = 2**17  # of 4 bytes, a rank; more than that (a prefill) is NCCL's, whose strength is bandwidth
+BLOCK = 256  # words a program of the exchange kernel
+MAX_FEATURES = 2**14  # of a row that the linear kernel sums
+
+
+@op("exchange")
+def exchange(x: Tensor, gather: bool, rank: int, world: int) -> Tensor:
+    """Of x (..., n) on every rank: the sum or, to gather, the ranks' parts side by side, (..., world n).
+
+    Every rank gets the same bits. On GPUs with peer access one kernel does it, otherwise NCCL, and on a CPU gloo.
+    """
+    words = x.numel() * x.element_size() // 4
+    if x.is_cuda and words <= MAX_WORDS and x.shape[-1] * x.element_size() % 4 == 0 and (boxes := mailbox(x.device)):
+        return exchange_triton(x.contiguous(), gather, rank, world, *boxes[0])
+    if gather:
+        parts = [torch.empty_like(x) for _ in range(world)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, -1)
+    total = x.to(torch.float32 if x.is_cpu else x.dtype, copy=True)
+    dist.all_reduce(total)
+    return total.to(x.dtype)
+
+
+@torch.library.register_fake("gptfast::exchange")
+def exchange_fake(x, gather, rank, world):
+    return x.new_empty((*x.shape[:-1], x.shape[-1] * (world if gather else 1)))
+
+
+@functools.cache
+def mailbox(device: torch.device) -> tuple | None:
+    """For the exchange kernel and for the linear kernel: the address of each rank's mailbox, int64 (world,), and the
+    number of exchanges so far, int64, of each program and of each 8 features; and what keeps them alive. None where
+    GPUs cannot reach each other's memory. Every rank must call it.
+    """
+    world = dist.get_world_size()
+    if triton is None or int(os.environ.get("LOCAL_WORLD_SIZE", 0)) != world:
+        return None
+    if not all(torch.cuda.can_device_access_peer(i, j) for i in range(world) for j in range(i)):
+        return None
+    slots = (MAX_WORDS, MAX_FEATURES * MAX_ROWS)
+    boxes = torch.zeros(world, dtype=torch.int64, device=device)
+    try:
+        memory = symm_mem.empty(2 * world * sum(slots), dtype=torch.int64, device=device).zero_()
+        handle = symm_mem.rendezvous(memory, dist.group.WORLD)
+        boxes += torch.tensor(handle.buffer_ptrs, device=device)
+    except RuntimeError as error:
+        print(f"NCCL serves: no memory is shared between GPUs ({str(error).splitlines()[0]})", file=sys.stderr)
+    ready = boxes.amin()
+    dist.all_reduce(ready, dist.ReduceOp.MIN)  # also waits until every mailbox is empty
+    counts = [torch.zeros(n, dtype=torch.int64, device=device) for n in (MAX_WORDS // BLOCK, MAX_FEATURES // 8)]
+    second = boxes + 2 * world * slots[0] * 8
+    return ((boxes, counts[0]), (second, counts[1]), memory, handle) if ready.item() else None
+
+
+def exchange_triton(x, gather, rank, world, boxes, counts):
+    """One launch of the exchange kernel: x contiguous, in whole words of 4 bytes along its last dimension."""
+    out = exchange_fake(x, gather, rank, world)
+    pdl = is_hopper(x.device)
+    width = x.shape[-1] * x.element_size() // 4
+    words = x.numel() * x.element_size() // 4
+    _exchange_kernel[(triton.cdiv(words, BLOCK),)](
+        out.view(torch.int32), x.view(torch.int32), boxes, counts, rank, words, width,
+        WORLD=world, RANKS=triton.next_power_of_2(world), SLOTS=MAX_WORDS, GATHER=gather, DTYPE=_TRITON[x.dtype],
+        BLOCK=BLOCK, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out
+
+
+if triton is not None:
+    _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+    @triton.jit
+    def addresses(boxes, source, rank, WORLD: tl.constexpr, SLOTS: tl.constexpr):
+        """Where this rank's messages go in the mailbox of each rank in `source`, and those of each come in its own."""
+        theirs = tl.load(boxes + source, mask=source < WORLD, other=0) + rank * (SLOTS * 8)
+        mine = tl.load(boxes + rank) + source.to(tl.int64) * (SLOTS * 8)
+        return theirs.to(tl.pointer_type(tl.int64)), mine.to(tl.pointer_type(tl.int64))
+
+    @triton.jit
+    def deliver(word, theirs, mine, at, mask, count, WORLD: tl.constexpr, SLOTS: tl.constexpr):
+        """Send int32 `word` at slots `at` to all ranks, as exchange number `count` int64 there, and wait for theirs:
+        int32, of mask's shape, whose first axis is that of `addresses`; 0 where it is not set."""
+        number = tl.broadcast_to(count & 0xFFFFFFFF, mask.shape)
+        place = count % 2 * (WORLD * SLOTS) + at
+        message = (word.to(tl.int64) << 32) | number
+        tl.store(theirs + place, message, mask=mask)
+        got = tl.load(mine + place, mask=mask, other=number, volatile=True)
+        while tl.max(((got & 0xFFFFFFFF) != number).to(tl.int32)) != 0:
+            got = tl.load(mine + place, mask=mask, other=number, volatile=True)
+        return (got >> 32).to(tl.int32)
+
+    @triton.jit(do_not_specialize=["rank", "words"])  # all ranks run the same code, and so sum in the same order
+    def _exchange_kernel(
+        out, x, boxes, counts, rank, words, width,
+        WORLD: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, GATHER: tl.constexpr, DTYPE: tl.constexpr,
+        BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """Each rank writes its words into everyone's mailbox and waits for everyone's in its own."""
+        pid = tl.program_id(0)
+        at = pid * BLOCK + tl.arange(0, BLOCK)[None, :]
+        source = tl.arange(0, RANKS)[:, None]
+        sent = at < words
+        mask = sent & (source < WORLD)
+        theirs, mine = addresses(boxes, source, rank, WORLD, SLOTS)
+        if PDL:
+            tlx.gdc_launch_dependents()
+            tlx.gdc_wait()
+        count = tl.load(counts + pid) + 1
+        got = deliver(tl.load(x + at, mask=sent, other=0), theirs, mine, at, mask, count, WORLD, SLOTS)
+        if GATHER:
+            tl.store(out + (at // width) * (WORLD * width) + source * width + at % width, got, mask=mask)
+        elif DTYPE is tl.float32:
+            total = tl.sum(got.to(tl.float32, bitcast=True), 0)
+            tl.store(out + at, total.to(tl.int32, bitcast=True)[None, :], mask=sent)
+        else:
+            low, high = got.to(tl.int16), (got >> 16).to(tl.int16)
+            low = tl.sum(low.to(DTYPE, bitcast=True).to(tl.float32), 0).to(DTYPE)
+            high = tl.sum(high.to(DTYPE, bitcast=True).to(tl.float32), 0).to(DTYPE)
+            low, high = low.to(tl.int16, bitcast=True).to(tl.int32), high.to(tl.int16, bitcast=True).to(tl.int32)
+            tl.store(out + at, ((high << 16) | (low & 0xFFFF))[None, :], mask=sent)
+        tl.debug_barrier()  # every thread has read the count
+        tl.store(counts + pid, count)
