@@ -10,7 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cpu
-from kernels import MAX_ROWS, flat, is_hopper, op, rms_norm, tl, tlx, triton, unflat, zeros
+from kernels import (
+    MAX_ROWS,
+    content,
+    flat,
+    is_hopper,
+    missing,
+    op,
+    receive,
+    rms_norm,
+    send,
+    slots,
+    tl,
+    tlx,
+    triton,
+    unflat,
+)
 
 
 def rotate(x: Tensor, positions: Tensor, rope: Tensor) -> Tensor:
@@ -124,7 +139,7 @@ if triton is not None:
 
     @triton.jit
     def _attend_kernel(
-        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, arrived, ahead, lines,
+        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts, ahead, lines,
         S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h, stride_t,
         G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
         W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
@@ -132,10 +147,10 @@ if triton is not None:
         """ROWS query rows (new token s, head g) of one key head, on one part of the keys; KEYS a warp and step.
 
         The keys in the cache are cut into parts of at least SHARE, at most SPLITS; programs without one leave at once.
-        The last part's program also writes the new keys and values and attends to them. Whichever program of these rows
-        is the last to finish combines the parts (flash decoding without a second launch). As in the linear kernel,
-        tiles of keys and values are loaded as fragments, by permuting what the dot products sum over or, for values,
-        the features.
+        The last part's program also writes the new keys and values, attends to them, and combines what the others send
+        it (flash decoding without a second launch); they started before it, so it does not wait in vain. As in the
+        linear kernel, tiles of keys and values are loaded as fragments, by permuting what the dot products sum over or,
+        for values, the features.
 
         Positions and old keys come from before the model's first kernel, which lets no other start until all before it
         has ended, so they need not wait for the kernel before this one.
@@ -203,6 +218,9 @@ if triton is not None:
         q = tl.load(q_rows[:, None] + n[None, :], mask=(row < S * G)[:, None] & (n < D)[None, :], other=0.0)
         k_new = tl.load(k_rows[:, None] + n[None, :], mask=ours & (n < D)[None, :], other=0.0)
         v_new = tl.load((k_rows + Hkv * D)[:, None] + d[None, :], mask=ours & (d < D)[None, :], other=0.0)
+        if SPLITS > 1:
+            group = head * tl.num_programs(2) + block
+            count = tl.load(counts + group, cache_modifier=".cg") + 1
         if ahead is not None:
             _fetch(ahead, lines, W)
         q = _turned(q, q_turns, q_norm, eps, D, DP, ROTARY)
@@ -257,34 +275,33 @@ if triton is not None:
                 k_tile = _cached(keys, t0 + STEP + key_of_k, d_of_k, end, stride_t, D)
                 v_tile = _cached(values, t0 + STEP + key_of_v, d_of_v, end, stride_t, D)
 
-        if parts > 1:
-            group = head * tl.num_programs(2) + block
-            r = tl.arange(0, ROWS)
-            slots = partial + group.to(tl.int64) * (SPLITS * ROWS * (DP + 2))
-            slot = slots + split * (ROWS * (DP + 2))
-            tl.store(slot + r[:, None] * DP + n[None, :], acc)
-            tl.store(slot + ROWS * DP + r, top)
-            tl.store(slot + ROWS * (DP + 1) + r, total)
-            tl.debug_barrier()  # all of this program's stores before its arrival
-            if tl.atomic_add(arrived + group, 1, sem="acq_rel") != parts - 1:
+        if SPLITS > 1 and parts > 1:
+            real = (row < S * G)[:, None]
+            r = tl.arange(0, ROWS)[:, None]
+            place = partial + group.to(tl.int64) * (SPLITS * ROWS * (DP + 2)) + r * (DP + 2)
+            number = count & 0xFFFFFFFF
+            if split < parts - 1:
+                place += split * (ROWS * (DP + 2))
+                send(place + n[None, :], acc, number, real)
+                send(place + DP + tl.arange(0, 2)[None, :], tl.join(top, total), number, real)
                 return
-            tl.debug_barrier()
-            tl.store(arrived + group, 0)
-            top = tl.full((ROWS,), float("-inf"), tl.float32)
-            total = tl.zeros((ROWS,), tl.float32)
-            acc = tl.zeros((ROWS, DP), tl.float32)
-            for part in range(parts):
-                slot = slots + part * (ROWS * (DP + 2))
-                part_acc = tl.load(slot + r[:, None] * DP + n[None, :], cache_modifier=".cg")
-                part_top = tl.load(slot + ROWS * DP + r, cache_modifier=".cg")
-                part_total = tl.load(slot + ROWS * (DP + 1) + r, cache_modifier=".cg")
+            for _ in range(parts - 1):
+                theirs = receive(place + n[None, :], number, real)
+                sums = receive(place + DP + tl.arange(0, 2)[None, :], number, real)
+                while tl.max(tl.maximum(tl.max(missing(theirs, number), 1), tl.max(missing(sums, number), 1))) != 0:
+                    theirs = receive(place + n[None, :], number, real)
+                    sums = receive(place + DP + tl.arange(0, 2)[None, :], number, real)
+                part_top, part_total = tl.split(content(sums, tl.float32))
                 new_top = tl.maximum(top, part_top)
                 safe = tl.where(new_top == float("-inf"), 0.0, new_top)
                 fade = tl.exp2(top - safe)
                 gain = tl.exp2(part_top - safe)
-                acc = acc * fade[:, None] + part_acc * gain[:, None]
+                acc = acc * fade[:, None] + content(theirs, tl.float32) * gain[:, None]
                 total = total * fade + part_total * gain
                 top = new_top
+                place += ROWS * (DP + 2)
+            tl.debug_barrier()  # every thread has read the count
+            tl.store(counts + group, count)
         to = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + d[None, :]
         acc = acc / total[:, None]
         tl.store(out + to, acc.to(out.dtype.element_ty), mask=(row < S * G)[:, None] & (d < D)[None, :])
@@ -306,10 +323,12 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
     W, keys, share = ATTEND
     splits = max(1, min(64, 264 // (B * Hkv), triton.cdiv(T, share)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
-    partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
+    partial, counts = (None, None)
+    if splits > 1:
+        partial, counts = slots(qkv.device, B * Hkv * blocks, splits * rows * (DP + 2))
     _attend_kernel[(B * Hkv, splits, blocks)](
-        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial,
-        zeros(qkv.device, max(4096, B * Hkv * blocks)), ahead, 0 if ahead is None else min(ahead.nbytes, AHEAD) // 128,
+        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts,
+        ahead, 0 if ahead is None else min(ahead.nbytes, AHEAD) // 128,
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
         ROWS=rows, NEW=1 if S == 1 else 16, W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,

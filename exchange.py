@@ -4,9 +4,8 @@
     deliver, addresses                 the same inside another kernel: gemv.py's, whose every program sums its own tile
     mailbox(device)                    the memory, or None
 
-A message is 8 bytes, a word and the number of this exchange, which a GPU writes as one: no other signal is needed
-(NCCL's LL protocol). A mailbox has two places for each message, which take turns. Two suffice: who sends message n + 2
-has received all of n + 1, and these were sent after their senders had read n.
+Messages are those of kernels.py. A mailbox has two places for each, which take turns. Two suffice: who sends message
+n + 2 has received all of n + 1, and these were sent after their senders had read n.
 """
 
 import functools
@@ -18,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
-from kernels import MAX_ROWS, is_hopper, op, tl, tlx, triton
+from kernels import MAX_ROWS, content, is_hopper, missing, op, receive, send, tl, tlx, triton
 
 MAX_WORDS = 2**17  # of 4 bytes, a rank; more than that (a prefill) is NCCL's, whose strength is bandwidth
 BLOCK = 256  # words a program of the exchange kernel
@@ -104,12 +103,11 @@ if triton is not None:
         int32, of mask's shape, whose first axis is that of `addresses`; 0 where it is not set."""
         number = tl.broadcast_to(count & 0xFFFFFFFF, mask.shape)
         place = count % 2 * (WORLD * SLOTS) + at
-        message = (word.to(tl.int64) << 32) | number
-        tl.store(theirs + place, message, mask=mask)
-        got = tl.load(mine + place, mask=mask, other=number, volatile=True)
-        while tl.max(((got & 0xFFFFFFFF) != number).to(tl.int32)) != 0:
-            got = tl.load(mine + place, mask=mask, other=number, volatile=True)
-        return (got >> 32).to(tl.int32)
+        send(theirs + place, word, number, mask)
+        got = receive(mine + place, number, mask)
+        while tl.max(missing(got, number)) != 0:
+            got = receive(mine + place, number, mask)
+        return content(got, tl.int32)
 
     @triton.jit(do_not_specialize=["rank", "words"])  # all ranks run the same code, and so sum in the same order
     def _exchange_kernel(

@@ -20,7 +20,7 @@ try:
     import triton.language as tl
     from triton.language.extra import cuda as tlx
 except ImportError:  # CPU-only builds of torch come without Triton: the references serve
-    triton = tl = tlx = flat = unflat = None
+    triton = tl = tlx = flat = unflat = send = receive = missing = content = None
 
 MAX_ROWS = 16  # beyond this a step is a prefill, and cuBLAS is the right tool
 
@@ -40,6 +40,14 @@ def is_hopper(device: torch.device) -> bool:
 def zeros(device: torch.device, n: int) -> Tensor:
     """Counters that every kernel leaves as it found them, at zero. One stream of a device may use them at a time."""
     return torch.zeros(n, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def slots(device: torch.device, groups: int, size: int) -> tuple[Tensor, Tensor]:
+    """Places for `size` messages (see `send`) in each group, and the number of each group's last ones, both int64. One
+    stream of a device may use them at a time."""
+    memory = torch.zeros(groups * (size + 1), dtype=torch.int64, device=device)
+    return memory[:-groups], memory[-groups:]
 
 
 def fits(x: Tensor) -> bool:
@@ -110,6 +118,26 @@ if triton is not None:
     def unflat(x, W: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
         """The inverse of flat, for what has been loaded."""
         return x.reshape(C, R, W, 8, 4, x.shape[1]).permute(4, 3, 2, 1, 0, 5)
+
+    @triton.jit
+    def send(to, value, number, mask):
+        """Put 4 bytes and the message's number, int64 below 2^32, in a place where that number never was before. A GPU
+        writes the 8 bytes as one, so that no other signal is needed (NCCL's LL protocol)."""
+        tl.store(to, (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | number, mask=mask)
+
+    @triton.jit
+    def receive(at, number, mask):
+        """What is there now, as int64, for `missing` and `content`. Where there is no mask, a message of 0."""
+        return tl.load(at, mask=mask, other=number, volatile=True)
+
+    @triton.jit
+    def missing(message, number):
+        """1 where the message has yet to arrive, else 0."""
+        return ((message & 0xFFFFFFFF) != number).to(tl.int32)
+
+    @triton.jit
+    def content(message, DTYPE: tl.constexpr):
+        return (message >> 32).to(tl.int32).to(DTYPE, bitcast=True)
 
     @triton.jit
     def _sum_kernel(out, x, N, BLOCK: tl.constexpr, STEPS: tl.constexpr):
