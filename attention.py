@@ -328,7 +328,7 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
         partial, counts = slots(qkv.device, B * Hkv * blocks, splits * rows * (DP + 2))
     _attend_kernel[(B * Hkv, splits, blocks)](
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts,
-        ahead, 0 if ahead is None else min(ahead.nbytes, AHEAD) // 128,
+        ahead, 0 if ahead is None else min(ahead.nbytes // 6, AHEAD) // 128,
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
         ROWS=rows, NEW=1 if S == 1 else 16, W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,

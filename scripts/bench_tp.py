@@ -12,6 +12,7 @@ import gc
 import itertools
 import json
 import math
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run f
 
 import bench
 
+import gemv
 import kernels
 from errors import UserError, run_cli
 from exchange import exchange
@@ -59,9 +61,13 @@ def main() -> None:
     for process in [_torchrun(args, n, "--layers", "1", "--runs", "1", "--max_new_tokens", "9") for n in args.gpus]:
         _finish(process, args.timeout)
     results = {}
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    about = {"commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()}
+    about["command"] = shlex.join(["python", *sys.argv])
     for n in args.gpus:
         results[n] = _finish(_torchrun(args, n), args.timeout)
-        args.json.write_text(json.dumps({"gpus": results}, indent=1) + "\n")
+        about |= {key: results[n].get(key) for key in ("device", "torch", "read_bandwidth")}
+        args.json.write_text(json.dumps(about | {"gpus": results}, indent=1) + "\n")
     print(_table(results))
 
 
@@ -131,6 +137,16 @@ def all_reduce_times(tp: TensorParallel, device: torch.device) -> dict[str, dict
             "NCCL": partial(dist.all_reduce, x),
         }
         times[f"{size} bytes"] = {name: _graph_time(way) for name, way in ways.items()}
+    K = 4096 // tp.world
+    weight, x = (torch.zeros(n, K, dtype=torch.bfloat16, device=device) for n in (4096, 1))
+    y = torch.zeros(1, 4096, dtype=torch.bfloat16, device=device)
+    alone = partial(gemv.linear, x, weight, residual=y)
+    ways = {
+        "alone": alone,
+        "summed in its kernel": partial(alone, rank=tp.rank, world=tp.world),
+        "exchange kernel": lambda: exchange(alone(), False, tp.rank, tp.world),
+    }
+    times["8192 bytes after a linear layer"] = {name: _graph_time(way) for name, way in ways.items()}
     return times
 
 

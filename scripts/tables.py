@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run f
 from errors import UserError, run_cli
 
 REPO = Path(__file__).resolve().parent.parent
+MODES = ("bf16", "int8", "int4")
 
 
 def about(result: dict) -> str:
@@ -53,16 +54,23 @@ def quant_7b(result: dict) -> str:
 def tensor_parallel(result: dict) -> str:
     gpus = result["gpus"]
     lines = [f"{about(result)}; a GPU reads {result['read_bandwidth'] / 1e9:.0f} GB/s.", ""]
-    lines += ["| model | weights | " + " | ".join(f"{n} GPU, tok/s (min-max)" for n in gpus) + " | gain |"]
-    lines += ["|---|---|" + "---|" * len(gpus) + "---|"]
-    for rows in zip(*(found["rows"] for found in gpus.values())):
-        rates = [f"{r['tokens_per_second']:.1f} ({r['spread'][0]:.1f}-{r['spread'][1]:.1f})" for r in rows]
-        gain = rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"]
-        lines.append(f"| {rows[0]['model']} | {rows[0]['mode']} | {' | '.join(rates)} | **{gain:.2f}** |")
-    times = gpus[max(gpus)]["all_reduce_us"]["8192 bytes"]
-    ways = ", ".join(f"{way} {us:.1f}" for way, us in times.items())
+    lines += ["| model | weights | GPUs | tok/s (min-max) | gain over one | of all GPUs' read bandwidth |"]
+    lines += ["|---|---|---|---|---|---|"]
+    alone = {(r["model"], r["mode"]): r["tokens_per_second"] for r in gpus["1"]["rows"]}
+    rows = [(r, n) for n, found in gpus.items() for r in found["rows"]]
+    for r, n in sorted(rows, key=lambda row: (row[0]["model"] != "7B", MODES.index(row[0]["mode"]))):
+        one = alone.get((r["model"], r["mode"]))
+        gain = f"**{r['tokens_per_second'] / one:.2f}**" if one else ""
+        rate = f"{r['tokens_per_second']:.1f} ({r['spread'][0]:.1f}-{r['spread'][1]:.1f})"
+        lines.append(f"| {r['model']} | {r['mode']} | {n} | {rate} | {gain} | {r['fraction']:.3f} |")
+    times = gpus[max(gpus)]["all_reduce_us"]
+    ways = ", ".join(f"{way} {us:.1f}" for way, us in times["8192 bytes"].items())
+    layer = ", ".join(f"{way} {us:.1f}" for way, us in times.get("8192 bytes after a linear layer", {}).items())
+    ways += f"; of what a linear layer makes: {layer}" if layer else ""
     lines += ["", result["note"]] if "note" in result else []
-    return "\n".join([*lines, "", f"An all-reduce of 8 KB inside a CUDA graph, microseconds: {ways}."])
+    return "\n".join(
+        [*lines, "", f"An all-reduce of 8 KB over {max(gpus)} GPUs in a CUDA graph, microseconds: {ways}."]
+    )
 
 
 # llama.cpp's tg128 on the same kind of machine (2 vCPU EPYC with AVX2), tok/s with 1 / 2 threads.
