@@ -117,12 +117,12 @@ if triton is not None:
         if KIND == "int4":
             blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
             row8 = tl.minimum(tile * R + r, N // 8 - 1).to(tl.int64)
-            words = (row8 * blocks + chunk) * 128 + i * 16 + j * 4 + u
+            words = row8 * (blocks * 128) + (chunk * 128 + i * 16 + j * 4 + u)
             inside = chunk * 128 < K - k
-            pairs = (row8 * (tl.cdiv(K, 256) * 8) + i) * (256 // GROUP)
-            pairs += chunk // 2 * (8 * 256 // GROUP)
+            pairs = i * (256 // GROUP) + chunk // 2 * (8 * 256 // GROUP)
             if GROUP < 256:
                 pairs += chunk % 2 * (128 // GROUP)
+            pairs = row8 * (tl.cdiv(K, 256) * (8 * 256 // GROUP)) + pairs
             at = k // GROUP * 8  # k is a multiple of 256: steps are
             if COLS > 1:
                 GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
