@@ -113,7 +113,6 @@ if triton is not None:
         if PERSIST:
             wanted = tile * (8 * R) < N
         pair = 0
-        own = 0
         if KIND == "int4":
             blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
             row8 = tl.minimum(tile * R + r, N // 8 - 1).to(tl.int64)
@@ -122,22 +121,20 @@ if triton is not None:
             pairs = i * (256 // GROUP) + chunk // 2 * (8 * 256 // GROUP)
             if GROUP < 256:
                 pairs += chunk % 2 * (128 // GROUP)
-            pairs = row8 * (tl.cdiv(K, 256) * (8 * 256 // GROUP)) + pairs
-            at = k // GROUP * 8  # k is a multiple of 256: steps are
-            if COLS > 1:
+            if COLS == 1:  # lane j has a group of 32
+                pairs = pairs + j // (GROUP // 32)
+            else:
                 GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
-                every = tl.broadcast_to(pairs, (4, 8, W, R, C, GROUPS))
-                every += tl.arange(0, GROUPS)[None, None, None, None, None, :]
-                pair = products.load(s, every, at, inside, EVEN, False, wanted)
-            own = pair
-            if COLS == 1 or GROUP < 128:  # of lane j's 32 values
-                own = products.load(s, pairs + j // (GROUP // 32), at, inside, EVEN, False, wanted)
+                pairs = tl.broadcast_to(pairs, (1, 8, W, 1, C, GROUPS))
+                pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
+            pairs = row8 * (tl.cdiv(K, 256) * (8 * 256 // GROUP)) + pairs
+            pair = products.load(s, pairs, k // GROUP * 8, inside, EVEN, False, wanted)  # k is a multiple of 256
         else:
             row = tl.minimum((tile * R + r) * 8 + i, N - 1)
             words = row.to(tl.int64) * (K // PER_WORD) + chunk * 16 + j * 4 + u
             inside = (chunk * 16 + j * 4) * PER_WORD < K - k
         # Weights leave the L2 cache first, which gains up to 10 %, but not in 16 bits.
-        return products.load(w, words, k // PER_WORD, inside, EVEN, KIND != "fp", wanted), pair, own
+        return products.load(w, words, k // PER_WORD, inside, EVEN, KIND != "fp", wanted), pair
 
     @triton.jit
     def _axes(W: tl.constexpr, R: tl.constexpr):
@@ -200,7 +197,7 @@ if triton is not None:
         tile = tl.program_id(0)
         if PDL:
             tlx.gdc_launch_dependents()
-        w_now, s_now, own = _weights(w, s, tile, 0, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
+        w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
         if PDL:
             tlx.gdc_wait()
 
@@ -238,16 +235,16 @@ if triton is not None:
                     b, x_scale, squares = products.operand(
                         squares, t, gains, kx, k - STEP, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
                     )
-                    acc = products.multiply(acc, w_now, s_now, own, b, x_scale, KIND, GROUP, R, C, W, COLS, ASM)
-                    w_now, s_now, own = _weights(w, s, tile, k, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
+                    acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, ASM)
+                    w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
                     t = t_next
                 b, x_scale, squares = products.operand(
                     squares, t, gains, kx, last, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
                 )
-            acc = products.multiply(acc, w_now, s_now, own, b, x_scale, KIND, GROUP, R, C, W, COLS, ASM)
+            acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, ASM)
             tile += tl.num_programs(0)
             if PERSIST:
-                w_now, s_now, own = _weights(w, s, tile, 0, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
+                w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
                 if not WHOLE:
                     t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
 

@@ -138,14 +138,14 @@ if triton is not None:
 
     @triton.jit
     def _multiply(
-        acc, w, s, own, b, sums, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        acc, w, s, b, sums, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
         W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
         """acc + a tile of weights, words (j i W R C u), times b. The K axis of both operands is permuted alike.
 
         int4: the sum of ((q - 8) scale + zero) x over a group is scale * (the sum of q x), where each group is a
-        product of its own in the batch, plus (scale, zero) * (-8, 1) * (the sum of x), products of pairs `own` and
-        `_sums`. With ASM all of it is 2^-69 times as much.
+        product of its own in the batch, plus (scale, zero) * (-8, 1) * (the sum of x), whose latter part is `_sums`.
+        With ASM all of it is 2^-69 times as much.
         """
         a = _unpack(w, KIND, b.dtype, ASM)
         if KIND == "int4":
@@ -155,7 +155,15 @@ if triton is not None:
             a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
             products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b)
             scale, _ = _halves(s, tl.bfloat16)
-            low, high = _halves(own, tl.bfloat16)  # both meet a high and a low part
+            j = tl.arange(0, 4)[:, None, None, None, None]
+            own = s  # of the groups, the one of lane j's part
+            if GROUPS == 4:
+                even, odd = tl.split(own.reshape(4, 8, W, R, C, 2, 2))
+                own = tl.where(tl.expand_dims(j, 5) % 2 == 0, even, odd)
+            if GROUPS > 1:
+                first, second = tl.split(own)
+                own = tl.where(j < 2, first, second)
+            low, high = _halves(own, tl.bfloat16)  # each meets both parts of `_sums`
             own = tl.join(tl.join(low, low), tl.join(high, high)).reshape(4, 8, W, R, C, 2, 2)
             acc = tl.dot(own.permute(2, 3, 1, 4, 6, 0, 5).reshape(W, R * 8, C * 16), sums, acc)
             acc = _add_products(acc, products, _per_row(scale, GROUPS, R, C, W, COLS), C * GROUPS)
@@ -263,14 +271,14 @@ if triton is not None:
 
     @triton.jit
     def multiply(
-        acc, w, s, own, b, scale, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        acc, w, s, b, scale, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
         W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
         """acc and a tile of weights, words w and int4's scales s, times an `operand`."""
         if COLS == 1 and (KIND == "int8" or KIND == "int4"):
-            acc = _multiply_in_int8(acc, w, own, b, scale, KIND, R, C, W, ASM)
+            acc = _multiply_in_int8(acc, w, s, b, scale, KIND, R, C, W, ASM)
         else:
-            acc = _multiply(acc, w, s, own, b, scale, KIND, GROUP, R, C, W, COLS, ASM)
+            acc = _multiply(acc, w, s, b, scale, KIND, GROUP, R, C, W, COLS, ASM)
         return acc
 
     @triton.jit
