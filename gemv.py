@@ -119,20 +119,19 @@ if triton is not None:
         if KIND == "int4":
             blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
             row8 = tl.minimum(tile * R + r, N // 8 - 1).to(tl.int64)
-            words = (row8 * blocks + chunk) * 128 + i * 16 + j * 4 + u
+            words = row8 * (blocks * 128) + (chunk * 128 + i * 16 + j * 4 + u)
             inside = chunk * 128 < K - k
-            pairs = (row8 * (tl.cdiv(K, 256) * 8) + i) * (256 // GROUP)
+            pairs = i * (256 // GROUP) + chunk // 2 * (8 * 256 // GROUP)
+            if GROUP < 256:
+                pairs += chunk % 2 * (128 // GROUP)
             if COLS == 1:  # lane j has a group of 32
                 pairs = pairs + j // (GROUP // 32)
             else:
                 GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
-                pairs = tl.broadcast_to(pairs, (4, 8, W, R, 1, GROUPS))
+                pairs = tl.broadcast_to(pairs, (1, 8, W, 1, C, GROUPS))
                 pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
-            block = chunk + k // 128  # of 128 values
-            pairs += block // 2 * (8 * 256 // GROUP)
-            if GROUP < 256:
-                pairs += block % 2 * (128 // GROUP)
-            pair = products.load(s, pairs, 0, inside, EVEN, False, wanted)
+            pairs = row8 * (tl.cdiv(K, 256) * (8 * 256 // GROUP)) + pairs
+            pair = products.load(s, pairs, k // GROUP * 8, inside, EVEN, False, wanted)  # k is a multiple of 256
         else:
             row = tl.minimum((tile * R + r) * 8 + i, N - 1)
             words = row.to(tl.int64) * (K // PER_WORD) + chunk * 16 + j * 4 + u
@@ -174,6 +173,7 @@ if triton is not None:
         X: tl.constexpr = C * CHUNK // 32  # parts of x in a warp's step, of which a lane holds 8 values each
         B: tl.constexpr = (COLS + 7) // 8
         DTYPE: tl.constexpr = x.dtype.element_ty
+        SMALL: tl.constexpr = KIND == "int4" and COLS > 1 and ASM is not None
         IN_INT8: tl.constexpr = COLS == 1 and (KIND == "int8" or KIND == "int4")
         j, i, warp, _, u = _axes(W, R)
         if IN_INT8:  # other lanes have the same parts again
@@ -191,7 +191,8 @@ if triton is not None:
         at_x = kx
         if COLS > 1:  # columns past M hold the last row again
             kx = tl.broadcast_to(kx, (4, 8, W, B, X, 4))
-            at_x += tl.minimum(tl.arange(0, B)[None, None, None, :, None, None] * 8 + i, M - 1) * (K // 2)
+            row = tl.minimum(tl.arange(0, B)[None, None, None, :, None, None] * 8 + i, M - 1)
+            at_x += row.to(tl.int64) * (K // 2)
 
         gains = norm
         if norm is not None:
@@ -260,10 +261,14 @@ if triton is not None:
             if COLS == 1:
                 acc = tl.sum(acc, 2, keep_dims=True)
             out = tl.sum(acc, 0)  # (rows of W, rows of x)
+            if SMALL:
+                out *= 2.0**69  # see products._multiply
             if norm is not None:
                 if COLS > 1:
                     half = tl.arange(0, 16)
                     total = tl.sum(tl.where(half[:, None] == half[None, :], squares, 0.0), 1)
+                    if SMALL:  # see products.operand
+                        total *= tl.where(half < 8, 2.0**-64, 2.0**-60)[None, :]
                     total = tl.sum(tl.sum(total.reshape(B, W, 2, 8), 2), 1).reshape(1, COLS)
                     factor = tl.rsqrt(total / K + eps)
                 out *= factor

@@ -30,8 +30,12 @@ if triton is not None:
                 "lop3.b32 t, t, 0x80008000, s, 0xea; mul.rn.bf16x2 {o}, t, c;"
                 for pick in ("0x1404", "0x3424")
             ],
-            # nibbles a and a + 4, each in the mantissa of 128: 128 + q
-            "int4": [f"shr.b32 t, {{w}}, {4 * a}; lop3.b32 {{o}}, t, 0x000f000f, 0x43004300, 0xea;" for a in range(4)],
+            # nibbles a and a + 4 where they are, in the low 8 bits of bf16, which alone are so many times 2^-133
+            "int4": [
+                f"{shift} and.b32 {{o}}, {word}, {mask};"
+                for shift, word in (("", "{w}"), ("shr.b32 t, {w}, 8;", "t"))
+                for mask in ("0x000f000f", "0x00f000f0")
+            ],
         }
         body = bodies.get(kind, [])
         n = 2 * len(body)
@@ -41,8 +45,8 @@ if triton is not None:
     @triton.jit
     def _unpack(w, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
         """Words int32 (..., 4) -> their values, DTYPE (..., 4, 2 [, 2, 2]), whose axes are the word's high bit and the
-        value's low bit e, then the word's low bit and the rest of the value's index. int4 comes as q, or with ASM as
-        128 + q.
+        value's low bit e, then the word's low bit and the rest of the value's index. int4 comes as q, with ASM as
+        2^-133 q where the value's second bit is 0 and as 2^-129 q where it is 1: subnormal, which tensor cores take.
 
         Two neighbouring words go through each piece of assembly (pack=2), and a register of two 16-bit results is one
         output's value for both of them: what was the word's low bit is e afterwards.
@@ -134,29 +138,35 @@ if triton is not None:
 
     @triton.jit
     def _multiply(
-        acc, w, s, b, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        acc, w, s, b, sums, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
         W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
         """acc + a tile of weights, words (j i W R C u), times b. The K axis of both operands is permuted alike.
 
-        int4: the sum of ((q - 8) scale + zero) x over a group is scale * (the sum of (q' - OFFSET) x) + zero * the sum
-        of x, q' being what the words hold, q + OFFSET - 8. Each group is a product of its own in the batch.
+        int4: the sum of ((q - 8) scale + zero) x over a group is scale * (the sum of q x), where each group is a
+        product of its own in the batch, plus (scale, zero) * (-8, 1) * (the sum of x), whose latter part is `_sums`.
+        With ASM all of it is 2^-69 times as much.
         """
         a = _unpack(w, KIND, b.dtype, ASM)
         if KIND == "int4":
-            OFFSET: tl.constexpr = 8.0 if ASM is None else 136.0
-            # the sum of x times -OFFSET: where the product starts from, and with zero / -OFFSET its other part
-            ones = tl.full((b.shape[0], R * 8, b.shape[1]), -OFFSET, b.dtype)
-            sums = tl.dot(ones, b)
-            scale, zero = _halves(s, tl.bfloat16)
-            zero *= -1 / OFFSET
             # (j i W R C, uh e ul ah al), word u being a group of 32 -> (j i W R C, uh ul ah al e)
             GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
             a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2).permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)
             a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
-            products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b, sums)
-            acc = _add_products(acc, products, _per_row(scale, GROUPS, R, C, W, COLS), C * GROUPS)
-            acc = _add_products(acc, sums, _per_row(zero, GROUPS, R, C, W, COLS), C * GROUPS)
+            products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b)
+            scale, _ = _halves(s, tl.bfloat16)
+            j = tl.arange(0, 4)[:, None, None, None, None]
+            own = s  # of the groups, the one of lane j's part
+            if GROUPS == 4:
+                even, odd = tl.split(own.reshape(4, 8, W, R, C, 2, 2))
+                own = tl.where(tl.expand_dims(j, 5) % 2 == 0, even, odd)
+            if GROUPS > 1:
+                first, second = tl.split(own)
+                own = tl.where(j < 2, first, second)
+            low, high = _halves(own, tl.bfloat16)  # each meets both parts of `_sums`
+            own = tl.join(tl.join(low, low), tl.join(high, high)).reshape(4, 8, W, R, C, 2, 2)
+            rest = tl.dot(own.permute(2, 3, 1, 4, 6, 0, 5).reshape(W, R * 8, C * 16), sums)
+            acc += _add_products(rest, products, _per_row(scale, GROUPS, R, C, W, COLS), C * GROUPS)
         else:
             if KIND == "fp":  # (j i W R C, uh e ul)
                 a = a.reshape(4, 8, W, R, C, 2, 2, 2).permute(2, 3, 1, 4, 7, 0, 5, 6)
@@ -188,7 +198,8 @@ if triton is not None:
         W: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
     ):  # fmt: skip
         """What the step at k multiplies weights with, from words t of x and, if there is a norm, its gains: the
-        operand, its scale where products are of int8, and with a norm and several rows, sums of squares so far."""
+        operand, its scale where products are of int8 or for several rows and int4 its `_sums`, and with a norm and
+        several rows, sums of squares so far, for int4 with ASM in other units: of the 16 rows, 2^64 and 2^60."""
         if gains is not None:
             gain = load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
             if COLS == 1:
@@ -204,23 +215,59 @@ if triton is not None:
                 t = tl.where(i == tl.arange(0, X)[None, None, None, None, :, None], t, 0)
             # (j i W B X, uh e ul), words of x being u = 2 uh + ul
             t = _unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
+            plain = t
+            if KIND == "int4" and ASM is not None:
+                # 2^64 times as much for all, which keeps products away from 0, and as `_unpack` has the weights
+                ul = tl.arange(0, 2)[None, None, None, None, None, None, None, :]
+                t *= tl.where(ul == 0, 2.0**64, 2.0**60).to(DTYPE)
             if gains is not None and COLS > 1:
                 # The sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing; here of two
                 # halves of each row, which as the 16 rows of a fragment need the fewest moves.
                 L: tl.constexpr = 2 if X > 1 else 1
-                halves = t.reshape(4, 8, W, B, X // L, L, 2, 2, 2)
-                rows = halves.permute(3, 2, 8, 1, 4, 6, 0, 5, 7).reshape(B * W, 16, X * 16)
-                cols = halves.permute(3, 2, 4, 6, 0, 5, 7, 8, 1).reshape(B * W, X * 16, 16)
-                squares = tl.dot(rows, cols, squares)
+                rows = plain.reshape(4, 8, W, B, X // L, L, 2, 2, 2).permute(3, 2, 8, 1, 4, 6, 0, 5, 7)
+                cols = t.reshape(4, 8, W, B, X // L, L, 2, 2, 2).permute(3, 2, 4, 6, 0, 5, 7, 8, 1)
+                squares = tl.dot(rows.reshape(B * W, 16, X * 16), cols.reshape(B * W, X * 16, 16), squares)
                 t *= _unpack(gain, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
             # The two halves of a fragment's K are a word's neighbours, which a load of 16 bytes leaves side by side.
             if KIND == "int4":  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
                 GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
                 b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 6, 9, 0, 7, 8, 3, 1)
                 b = b.reshape(C * GROUPS * W, 128 // GROUPS, B * 8)
+                scale = _sums(t.reshape(4, 8, W, B, C, 4, 2, 2, 2), ASM)
             else:
                 b = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
         return b, scale, squares
+
+    @triton.jit
+    def _sums(t, ASM: tl.constexpr):
+        """For `_multiply`, -8 and 1 times the sum of each 32 values of x (j i W B C part, uh e ul), in the two parts of
+        11 bits that it takes to be exact: (W, C f j h, B i), f being the factor and h the part."""
+        W: tl.constexpr = t.shape[2]
+        B: tl.constexpr = t.shape[3]
+        C: tl.constexpr = t.shape[4]
+        t = t.reshape(4, 8, W, B, C, 2, 2, 2, 2, 2)  # parts are 2 p + q: j i W B C p q, uh e ul
+        # rows are halves of x's, as in sums of squares; columns 2 part + f, so that lane j gets the sums of part j
+        rows = t.permute(4, 3, 2, 9, 1, 5, 7, 0, 6, 8).reshape(C * B * W, 16, 64)
+        i = tl.arange(0, 8)[None, :, None, None, None, None, None, None, None]
+        p = tl.arange(0, 2)[None, None, None, None, None, :, None, None, None]
+        q = tl.arange(0, 2)[None, None, None, None, None, None, :, None, None]
+        if ASM is None:
+            factor = tl.where(i % 2 == 0, -8.0, 1.0).to(t.dtype)
+        else:  # as `_unpack` has weights
+            factor = tl.where(i % 2 == 0, -0x7FF8, 1).to(tl.int16).to(t.dtype, bitcast=True)
+        factor = tl.where(i // 2 == 2 * p + q, factor, 0.0)
+        factor = tl.broadcast_to(factor, (4, 8, W, B, C, 2, 2, 2, 2))
+        if ASM is not None:  # which gives it the layout of t, and so no detour through shared memory
+            even, _ = tl.split(t)
+            factor = tl.inline_asm_elementwise("mov.b32 $0, $2;", "=r,r,r", [even, factor], t.dtype, True, 2)
+        factor = factor.permute(4, 3, 2, 5, 7, 0, 6, 8, 1).reshape(C * B * W, 64, 8)
+        sums = tl.dot(rows, factor)
+        even, odd = tl.split(sums.reshape(C * B * W, 2, 8, 8).permute(0, 2, 3, 1))
+        sums = even + odd * (1 if ASM is None else 16)
+        high = (sums.to(tl.int32, bitcast=True) + 4096 & -8192).to(tl.float32, bitcast=True)
+        low = ((sums - high).to(tl.int32, bitcast=True) + 4096).to(tl.float32, bitcast=True)
+        sums = tl.join(high, low).reshape(C, B, W, 8, 4, 2, 2)  # C B W i j f h -> W C f j h B i
+        return sums.permute(2, 0, 5, 4, 6, 1, 3).reshape(W, C * 16, B * 8)
 
     @triton.jit
     def multiply(
@@ -231,7 +278,7 @@ if triton is not None:
         if COLS == 1 and (KIND == "int8" or KIND == "int4"):
             acc = _multiply_in_int8(acc, w, s, b, scale, KIND, R, C, W, ASM)
         else:
-            acc = _multiply(acc, w, s, b, KIND, GROUP, R, C, W, COLS, ASM)
+            acc = _multiply(acc, w, s, b, scale, KIND, GROUP, R, C, W, COLS, ASM)
         return acc
 
     @triton.jit

@@ -99,7 +99,7 @@ def main() -> None:
             K4 = -(-K // group) * group
             scales = torch.ones(N, K4 // group, dtype=dtype)
             w, s = gemv.pack_int4(torch.zeros(N, K4 // 2, dtype=torch.uint8), scales, scales)
-        for rows in (1, 6, 16) if kind == "16-bit" else (1, 6):
+        for rows in (1, 6) if kind in ("int8", "fp8") else (1, 6, 16):
             x, gain, residual = (torch.empty(*shape, dtype=dtype) for shape in ((rows, K), (K,), (rows, N)))
             case = f"{kind}, {rows} rows, a residual"
             gemv.linear(x, w, s, residual=residual)
