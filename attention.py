@@ -10,7 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cpu
-from kernels import MAX_ROWS, arrived, flat, is_hopper, op, receive, rms_norm, send, slots, tl, tlx, triton, unflat
+from kernels import (
+    MAX_ROWS,
+    content,
+    flat,
+    is_hopper,
+    missing,
+    op,
+    receive,
+    rms_norm,
+    send,
+    slots,
+    tl,
+    tlx,
+    triton,
+    unflat,
+)
 
 
 def rotate(x: Tensor, positions: Tensor, rope: Tensor) -> Tensor:
@@ -271,16 +286,17 @@ if triton is not None:
                 send(place + DP + tl.arange(0, 2)[None, :], tl.join(top, total), number, real)
                 return
             for _ in range(parts - 1):
-                of_acc, of_sums = place + n[None, :], place + DP + tl.arange(0, 2)[None, :]
-                part_acc, part_sums = receive(of_acc, number, real), receive(of_sums, number, real)
-                part_acc = arrived(part_acc, of_acc, number, real, PDL).to(tl.float32, bitcast=True)
-                part_sums = arrived(part_sums, of_sums, number, real, PDL).to(tl.float32, bitcast=True)
-                part_top, part_total = tl.split(part_sums)
+                theirs = receive(place + n[None, :], number, real)
+                sums = receive(place + DP + tl.arange(0, 2)[None, :], number, real)
+                while tl.max(tl.maximum(tl.max(missing(theirs, number), 1), tl.max(missing(sums, number), 1))) != 0:
+                    theirs = receive(place + n[None, :], number, real)
+                    sums = receive(place + DP + tl.arange(0, 2)[None, :], number, real)
+                part_top, part_total = tl.split(content(sums, tl.float32))
                 new_top = tl.maximum(top, part_top)
                 safe = tl.where(new_top == float("-inf"), 0.0, new_top)
                 fade = tl.exp2(top - safe)
                 gain = tl.exp2(part_top - safe)
-                acc = acc * fade[:, None] + part_acc * gain[:, None]
+                acc = acc * fade[:, None] + content(theirs, tl.float32) * gain[:, None]
                 total = total * fade + part_total * gain
                 top = new_top
                 place += ROWS * (DP + 2)
@@ -316,7 +332,7 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
         ROWS=rows, NEW=1 if S == 1 else 16, W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
-        num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": 160} if hopper else {}),  # ptxas alone spills
+        num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return out
 

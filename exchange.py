@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
-from kernels import MAX_ROWS, arrived, is_hopper, op, receive, send, tl, tlx, triton
+from kernels import MAX_ROWS, content, is_hopper, missing, op, receive, send, tl, tlx, triton
 
 MAX_WORDS = 2**17  # of 4 bytes, a rank; more than that (a prefill) is NCCL's, whose strength is bandwidth
 BLOCK = 256  # words a program of the exchange kernel
@@ -98,13 +98,16 @@ if triton is not None:
         return theirs.to(tl.pointer_type(tl.int64)), mine.to(tl.pointer_type(tl.int64))
 
     @triton.jit
-    def deliver(word, theirs, mine, at, mask, count, WORLD: tl.constexpr, SLOTS: tl.constexpr, ASM: tl.constexpr):
+    def deliver(word, theirs, mine, at, mask, count, WORLD: tl.constexpr, SLOTS: tl.constexpr):
         """Send int32 `word` at slots `at` to all ranks, as exchange number `count` int64 there, and wait for theirs:
         int32, of mask's shape, whose first axis is that of `addresses`; 0 where it is not set."""
         number = tl.broadcast_to(count & 0xFFFFFFFF, mask.shape)
         place = count % 2 * (WORLD * SLOTS) + at
         send(theirs + place, word, number, mask)
-        return arrived(receive(mine + place, number, mask), mine + place, number, mask, ASM)
+        got = receive(mine + place, number, mask)
+        while tl.max(missing(got, number)) != 0:
+            got = receive(mine + place, number, mask)
+        return content(got, tl.int32)
 
     @triton.jit(do_not_specialize=["rank", "words"])  # all ranks run the same code, and so sum in the same order
     def _exchange_kernel(
@@ -123,7 +126,7 @@ if triton is not None:
             tlx.gdc_launch_dependents()
             tlx.gdc_wait()
         count = tl.load(counts + pid) + 1
-        got = deliver(tl.load(x + at, mask=sent, other=0), theirs, mine, at, mask, count, WORLD, SLOTS, PDL)
+        got = deliver(tl.load(x + at, mask=sent, other=0), theirs, mine, at, mask, count, WORLD, SLOTS)
         if GATHER:
             tl.store(out + (at // width) * (WORLD * width) + source * width + at % width, got, mask=mask)
         elif DTYPE is tl.float32:

@@ -283,7 +283,7 @@ if triton is not None:
                 slot = (col[None, :] * FEATURES + n[:, None])[None, :, :]
                 sent = stored[None, :, :] & (source < WORLD)
                 out = out.to(tl.int32, bitcast=True)[None, :, :]
-                out = exchange.deliver(out, theirs, mine, slot, sent, count[None, :, None], WORLD, SLOTS, PDL)
+                out = exchange.deliver(out, theirs, mine, slot, sent, count[None, :, None], WORLD, SLOTS)
                 out = tl.sum(out.to(tl.float32, bitcast=True), 0)
                 tl.debug_barrier()  # every thread has read the count
                 tl.store(counts + n // 8, count, mask=n < N)

@@ -20,7 +20,7 @@ try:
     import triton.language as tl
     from triton.language.extra import cuda as tlx
 except ImportError:  # CPU-only builds of torch come without Triton: the references serve
-    triton = tl = tlx = flat = unflat = send = receive = arrived = None
+    triton = tl = tlx = flat = unflat = send = receive = missing = content = None
 
 MAX_ROWS = 16  # beyond this a step is a prefill, and cuBLAS is the right tool
 
@@ -127,26 +127,17 @@ if triton is not None:
 
     @triton.jit
     def receive(at, number, mask):
-        """What lies there now, int64, to be handed to `arrived`."""
+        """What is there now, as int64, for `missing` and `content`. Where there is no mask, a message of 0."""
         return tl.load(at, mask=mask, other=number, volatile=True)
 
     @triton.jit
-    def arrived(message, at, number, mask, ASM: tl.constexpr):
-        """The 4 bytes, int32, of messages that `receive` may have been too early for; 0 where there is no mask."""
-        if ASM:  # every thread waits for its own
-            number = tl.broadcast_to(number, message.shape).to(tl.int32)
-            at = tl.broadcast_to(at, message.shape).to(tl.int64)
-            word = tl.inline_asm_elementwise(
-                """{ .reg .pred p; .reg .b64 m; .reg .b32 n; mov.b64 m, $1;
-                again: mov.b64 {n, $0}, m; setp.eq.b32 p, n, $3; @p bra done; ld.volatile.global.b64 m, [$2];
-                bra again; done: }""",
-                "=&r,l,l,r", [message, at, number], tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-        else:
-            while tl.max(((message & 0xFFFFFFFF) != number).to(tl.int32)) != 0:
-                message = receive(at, number, mask)
-            word = (message >> 32).to(tl.int32)
-        return word
+    def missing(message, number):
+        """1 where the message has yet to arrive, else 0."""
+        return ((message & 0xFFFFFFFF) != number).to(tl.int32)
+
+    @triton.jit
+    def content(message, DTYPE: tl.constexpr):
+        return (message >> 32).to(tl.int32).to(DTYPE, bitcast=True)
 
     @triton.jit
     def _sum_kernel(out, x, N, BLOCK: tl.constexpr, STEPS: tl.constexpr):
