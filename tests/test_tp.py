@@ -150,7 +150,7 @@ def test_linear_kernel_sums_over_ranks(world, kind, monkeypatch):
     monkeypatch.setattr(exchange, "mailbox", lambda device: (None, (boxes, counts)))
     sent = [0, 0]  # so far, of the first 40 features and of the others
     for rows, N, R, programs in ((1, 104, 2, 0), (3, 104, 4, 0), (1, 40, 2, 0), (2, 104, 2, 2), (1, 104, 2, 3)):
-        monkeypatch.setattr(gemv, "_configuration", lambda *_, R=R, programs=programs: (R, 1, 1, 128, programs))
+        monkeypatch.setattr(gemv, "_configuration", lambda *_, R=R, programs=programs: (R, 1, 2, 128, programs))
         monkeypatch.setattr(gemv, "_processors", lambda device: 1)
         sent[0] += 1
         sent[1] += N > 40
