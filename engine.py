@@ -17,7 +17,7 @@ from tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # tokens a row; bounds the score matrix of a long prompt
 SHORT_ROWS = 8  # tokens that a captured prefill takes at once: launching them one by one takes longer than running
-DECODE_BLOCK = 8  # steps between two looks at the tokens on a GPU: the host reads one block while the next runs
+DECODE_BLOCK = 8  # steps a GPU takes at a time: the host reads the tokens of one block while the next runs
 MAX_DEFAULT_CONTEXT = 8192  # cache length of a chat when --max_seq_length does not say
 
 
@@ -50,6 +50,8 @@ class Engine:
         self.rng = torch.zeros(2, dtype=torch.int64, device=self.device)  # seed and number of draws
         self.compile_seconds = 0.0
         self._step, self._prefill = self._eager_step, self._eager_prefill  # replaced by their compiled selves
+        self.block = DECODE_BLOCK if self.device.type == "cuda" else 1  # steps between two looks at the tokens
+        self._block = None  # so many in one CUDA graph, which saves the time between graphs
         self.short, self._short_prefill = 0, None  # tokens a row of a captured prefill, where there is one
         self.speculator = Speculator(self, draft, speculate_k) if draft is not None else None
         if compile or compile_prefill:
@@ -76,6 +78,7 @@ class Engine:
                 step()
                 self._step = capture(step) if capture else step
                 if capture:
+                    self._block = None if self.speculator else capture(lambda: _repeat(step, self.block), warm_up=0)
                     self.short = max(1, SHORT_ROWS // self.batch_size)
                     tokens = torch.zeros(self.batch_size, self.short, dtype=torch.int64, device=self.device)
                     zeros = torch.zeros_like(self.pos)
@@ -146,7 +149,6 @@ class Engine:
         if self.speculator:
             yield from self.speculator.decode(steps, live)
             return
-        block = DECODE_BLOCK if self.device.type == "cuda" else 1
         begin = self.pos.clone()
         pending: deque[tuple[Tensor, Callable[[], None]]] = deque()
 
@@ -155,12 +157,14 @@ class Engine:
             pending.append(self.to_host(self.history.gather(1, index)))
 
         fetch(0, 1)
-        for first in range(1, steps + 1, block):
-            count = min(block, steps + 1 - first)
-            for _ in range(count):
-                self._step()
+        for first in range(1, steps + 1, self.block):
+            count = min(self.block, steps + 1 - first)
+            if self._block and count == self.block:
+                self._block()
+            else:
+                _repeat(self._step, count)
             fetch(first, count)
-            yield from _drain(pending, keep=1 if block > 1 else 0)
+            yield from _drain(pending, keep=1 if self.block > 1 else 0)
         yield from _drain(pending, keep=0)
 
     @staticmethod
@@ -175,6 +179,11 @@ class Engine:
         return host, event.synchronize
 
 
+def _repeat(step: Callable[[], None], count: int) -> None:
+    for _ in range(count):
+        step()
+
+
 def _drain(pending: deque, keep: int) -> Iterator[list[list[int]]]:
     while len(pending) > keep:
         host, wait = pending.popleft()
@@ -182,14 +191,14 @@ def _drain(pending: deque, keep: int) -> Iterator[list[list[int]]]:
         yield from host.t().tolist()
 
 
-def _cuda_graph(function: Callable[..., Tensor | None], *inputs: Tensor) -> Callable[..., Tensor | None]:
+def _cuda_graph(function: Callable[..., Tensor | None], *inputs: Tensor, warm_up=2) -> Callable[..., Tensor | None]:
     """Capture a function that reads `inputs` and otherwise only fixed tensors. The result copies its arguments there,
     replays, and returns the captured output, which the next call overwrites.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles kernels and makes library handles, which capturing must not do
+        for _ in range(warm_up):  # compiles kernels and makes library handles, which capturing must not do
             function(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

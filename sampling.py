@@ -270,11 +270,21 @@ if triton is not None:
         return tl.sum(one + (two << 21) + (three << 42), 0)
 
     @triton.jit
-    def _raised(limit, counts, k, shift):
-        """The limit with the most in its two bits at `shift` that k ranks still reach."""
+    def _raised(limit, reached, counts, k, shift):
+        """The limit with the most in its two bits at `shift` that k ranks still reach, and how many do; reached: how
+        many reach the limit as it is."""
         ONE: tl.constexpr = 0x1FFFFF
-        most = (counts & ONE >= k).to(tl.uint32) + (counts >> 21 & ONE >= k).to(tl.uint32)
-        return limit + ((most + (counts >> 42 >= k).to(tl.uint32)) << shift)
+        one, two, three = counts & ONE, counts >> 21 & ONE, counts >> 42
+        most = (one >= k).to(tl.uint32) + (two >= k).to(tl.uint32) + (three >= k).to(tl.uint32)
+        reached = tl.where(three >= k, three, tl.where(two >= k, two, tl.where(one >= k, one, reached)))
+        return limit + (most << shift), reached
+
+    @triton.jit
+    def _common(a, b):
+        """The bits, uint32, above the first two in which a and b differ, and the shift of those two, which is even."""
+        first = (((a ^ b) | 1).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # or, rounded up, the next
+        shift = (tl.minimum(first, 31) // 2 * 2).to(tl.uint32)
+        return a >> shift >> 2 << 2 << shift, shift.to(tl.int32)
 
     @triton.jit
     def _maxima_kernel(
@@ -338,11 +348,18 @@ if triton is not None:
         if FILTER:
             part = tl.arange(0, COUNT2)
             tops = tl.load(maxima + row * COUNT + part, mask=part < COUNT, other=float("-inf"))
-            floor = tl.max(tops, 0) + margin  # min_p's limit
+            largest = tl.max(tops, 0)
+            floor = largest + margin  # min_p's limit
+            largest = _ordered(largest)
             tops = _ordered(tops)
-            limit = tl.zeros((), tl.uint32)
-            for i in range(8):  # the largest limit that k of them reach, in its upper 16 bits
-                limit = _raised(limit, _reaching(tops, part < COUNT, limit, 30 - 2 * i), k, 30 - 2 * i)
+            # the largest limit that k of them reach, in its upper 16 bits
+            limit, shift = _common(largest, tl.min(tl.where(part < COUNT, tops, largest), 0))
+            reached = tl.full((), COUNT, tl.int64)
+            limit = tl.where(reached < k, tl.zeros((), tl.uint32), limit)  # too few to tell: all may be in
+            while (shift >= 16) & (reached > k):
+                counts = _reaching(tops, part < COUNT, limit, shift.to(tl.uint32))
+                limit, reached = _raised(limit, reached, counts, k, shift.to(tl.uint32))
+                shift -= 2
             kept = (token < V) & (_ordered(x) >= limit) & (x >= floor)
             count = tl.sum(kept.to(tl.int32), 0)
             if count > 0:
@@ -361,14 +378,15 @@ if triton is not None:
             token = tl.load(listed + lane, mask=lane < n, other=0, cache_modifier=".cg")  # in general these are all
             x = tl.load(logits + token)
             ranks = _ordered(x)
-            limit = tl.zeros((), tl.uint32)
-            for bits in range(16):
-                shift = 30 - 2 * bits
-                counts = _reaching(ranks, lane < n, limit, shift)
+            limit, shift = _common(largest, limit)  # which all of them reach
+            reached = n.to(tl.int64)
+            while (shift >= 0) & (reached > k):
+                counts = _reaching(ranks, lane < n, limit, shift.to(tl.uint32))
                 for i in range(BLOCK, n, BLOCK):
                     more = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
-                    counts += _reaching(_ordered(tl.load(logits + more)), i + lane < n, limit, shift)
-                limit = _raised(limit, counts, k, shift)
+                    counts += _reaching(_ordered(tl.load(logits + more)), i + lane < n, limit, shift.to(tl.uint32))
+                limit, reached = _raised(limit, reached, counts, k, shift.to(tl.uint32))
+                shift -= 2
             winner = tl.full((), lowest, tl.int64)
             least = tl.full((), float("inf"), tl.float32)
             for i in range(0, n, BLOCK):

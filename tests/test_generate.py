@@ -107,6 +107,30 @@ def test_compiled_equals_eager_and_never_recompiles(tiny, prefill):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
+def test_steps_are_taken_in_blocks_where_they_are_whole(tiny):
+    llm, blocks = tiny_engine(tiny, max_seq_length=32), []
+    llm.block = 4
+    llm._block = lambda: blocks.append([llm._step() for _ in range(4)])
+    for tokens, whole in ((1, 0), (4, 0), (5, 1), (12, 2), (100, 7)):  # one comes from prefill; the cache holds 32
+        blocks.clear()
+        expected = list(generate(tiny_engine(tiny, max_seq_length=32), [5, 6, 7], tokens, is_stop=never))
+        assert list(generate(llm, [5, 6, 7], tokens, is_stop=never)) == expected
+        assert len(expected) == min(tokens, 30) and len(blocks) == whole
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [1, 8, 9, 30])
+def test_cuda_graphs_equal_eager_steps(tiny, tokens):
+    options = {"device": "cuda", "precision": "bf16", "max_seq_length": 128, "sampler": Sampler(0.8, 20)}
+    eager, compiled = (load(tiny[0] / "model.pth", compile=True, **options) for _ in range(2))
+    eager._step, eager._block = eager._eager_step, None
+    for prompt in ([5], [5, 6, 7, 8]):
+        for llm in (eager, compiled):
+            llm.seed(1)
+        got, expected = (list(generate(llm, prompt, tokens, is_stop=never)) for llm in (compiled, eager))
+        assert got == expected
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4:32"])
 def test_compiled_equals_eager_for_quantised_weights(tiny, kind):
     options = {"device": "cpu", "sampler": GREEDY, "max_seq_length": 48, "quantize": kind}

@@ -273,10 +273,14 @@ def test_sample_follows_softmax():
     assert (counts / 2000 - probs).abs().max() < 0.04
 
 
-@pytest.mark.parametrize("top_k,min_p", [(0, 0.0), (1, 0.0), (200, 0.0), (50, 0.02), (0, 0.1), (5000, 0.0)])
+@pytest.mark.parametrize(
+    "top_k,min_p", [(0, 0.0), (1, 0.0), (200, 0.0), (50, 0.02), (0, 0.1), (5000, 0.0), (1000, 0.0), (313, 0.0)]
+)
 def test_floor_is_the_smallest_logit_kept(top_k, min_p):
-    logits = 3 * torch.randn(2, 2500, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    logits = 3 * torch.randn(3, 2500, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     logits[0, :1100] = 0.5  # more equals than a program holds
+    logits[2] = logits[2] / 3 + 40  # bits that all have in common,
+    logits[2, ::8] += 20  # and others that the maxima have
     expected = sampling.floor_reference(logits, 0.9, top_k, min_p)
     kept = (logits >= expected).sum(1)
     assert (kept >= 1).all() and (not 0 < top_k < 2500 or kept[1] <= top_k)
