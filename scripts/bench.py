@@ -230,33 +230,35 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     bandwidth = kernels.read_bandwidth(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: reads {bandwidth / 1e9:.1f} GB/s")
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    about = {
+        "device": name,
+        "torch": torch.__version__,
+        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "command": " ".join(sys.argv),
+        "read_bandwidth": bandwidth,
+    }
     rows: list[Row] = []
+
+    def take(row: Row) -> None:
+        rows.append(row)
+        print(table([row]).splitlines()[2], flush=True)
+        if args.json and tp.rank == 0:
+            args.json.write_text(json.dumps(about | {"rows": [vars(row) for row in rows]}, indent=1) + "\n")
+
     if args.checkpoint_path:
         model = load_model(args.checkpoint_path, device=device, dtype=dtype, tp=tp)
-        rows.append(measure(args.checkpoint_path.parent.name, args.checkpoint_path.stem, model, args, bandwidth))
+        take(measure(args.checkpoint_path.parent.name, args.checkpoint_path.stem, model, args, bandwidth))
     for shape, config in () if args.checkpoint_path else configs.items():
         for mode in args.modes:
             model = random_model(config, mode, device, dtype, tp)
-            rows.append(measure(shape, mode, model, args, bandwidth))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            take(measure(shape, mode, model, args, bandwidth))
             del model
             gc.collect()  # an engine and its graph hold each other, and it the model
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
     print(table(rows))
-    if args.json and tp.rank == 0:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        about = {
-            "device": name,
-            "torch": torch.__version__,
-            "commit": commit,
-            "command": " ".join(sys.argv),
-            "read_bandwidth": bandwidth,
-        }
-        args.json.write_text(json.dumps(about | {"rows": [vars(row) for row in rows]}, indent=1) + "\n")
     if args.plot and tp.rank == 0:
         plot(rows, bandwidth, args.plot)
 
