@@ -215,8 +215,9 @@ if triton is not None:
         last = (K - 1) // STEP * STEP
         t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
         squares = tl.zeros((B * W, 16, 16), tl.float32)
-        if norm is not None and COLS == 1:  # here, where weights are on their way, and not at the end
-            factor = tl.rsqrt(products.sum_of_squares(xs, K, W * 128, DTYPE) / K + eps)
+        if norm is not None and COLS == 1:
+            factor = 0.0
+            of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
         if WHOLE:
             b, x_scale, squares = products.operand(
                 squares, t, gains, kx, 0, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
@@ -224,7 +225,7 @@ if triton is not None:
         rounds = 1
         if PERSIST:
             rounds = tl.cdiv(tl.cdiv(N, 8 * R) - tile, tl.num_programs(0))
-        for _ in range(rounds):
+        for turn in range(rounds):
             n = tile * (R * 8) + tl.arange(0, R * 8)
             of_y = tile * (R * 8 // PART) + tl.arange(0, R * 8 // PART)
             stored = (of_y < outputs)[:, None] & (col < M)[None, :]
@@ -271,6 +272,8 @@ if triton is not None:
                         total *= tl.where(half < 8, 2.0**-64, 2.0**-60)[None, :]
                     total = tl.sum(tl.sum(total.reshape(B, W, 2, 8), 2), 1).reshape(1, COLS)
                     factor = tl.rsqrt(total / K + eps)
+                elif turn == 0:  # here, where the next weights are on their way, warps may wait for each other
+                    factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
                 out *= factor
             if P == 4:
                 out *= scale.to(tl.float32)[:, None]

@@ -282,14 +282,14 @@ if triton is not None:
         return acc
 
     @triton.jit
-    def sum_of_squares(x, K, SPAN: tl.constexpr, DTYPE: tl.constexpr):
-        """The sum of the squares of one row of x, words at x, SPAN of them at a time."""
+    def squares_of_row(x, K, SPAN: tl.constexpr, DTYPE: tl.constexpr):
+        """Sums (SPAN,) of the squares of one row of x, words at x, SPAN of them at a time."""
         at = tl.arange(0, SPAN)
         squares = tl.zeros((SPAN,), tl.float32)
         for start in range(0, K // 2, SPAN):
             low, high = _halves(tl.load(x + start + at, start + at < K // 2, other=0), DTYPE)
             squares += low * low + high * high
-        return tl.sum(squares, 0)
+        return squares
 
     @triton.jit
     def _bytes(w, ASM: tl.constexpr):
