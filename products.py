@@ -283,7 +283,7 @@ if triton is not None:
 
     @triton.jit
     def squares_of_row(x, K, SPAN: tl.constexpr, DTYPE: tl.constexpr):
-        """Sums (SPAN,) of the squares of one row of x, words at x, SPAN of them at a time."""
+        """The squares of one row of x, words at x, as SPAN sums."""
         at = tl.arange(0, SPAN)
         squares = tl.zeros((SPAN,), tl.float32)
         for start in range(0, K // 2, SPAN):
