@@ -33,11 +33,11 @@ def speed(results: dict) -> str:
                 f"| {row['model']} | {row['mode']} {row['weight_gigabytes']:.2f} GB | {row['tokens_per_second']:.1f} "
                 f"({low:.1f}-{high:.1f}) | {row['gigabytes_per_second']:.0f} | **{row['fraction']:.3f}** | {steps} |"
             )
-        lines += [""]
+        lines += ["", *([result["note"], ""] if "note" in result else [])]
     first = results["h100"]["first_token"]
     warm = " to ".join(map(str, first["warm caches"]))
     lines += [f"From the start of `generate.py --compile` to the first token of a 7B in bf16, on the H100: {warm} s,"]
-    lines += [f"and {first['cold caches']} s before the kernels have been compiled once. {first['note']}"]
+    lines += [f"and {first['cold caches']} s before the kernels have been compiled once."]
     return "\n".join(lines)
 
 
@@ -120,7 +120,7 @@ def quant(result: dict) -> str:
 def speculate(result: dict) -> str:
     commit = result["rounds"]["about"]["commit"][:7]
     lines = [
-        f"A round of 5 guesses at Llama-2-7B's shape, on an NVIDIA H200 (`scripts/bench_speculate.py`, {commit}):",
+        f"A round of 5 guesses at Llama-2-7B's shape, on an NVIDIA H100 (`scripts/bench_speculate.py`, {commit}):",
         "",
     ]
     lines += ["| weights, draft | plain step, ms | verify 6 rows over a plain step | overhead a round, ms |"]
@@ -142,12 +142,12 @@ def speculate(result: dict) -> str:
 
 
 def real_text(results: dict) -> str:
-    lines = ["SmolLM2-135M, greedy, on a CPU with 2 threads and on the H200:", ""]
+    lines = ["SmolLM2-135M, greedy, on a CPU with 2 threads and on the H100:", ""]
     lines += ["| draft @ k, task | where | speed-up | tokens a round | plain step / draft / verify, ms |"]
     lines += ["|---|---|---|---|---|"]
     for section in (result["speed"] for result in results.values()):
         cpu = section["about"]["device"] == "CPU"
-        where = f"{'CPU' if cpu else 'H200'}, {section['about']['precision']}"
+        where = f"{'CPU' if cpu else 'H100'}, {section['about']['precision']}"
         for name, row in section.items():
             if isinstance(row, dict) and "report" in row:
                 r = row["report"]
@@ -160,10 +160,10 @@ def real_text(results: dict) -> str:
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[dict], str]]] = {
     "speed": (("h100", "h200"), speed),
     "quant": (("quant_smollm2",), lambda results: quant(results["quant_smollm2"])),
-    "speculate": (("speculate_h200",), lambda results: speculate(results["speculate_h200"])),
-    "real_text": (("speculate_cpu", "speculate_cpu_bf16", "speculate_h200"), real_text),
+    "speculate": (("speculate_h100",), lambda results: speculate(results["speculate_h100"])),
+    "real_text": (("speculate_cpu", "speculate_cpu_bf16", "speculate_h100"), real_text),
     "quant_7b": (("h200",), lambda results: quant_7b(results["h200"])),
-    "tensor_parallel": (("tp_h200",), lambda results: tensor_parallel(results["tp_h200"])),
+    "tensor_parallel": (("tp",), lambda results: tensor_parallel(results["tp"])),
     "cpu": (tuple(f"cpu_{kind}_{threads}" for kind in CPU_KINDS for threads in (1, 2)), cpu),
 }
 
