@@ -24,7 +24,7 @@ from model import ModelConfig, Transformer
 from tp import TensorParallel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CHUNK = 1 << 21  # weights quantised at a time
+CHUNK = 1 << 20  # weights quantised at a time
 
 
 def torch_load(path: Path) -> dict:
