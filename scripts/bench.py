@@ -13,6 +13,7 @@ import argparse
 import gc
 import itertools
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -168,6 +169,13 @@ def step_time(model: Transformer, rows: int, length: int) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) / 1e3
 
 
+def provenance() -> dict[str, str]:
+    """What a figure owes to the software: PyTorch's version, the commit, the command."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {"torch": torch.__version__, "commit": commit, "command": shlex.join(["python", *sys.argv])}
+
+
 def table(rows: list[Row]) -> str:
     lines = [
         "| model | weights | tok/s (min-max) | GB/s | of read bandwidth | step ms | prefill ms | first token s | GB |"
@@ -230,14 +238,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     bandwidth = kernels.read_bandwidth(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: reads {bandwidth / 1e9:.1f} GB/s")
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    about = {
-        "device": name,
-        "torch": torch.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "command": " ".join(sys.argv),
-        "read_bandwidth": bandwidth,
-    }
+    about = {"device": name, **provenance(), "read_bandwidth": bandwidth}
     rows: list[Row] = []
 
     def take(row: Row) -> None:

@@ -13,16 +13,14 @@ big       a 70B int4 target with a 7B int4 draft. Random weights agree on nothin
 import argparse
 import gc
 import json
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from bench import random_model
+from bench import provenance, random_model
 
 from checkpoint import DTYPES, load_model
 from errors import run_cli
@@ -201,14 +199,11 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 1000  # every engine compiles its own
     args.device, args.dtype = pick_device(args.device), DTYPES[args.precision]
     args.draft_shape, args.shape, args.big_shape = map(ModelConfig.from_name, args.shapes)
-    cuda, git = args.device.type == "cuda", ["git", "-C", str(REPO), "describe", "--always", "--dirty", "--abbrev=40"]
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     about = {
-        "device": torch.cuda.get_device_name(args.device) if cuda else "CPU",
+        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "command": shlex.join(sys.argv),
+        **provenance(),
         "precision": args.precision,
         "read_bandwidth": read_bandwidth(args.device),
     }

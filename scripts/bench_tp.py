@@ -12,7 +12,6 @@ import gc
 import itertools
 import json
 import math
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,12 +60,10 @@ def main() -> None:
     for process in [_torchrun(args, n, "--layers", "1", "--runs", "1", "--max_new_tokens", "9") for n in args.gpus]:
         _finish(process, args.timeout)
     results = {}
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    about = {"commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()}
-    about["command"] = shlex.join(["python", *sys.argv])
+    about = bench.provenance()
     for n in args.gpus:
         results[n] = _finish(_torchrun(args, n), args.timeout)
-        about |= {key: results[n].get(key) for key in ("device", "torch", "read_bandwidth")}
+        about |= {key: results[n].get(key) for key in ("device", "read_bandwidth")}
         args.json.write_text(json.dumps(about | {"gpus": results}, indent=1) + "\n")
     print(_table(results))
 
