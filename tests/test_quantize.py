@@ -266,8 +266,21 @@ def test_a_read_only_file_system(folder, capsys, monkeypatch):
     assert "cannot write" in fails(folder, capsys, "--label", "absent/_")
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path):
-    """Memory that is neither the source's nor the target's pages: less than the file, half of which is one tensor."""
+def peak_of_quantising(folder: Path) -> int:
+    """Bytes that are neither the source's nor the target's pages."""
+    process = command(folder, "--mode", "int4", stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
+        time.sleep(0.01)
+    assert process.returncode == 0, process.stderr.read()
+    return peak * 1024
+
+
+def test_memory_does_not_grow_with_the_file(folder, tmp_path):
+    """A small file's peak is what PyTorch takes at rest, in a build with CUDA 120 MB more than in one without."""
+    rest = peak_of_quantising(folder)
     folder = tmp_path / "large"
     folder.mkdir()
     config = '{"model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8,'
@@ -277,14 +290,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     with new_state_dict(folder / "model.pth", blank):
         pass  # zeros
     size = (folder / "model.pth").stat().st_size
-    process = command(folder, "--mode", "int4", stdout=subprocess.DEVNULL)
-    peak = 0
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
-        time.sleep(0.01)
-    assert process.returncode == 0, process.stderr.read()
-    assert size > 550e6 and peak * 1024 < 450e6, peak  # PyTorch takes 255 MB at rest
+    more = peak_of_quantising(folder) - rest
+    assert size > 550e6 and more < 200e6, more  # one tensor is 263 MB
 
 
 def test_the_generic_basis_is_the_same_function(folder, tmp_path):
