@@ -137,9 +137,9 @@ if triton is not None:
                 "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, is_pure=False, pack=1
             )
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["entry"])
     def _attend_kernel(
-        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts, ahead, lines,
+        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts, ahead, lines, entry,
         S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h, stride_t,
         G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
         W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
@@ -152,8 +152,8 @@ if triton is not None:
         linear kernel, tiles of keys and values are loaded as fragments, by permuting what the dot products sum over or,
         for values, the features.
 
-        Positions and old keys come from before the model's first kernel, which lets no other start until all before it
-        has ended, so they need not wait for the kernel before this one.
+        Positions and old keys come from before the model's first layer, whose attention (`entry`) lets no other kernel
+        start until all that comes before has ended: in later layers they need not wait.
         """
         X: tl.constexpr = DP // 32
         Y: tl.constexpr = KEYS // 8
@@ -165,6 +165,8 @@ if triton is not None:
         b = head // Hkv
         h = head % Hkv
         if PDL:
+            if entry != 0:
+                tlx.gdc_wait()
             tlx.gdc_launch_dependents()
         pos = tl.load(input_pos + b, cache_modifier=".cg").to(tl.int32)
         first = tl.where(window > 0, tl.maximum(pos - window + 1, 0), 0)
@@ -275,6 +277,8 @@ if triton is not None:
                 k_tile = _cached(keys, t0 + STEP + key_of_k, d_of_k, end, stride_t, D)
                 v_tile = _cached(values, t0 + STEP + key_of_v, d_of_v, end, stride_t, D)
 
+        tops = tl.broadcast_to(top[:, None], (ROWS, DP))  # one for each element, as `receive` wants them
+        totals = tl.broadcast_to(total[:, None], (ROWS, DP))
         if SPLITS > 1 and parts > 1:
             real = (row < S * G)[:, None]
             r = tl.arange(0, ROWS)[:, None]
@@ -286,25 +290,27 @@ if triton is not None:
                 send(place + DP + tl.arange(0, 2)[None, :], tl.join(top, total), number, real)
                 return
             for _ in range(parts - 1):
-                theirs = receive(place + n[None, :], number, real)
-                sums = receive(place + DP + tl.arange(0, 2)[None, :], number, real)
-                while tl.max(tl.maximum(tl.max(missing(theirs, number), 1), tl.max(missing(sums, number), 1))) != 0:
-                    theirs = receive(place + n[None, :], number, real)
-                    sums = receive(place + DP + tl.arange(0, 2)[None, :], number, real)
-                part_top, part_total = tl.split(content(sums, tl.float32))
-                new_top = tl.maximum(top, part_top)
+                sums = place + DP + n[None, :] * 0
+                a = receive(place + n[None, :], number, real)
+                t = receive(sums, number, real)
+                s = receive(sums + 1, number, real)
+                while tl.max(missing(a, number) | missing(t, number) | missing(s, number)) != 0:
+                    a = receive(place + n[None, :], number, real)
+                    t = receive(sums, number, real)
+                    s = receive(sums + 1, number, real)
+                part_top = content(t, tl.float32)
+                new_top = tl.maximum(tops, part_top)
                 safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-                fade = tl.exp2(top - safe)
+                fade = tl.exp2(tops - safe)
                 gain = tl.exp2(part_top - safe)
-                acc = acc * fade[:, None] + content(theirs, tl.float32) * gain[:, None]
-                total = total * fade + part_total * gain
-                top = new_top
+                acc = acc * fade + content(a, tl.float32) * gain
+                totals = totals * fade + content(s, tl.float32) * gain
+                tops = new_top
                 place += ROWS * (DP + 2)
             tl.debug_barrier()  # every thread has read the count
             tl.store(counts + group, count)
         to = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + d[None, :]
-        acc = acc / total[:, None]
-        tl.store(out + to, acc.to(out.dtype.element_ty), mask=(row < S * G)[:, None] & (d < D)[None, :])
+        tl.store(out + to, (acc / totals).to(out.dtype.element_ty), mask=(row < S * G)[:, None] & (d < D)[None, :])
 
 
 # Bytes of the weights ahead to ask for, a third of what exceeds those that the next kernels' first programs ask for by
@@ -313,7 +319,9 @@ AHEAD, EARLY = 2**23, 14 * 2**20
 ATTEND = (8, 16, 128)  # warps, keys of a warp in a step, keys that one program takes before there are more
 
 
-def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale, ahead=None):
+def attend_triton(
+    qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale, ahead=None, entry=True
+):
     """One launch of the attention kernel: qkv (B, S, (H + 2 Hkv) D) contiguous, S <= 16."""
     B, S, _ = qkv.shape
     _, Hkv, T, D = k_cache.shape
@@ -330,7 +338,7 @@ def attend_triton(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n
         partial, counts = slots(qkv.device, B * Hkv * blocks, splits * rows * (DP + 2))
     _attend_kernel[(B * Hkv, splits, blocks)](
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts,
-        ahead, 0 if ahead is None else max(0, min((ahead.nbytes - EARLY) // 3, AHEAD)) // 128,
+        ahead, 0 if ahead is None else max(0, min((ahead.nbytes - EARLY) // 3, AHEAD)) // 128, int(entry),
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
         ROWS=rows, NEW=1 if S == 1 else 16, W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
@@ -354,6 +362,7 @@ def attend(
     context: int = 0,
     scale: float | None = None,
     ahead: Tensor | None = None,
+    entry: bool = True,
 ) -> Tensor:
     """Causal attention of S new tokens a row, whose keys and values enter the cache: -> (B, S, H D).
 
@@ -362,12 +371,13 @@ def attend(
     per-head RMSNorm before RoPE. Position p sees keys j <= p and, with a window w > 0, j > p - w. Nothing is written at
     T or beyond. `context`, if not 0, is an upper bound of the positions in use afterwards; scale is 1/sqrt(D) unless
     given. `ahead`: weights that will be read soon, of which a GPU brings the first part closer, as memory is idle here.
+    entry: whether this is a model's first attention, before which positions and caches may just have been written.
     """
     scale = k_cache.shape[-1] ** -0.5 if scale is None else scale
     rest = (input_pos, rope, q_norm, k_norm, eps, n_head, window)
     if cpu.attends(qkv, k_cache, v_cache, input_pos):
         return cpu.attend(qkv, k_cache, v_cache, *rest, scale)
-    return _attend(qkv, k_cache, v_cache, *rest, context, scale, ahead)
+    return _attend(qkv, k_cache, v_cache, *rest, context, scale, ahead, entry)
 
 
 @op("attend", mutates=("k_cache", "v_cache"))
@@ -385,6 +395,7 @@ def _attend(
     context: int,
     scale: float,
     ahead: Tensor | None,
+    entry: bool,
 ) -> Tensor:
     if triton is None or not qkv.is_cuda or qkv.element_size() != 2 or qkv.shape[1] > MAX_ROWS:
         return attend_reference(
@@ -403,9 +414,10 @@ def _attend(
         window,
         scale,
         ahead,
+        entry,
     )
 
 
 @torch.library.register_fake("gptfast::attend")
-def _(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale, ahead):
+def _(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale, ahead, entry):
     return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))

@@ -157,13 +157,15 @@ class Engine:
             pending.append(self.to_host(self.history.gather(1, index)))
 
         fetch(0, 1)
-        for first in range(1, steps + 1, self.block):
-            count = min(self.block, steps + 1 - first)
+        done = 0
+        while done < steps:
+            count = (steps - done) % self.block or self.block  # single steps come first: they start sooner
             if self._block and count == self.block:
                 self._block()
             else:
                 _repeat(self._step, count)
-            fetch(first, count)
+            fetch(done + 1, count)
+            done += count
             yield from _drain(pending, keep=1 if self.block > 1 else 0)
         yield from _drain(pending, keep=0)
 

@@ -92,22 +92,26 @@ if triton is not None:
 
     @triton.jit
     def addresses(boxes, source, rank, WORLD: tl.constexpr, SLOTS: tl.constexpr):
-        """Where this rank's messages go in the mailbox of each rank in `source`, and those of each come in its own."""
+        """Where this rank's messages go in the mailbox of each rank in `source`, and those of each come in its own.
+
+        source: 0, 1, ..., at least to WORLD; after the next power of 2, the same ranks again, for `receive`."""
         theirs = tl.load(boxes + source, mask=source < WORLD, other=0) + rank * (SLOTS * 8)
-        mine = tl.load(boxes + rank) + source.to(tl.int64) * (SLOTS * 8)
+        mine = tl.load(boxes + rank) + source % triton.next_power_of_2(WORLD) * (SLOTS * 8)
         return theirs.to(tl.pointer_type(tl.int64)), mine.to(tl.pointer_type(tl.int64))
 
     @triton.jit
-    def deliver(word, theirs, mine, at, mask, count, WORLD: tl.constexpr, SLOTS: tl.constexpr):
-        """Send int32 `word` at slots `at` to all ranks, as exchange number `count` int64 there, and wait for theirs:
-        int32, of mask's shape, whose first axis is that of `addresses`; 0 where it is not set."""
-        number = tl.broadcast_to(count & 0xFFFFFFFF, mask.shape)
+    def deliver(word, source, theirs, mine, at, sent, count, WORLD: tl.constexpr, SLOTS: tl.constexpr):
+        """Send int32 `word` at slots `at` to all ranks where `sent`, as exchange number `count` int64 there, and wait
+        for theirs: int32, whose first axis is `source`; and where these are, once each."""
+        here = source % triton.next_power_of_2(WORLD) < WORLD
+        number = tl.broadcast_to(count & 0xFFFFFFFF, (sent & here).shape)
         place = count % 2 * (WORLD * SLOTS) + at
-        send(theirs + place, word, number, mask)
-        got = receive(mine + place, number, mask)
+        once = sent & (source < WORLD)
+        send(theirs + place, word, number, once)
+        got = receive(mine + place, number, sent & here)
         while tl.max(missing(got, number)) != 0:
-            got = receive(mine + place, number, mask)
-        return content(got, tl.int32)
+            got = receive(mine + place, number, sent & here)
+        return content(got, tl.int32), once
 
     @triton.jit(do_not_specialize=["rank", "words"])  # all ranks run the same code, and so sum in the same order
     def _exchange_kernel(
@@ -120,15 +124,15 @@ if triton is not None:
         at = pid * BLOCK + tl.arange(0, BLOCK)[None, :]
         source = tl.arange(0, RANKS)[:, None]
         sent = at < words
-        mask = sent & (source < WORLD)
         theirs, mine = addresses(boxes, source, rank, WORLD, SLOTS)
         if PDL:
             tlx.gdc_launch_dependents()
             tlx.gdc_wait()
         count = tl.load(counts + pid) + 1
-        got = deliver(tl.load(x + at, mask=sent, other=0), theirs, mine, at, mask, count, WORLD, SLOTS)
+        word = tl.load(x + at, mask=sent, other=0)
+        got, once = deliver(word, source, theirs, mine, at, sent, count, WORLD, SLOTS)
         if GATHER:
-            tl.store(out + (at // width) * (WORLD * width) + source * width + at % width, got, mask=mask)
+            tl.store(out + (at // width) * (WORLD * width) + source * width + at % width, got, mask=once)
         elif DTYPE is tl.float32:
             total = tl.sum(got.to(tl.float32, bitcast=True), 0)
             tl.store(out + at, total.to(tl.int32, bitcast=True)[None, :], mask=sent)

@@ -151,11 +151,12 @@ if triton is not None:
     def _linear_kernel(
         y, x, w, s, bias, norm, residual, boxes, counts, rank, M, N, K, eps,
         KIND: tl.constexpr, GROUP: tl.constexpr, GATES: tl.constexpr, COLS: tl.constexpr, WORLD: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, PERSIST: tl.constexpr,
-        EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+        GATHER: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr,
+        PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W n(x) [+ bias], or if GATES the `gated` (M, N / 2) of it; M <= COLS rows of x.
-        If WORLD is not 1, W n(x) [+ bias] is summed over so many ranks before that, each tile by itself (exchange.py).
+        If WORLD is not 1, W n(x) [+ bias] is summed over so many ranks before that, each tile by itself (exchange.py),
+        or if GATHER the ranks' results, without a residual, are put side by side.
 
         A program has 8 R rows of W or, if it is to PERSIST, as many such tiles as it takes, in steps along K; if WHOLE,
         one step is all of K, and x is made ready once. Weights are asked for as soon as those before are used up, and
@@ -199,8 +200,8 @@ if triton is not None:
             gains = norm.to(tl.pointer_type(tl.int32))
 
         if WORLD > 1:
-            RANKS: tl.constexpr = triton.next_power_of_2(WORLD)
-            source = tl.arange(0, RANKS)[:, None, None]
+            SOURCES: tl.constexpr = max(triton.next_power_of_2(WORLD), W * 32 // (R * 8 * COLS))  # see kernels.receive
+            source = tl.arange(0, SOURCES)[:, None, None]
             theirs, mine = exchange.addresses(boxes, source, rank, WORLD, SLOTS)
         tile = tl.program_id(0)
         if PDL:
@@ -284,10 +285,16 @@ if triton is not None:
                 out = (gate * up / (1 + tl.exp(-gate))).reshape(R * 4, COLS)
             if WORLD > 1:
                 slot = (col[None, :] * FEATURES + n[:, None])[None, :, :]
-                sent = stored[None, :, :] & (source < WORLD)
                 out = out.to(tl.int32, bitcast=True)[None, :, :]
-                out = exchange.deliver(out, theirs, mine, slot, sent, count[None, :, None], WORLD, SLOTS)
-                out = tl.sum(out.to(tl.float32, bitcast=True), 0)
+                out, once = exchange.deliver(
+                    out, source, theirs, mine, slot, stored[None, :, :], count[None, :, None], WORLD, SLOTS
+                )
+                out = out.to(tl.float32, bitcast=True)
+                if GATHER:
+                    at = (col[None, :] * WORLD + source).to(tl.int64) * outputs + of_y[None, :, None]
+                    stored = once
+                else:
+                    out = tl.sum(tl.where(once, out, 0.0), 0)
             if residual is not None:
                 out += before.to(tl.float32)
             tl.store(y + at, out.to(y.dtype.element_ty), mask=stored)
@@ -407,12 +414,14 @@ def linear(
     gates: bool = False,
     rank: int = 0,
     world: int = 1,
+    gather: bool = False,
 ) -> Tensor:
     """[residual +] W rms_norm(x) [+ bias]: x (..., K) -> (..., N) in x's dtype or `out_dtype`, in one launch; with
     `gates` its `gated` (..., N / 2). See `takes` for what it takes, besides CPU tensors in Triton's interpreter.
 
     norm (K,) is RMSNorm's gain and `eps` its epsilon, without `norm` x is taken as it is; bias (N,); residual like the
-    result. With several ranks in `world`, which have some columns each, W x [+ bias] is the sum of theirs.
+    result. With several ranks in `world`, which have some columns each, W x [+ bias] is the sum of theirs; to gather,
+    they have rows, and results without a residual lie side by side, (..., world N).
     """
     K, N, kind = x.shape[-1], _out_features(weight), _kind(weight)
     rows = x.reshape(-1, K).contiguous()
@@ -425,25 +434,28 @@ def linear(
     step = W * C * {"fp": 32, "int4": 128}.get(kind, 64)
     tiles = triton.cdiv(N, 8 * R)
     programs = min(tiles, programs * _processors(x.device) or tiles)
-    y = torch.empty(*x.shape[:-1], N // 2 if gates else N, dtype=out_dtype or x.dtype, device=x.device)
+    width = (N // 2 if gates else N) * (world if gather and boxes else 1)
+    y = torch.empty(*x.shape[:-1], width, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(programs,)](
         y, rows, weight.view(torch.int32), scales, bias, norm, None if residual is None else residual.contiguous(),
         *(boxes[1] if boxes else (None, None)), rank, M, N, K, eps,
         KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, GATES=gates,
-        COLS=1 if M == 1 else 8 if M <= 8 else 16, WORLD=world if boxes else 1, R=R, C=C, W=W,
+        COLS=1 if M == 1 else 8 if M <= 8 else 16, WORLD=world if boxes else 1,
+        GATHER=gather and boxes is not None, R=R, C=C, W=W,
         WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         PDL=hopper, num_warps=W, num_stages=1, **({"launch_pdl": True, "maxnreg": registers} if hopper else {}),
     )  # fmt: skip
-    return y if world == 1 or boxes else exchange.exchange(y, False, rank, world)
+    return y if world == 1 or boxes else exchange.exchange(y, gather, rank, world)
 
 
 @torch.library.register_fake("gptfast::linear")
 def _(
-    x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, gates=False, rank=0, world=1
-):
-    N = _out_features(weight)
-    return x.new_empty((*x.shape[:-1], N // 2 if gates else N), dtype=out_dtype or x.dtype)
+    x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, gates=False, rank=0, world=1,
+    gather=False,
+):  # fmt: skip
+    width = (_out_features(weight) // 2 if gates else _out_features(weight)) * (world if gather else 1)
+    return x.new_empty((*x.shape[:-1], width), dtype=out_dtype or x.dtype)
 
 
 def takes(x: Tensor, weight: Tensor, norm: Tensor | None = None) -> bool:

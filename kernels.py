@@ -127,7 +127,11 @@ if triton is not None:
 
     @triton.jit
     def receive(at, number, mask):
-        """What is there now, as int64, for `missing` and `content`. Where there is no mask, a message of 0."""
+        """What is there now, as int64, for `missing` and `content`. Where there is no mask, a message of 0.
+
+        A tile has to have an element for every thread, or more: of threads with the same one, Triton asks just one
+        whether its message is missing, and the others, which looked for themselves, would go on without theirs.
+        """
         return tl.load(at, mask=mask, other=number, volatile=True)
 
     @triton.jit

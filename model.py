@@ -211,6 +211,7 @@ class Attention(nn.Module):
         D = config.head_dim
         self.tp, self.n_head, self.eps = tp, H, config.norm_eps
         self.window = config.windows[layer] if config.windows else 0
+        self.entry = layer == 0
         self.rotates = not config.rope_layers or config.rope_layers[layer]
         self.wqkv = Linear(config.dim, (H + 2 * Hkv) * D, bias=config.qkv_bias)
         self.wo = Linear(H * D, config.dim, bias=config.o_bias)
@@ -241,6 +242,7 @@ class Attention(nn.Module):
             window=self.window,
             context=context,
             ahead=ahead,
+            entry=self.entry,
         )
         return self.project_out(y, x)
 
@@ -345,7 +347,7 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The output layer: (..., C) -> fp32 (..., V)."""
-        return self.tp.gather(self.output(x, norm=self.norm, fp32=True), self.config.vocab_size)
+        return self.tp.gather(self.output, x, self.norm, self.config.vocab_size)
 
     def forward(
         self,

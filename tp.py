@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
@@ -119,9 +120,13 @@ class TensorParallel:
         y = linear(x, residual=residual if self.rank == 0 else None)
         return y if self.world == 1 else exchange(y, False, self.rank, self.world)
 
-    def gather(self, x: Tensor, size: int) -> Tensor:
-        """The ranks' (..., n) side by side, up to `size`: (..., size)."""
-        return x if self.world == 1 else exchange(x, True, self.rank, self.world)[..., :size]
+    def gather(self, linear: Linear, x: Tensor, norm: nn.Module, size: int) -> Tensor:
+        """fp32 W norm(x), of which every rank holds some rows of W, the last of them perhaps padding: (..., size)."""
+        if gemv.takes(x, linear.weight, norm.weight):
+            rest = (linear.weight, linear.scales, linear.bias, norm.weight, norm.eps, None, torch.float32)
+            return gemv.linear(x, *rest, rank=self.rank, world=self.world, gather=True)[..., :size]
+        y = linear(x, norm=norm, fp32=True)
+        return y if self.world == 1 else exchange(y, True, self.rank, self.world)[..., :size]
 
     def share(self, value):
         """Rank 0's value on every rank. The others wait for it."""
@@ -265,10 +270,8 @@ if triton is not None:
         row = tl.program_id(0)
         c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         if PDL:
-            # The model's first kernel lets no other start until all before it has ended: attention reads positions,
-            # which sampling writes, without waiting.
-            tlx.gdc_wait()
             tlx.gdc_launch_dependents()
+            tlx.gdc_wait()
         at = row // new * T + row % new
         if start is not None:
             at += tl.load(start + row // new)

@@ -2,7 +2,9 @@
 weights, keys and x get from their load to the tensor cores without a detour through shared memory."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,23 @@ def test_fragments_are_loaded_as_they_are(compiled):
     assert [row["case"] for row in linear if row["buffers"]] == []
 
 
+def test_every_thread_waits_for_its_own_message(compiled):
+    """See kernels.receive: a tile of messages whose elements several threads hold."""
+    messages = [row for row in compiled if row["messages"]]
+    assert {row["kernel"] for row in messages} == {"_attend_kernel", "_linear_kernel", "_exchange_kernel"}
+    for row in messages:
+        for shape, *layout in row["messages"]:
+            assert all(n >= math.prod(spans) for n, *spans in zip(shape, *layout)), row["case"]
+
+
+def volatile_loads(ttgir: str) -> list[list[list[int]]]:
+    """Of each volatile load: its shape, and how many elements a thread, the threads of a warp and the warps span."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg.blocked<(.*)>$", ttgir, re.M))
+    loads = re.findall(r"isVolatile = true} : tensor<([\dx]+)x!tt.ptr<i64>, (#\w+)>", ttgir)
+    spans = {name: [json.loads(part) for part in re.findall(r"\[.*?\]", layouts[name])[:3]] for _, name in loads}
+    return [[[int(n) for n in shape.split("x")], *spans[name]] for shape, name in loads]
+
+
 def main() -> None:
     """Compile each kernel for sm_90 by its own launcher, with a driver that only says so, and print what came out."""
     import torch
@@ -75,6 +94,7 @@ def main() -> None:
             found = {
                 "kernel": kernel.fn.__name__,
                 "case": case,
+                "messages": volatile_loads(asm["ttgir"]),
                 "buffers": asm["ttgir"].count("ttg.local_alloc"),
                 "waits": asm["ptx"].count("griddepcontrol.wait"),
                 "launches": asm["ptx"].count("griddepcontrol.launch_dependents"),
@@ -121,6 +141,8 @@ def main() -> None:
         case = f"a sum over ranks, {rows} rows"
         x = torch.empty(rows, 2048, dtype=dtype)
         gemv.linear(x, w[:4096, :2048].contiguous(), residual=torch.empty(rows, 4096, dtype=dtype), world=2)
+        case = f"ranks' parts side by side, {rows} rows"
+        gemv.linear(x, w[:4096, :2048].contiguous(), norm=gain[:2048], eps=1e-5, world=2, gather=True)
     exchange.exchange_triton(x, False, 0, 2, boxes, counts)
     exchange.exchange_triton(x, True, 1, 4, boxes, counts)
 

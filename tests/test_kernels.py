@@ -221,6 +221,20 @@ def test_attend(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
             assert cache[b, :, end:].isnan().all()
 
 
+@pytest.mark.cuda
+def test_attention_gives_the_same_bits_every_time():
+    """Its parts take turns for two layers, so that a message of the other layer's would show."""
+    generator = torch.Generator().manual_seed(2)
+    layers = [on_device(*make_attention(1, 1, 8, 2, 64, 1100, 64, torch.bfloat16, generator)) for _ in range(2)]
+    for position in (200, 1050):
+        pos = torch.tensor([position], device=DEVICE)
+        outputs = [[], []]
+        for _ in range(300):
+            for (qkv, k, v, rope), own in zip(layers, outputs):
+                own.append(attention.attend_triton(qkv, k, v, pos, rope, None, None, 1e-5, 8, 0, 0.125))
+        assert all(torch.equal(out, own[0]) for own in outputs for out in own)
+
+
 def test_attend_reference_is_plain_attention():
     generator = torch.Generator().manual_seed(3)
     qkv, k_cache, v_cache, _ = make_attention(1, 8, 4, 2, 16, 8, 16, torch.float32, generator)

@@ -1,5 +1,6 @@
 """Tensor parallelism: shards add up, ranks compute what one process does, nobody hangs."""
 
+import itertools
 import json
 import os
 import re
@@ -140,7 +141,7 @@ def test_exchange_kernel(world, mode):
 @pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_linear_kernel_sums_over_ranks(world, kind, monkeypatch):
+def test_linear_kernel_sums_or_gathers_over_ranks(world, kind, monkeypatch):
     """Rank 1's kernel, with the other ranks' products put into its mailbox beforehand: tiles and rows change, and
     weights are narrower in between, as a draft model's may be."""
     pytest.importorskip("triton")
@@ -149,7 +150,8 @@ def test_linear_kernel_sums_over_ranks(world, kind, monkeypatch):
     counts = torch.zeros(features // 8, dtype=torch.int64)
     monkeypatch.setattr(exchange, "mailbox", lambda device: (None, (boxes, counts)))
     sent = [0, 0]  # so far, of the first 40 features and of the others
-    for rows, N, R, programs in ((1, 104, 2, 0), (3, 104, 4, 0), (1, 40, 2, 0), (2, 104, 2, 2), (1, 104, 2, 3)):
+    cases = ((1, 104, 2, 0), (3, 104, 4, 0), (1, 40, 2, 0), (2, 104, 2, 2), (1, 104, 2, 3))
+    for (rows, N, R, programs), gather in itertools.product(cases, (False, True)):
         monkeypatch.setattr(gemv, "_configuration", lambda *_, R=R, programs=programs: (R, 1, 2, 128, programs))
         monkeypatch.setattr(gemv, "_processors", lambda device: 1)
         sent[0] += 1
@@ -170,9 +172,11 @@ def test_linear_kernel_sums_over_ranks(world, kind, monkeypatch):
             if other != rank:
                 place = memory[rank].view(2, world, exchange.MAX_ROWS, features)[:, other, :rows, :N]
                 place.scatter_(0, (number % 2).expand(1, rows, N), words[None])
-        out = gemv.linear(x, tensors["weight"], tensors.get("scales"), residual=residual, rank=rank, world=world)
+        here = {"rank": rank, "world": world, "gather": gather, "residual": None if gather else residual}
+        out = gemv.linear(x, tensors["weight"], tensors.get("scales"), **here)
         theirs[rank] = x.float() @ weight.t()
-        torch.testing.assert_close(out.float(), residual.float() + theirs.sum(0), rtol=2e-2, atol=5e-2)
+        expected = torch.cat(list(theirs), -1) if gather else residual.float() + theirs.sum(0)
+        torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=5e-2)
         for box in memory:  # everyone got this rank's products
             place = box.view(2, world, exchange.MAX_ROWS, features)[:, rank, :rows, :N]
             got = place.gather(0, (number % 2).expand(1, rows, N))[0]
