@@ -316,7 +316,7 @@ if triton is not None:
 # Bytes of the weights ahead to ask for, a third of what exceeds those that the next kernels' first programs ask for by
 # themselves: measured on an H100, where more, or before the wait, was slower.
 AHEAD, EARLY = 2**23, 14 * 2**20
-ATTEND = (8, 16, 128)  # warps, keys of a warp in a step, keys that one program takes before there are more
+ATTEND = (8, 32, 256)  # warps, keys of a warp in a step, keys that one program takes before there are more
 
 
 def attend_triton(
@@ -336,9 +336,11 @@ def attend_triton(
     partial, counts = (None, None)
     if splits > 1:
         partial, counts = slots(qkv.device, B * Hkv * blocks, splits * rows * (DP + 2))
-    _attend_kernel[(B * Hkv, splits, blocks)](
+    lines = 0 if ahead is None else max(0, min((ahead.nbytes - EARLY) // 3, AHEAD)) // 128
+    programs = max(splits, 128 // (B * Hkv * blocks)) if lines else splits  # those without a part help to fetch
+    _attend_kernel[(B * Hkv, programs, blocks)](
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts,
-        ahead, 0 if ahead is None else max(0, min((ahead.nbytes - EARLY) // 3, AHEAD)) // 128, int(entry),
+        ahead, lines, int(entry),
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
         ROWS=rows, NEW=1 if S == 1 else 16, W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,

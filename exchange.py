@@ -88,30 +88,37 @@ def exchange_triton(x, gather, rank, world, boxes, counts):
 
 
 if triton is not None:
+    INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+    WAIT = tl.constexpr(  # for a message at $1 with number $2, and take its content; 0 unless $3
+        "{ .reg .pred p; .reg .b32 number; mov.b32 $0, 0; setp.eq.b32 p, $3, 0; @p bra done; "
+        "again: ld.volatile.global.v2.b32 {number, $0}, [$1]; setp.ne.b32 p, number, $2; @p bra again; done: }"
+    )
     _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
     @triton.jit
     def addresses(boxes, source, rank, WORLD: tl.constexpr, SLOTS: tl.constexpr):
-        """Where this rank's messages go in the mailbox of each rank in `source`, and those of each come in its own.
-
-        source: 0, 1, ..., at least to WORLD; after the next power of 2, the same ranks again, for `receive`."""
+        """Where this rank's messages go in the mailbox of each rank in `source`, and those of each come in its own."""
         theirs = tl.load(boxes + source, mask=source < WORLD, other=0) + rank * (SLOTS * 8)
-        mine = tl.load(boxes + rank) + source % triton.next_power_of_2(WORLD) * (SLOTS * 8)
+        mine = tl.load(boxes + rank) + source.to(tl.int64) * (SLOTS * 8)
         return theirs.to(tl.pointer_type(tl.int64)), mine.to(tl.pointer_type(tl.int64))
 
     @triton.jit
-    def deliver(word, source, theirs, mine, at, sent, count, WORLD: tl.constexpr, SLOTS: tl.constexpr):
-        """Send int32 `word` at slots `at` to all ranks where `sent`, as exchange number `count` int64 there, and wait
-        for theirs: int32, whose first axis is `source`; and where these are, once each."""
-        here = source % triton.next_power_of_2(WORLD) < WORLD
-        number = tl.broadcast_to(count & 0xFFFFFFFF, (sent & here).shape)
+    def deliver(word, theirs, mine, at, mask, count, WORLD: tl.constexpr, SLOTS: tl.constexpr):
+        """Send int32 `word` at slots `at` to all ranks, as exchange number `count` int64 there, and wait for theirs:
+        int32, of mask's shape, whose first axis is that of `addresses`; 0 where it is not set."""
+        number = tl.broadcast_to(count & 0xFFFFFFFF, mask.shape)
         place = count % 2 * (WORLD * SLOTS) + at
-        once = sent & (source < WORLD)
-        send(theirs + place, word, number, once)
-        got = receive(mine + place, number, sent & here)
-        while tl.max(missing(got, number)) != 0:
-            got = receive(mine + place, number, sent & here)
-        return content(got, tl.int32), once
+        send(theirs + place, word, number, mask)
+        alone: tl.constexpr = False if INTERPRETED else mask.numel <= tlx.num_threads()
+        if alone:  # each thread waits for one message, without the barriers of tl.max
+            arguments = [mine + place, number.to(tl.int32), mask.to(tl.int32)]
+            word = tl.inline_asm_elementwise(WAIT, "=&r,l,r,r", arguments, tl.int32, is_pure=False, pack=1)
+        else:
+            got = receive(mine + place, number, mask)
+            while tl.max(missing(got, number)) != 0:
+                got = receive(mine + place, number, mask)
+            word = content(got, tl.int32)
+        return word
 
     @triton.jit(do_not_specialize=["rank", "words"])  # all ranks run the same code, and so sum in the same order
     def _exchange_kernel(
@@ -124,15 +131,15 @@ if triton is not None:
         at = pid * BLOCK + tl.arange(0, BLOCK)[None, :]
         source = tl.arange(0, RANKS)[:, None]
         sent = at < words
+        mask = sent & (source < WORLD)
         theirs, mine = addresses(boxes, source, rank, WORLD, SLOTS)
         if PDL:
             tlx.gdc_launch_dependents()
             tlx.gdc_wait()
         count = tl.load(counts + pid) + 1
-        word = tl.load(x + at, mask=sent, other=0)
-        got, once = deliver(word, source, theirs, mine, at, sent, count, WORLD, SLOTS)
+        got = deliver(tl.load(x + at, mask=sent, other=0), theirs, mine, at, mask, count, WORLD, SLOTS)
         if GATHER:
-            tl.store(out + (at // width) * (WORLD * width) + source * width + at % width, got, mask=once)
+            tl.store(out + (at // width) * (WORLD * width) + source * width + at % width, got, mask=mask)
         elif DTYPE is tl.float32:
             total = tl.sum(got.to(tl.float32, bitcast=True), 0)
             tl.store(out + at, total.to(tl.int32, bitcast=True)[None, :], mask=sent)

@@ -200,8 +200,8 @@ if triton is not None:
             gains = norm.to(tl.pointer_type(tl.int32))
 
         if WORLD > 1:
-            SOURCES: tl.constexpr = max(triton.next_power_of_2(WORLD), W * 32 // (R * 8 * COLS))  # see kernels.receive
-            source = tl.arange(0, SOURCES)[:, None, None]
+            RANKS: tl.constexpr = triton.next_power_of_2(WORLD)
+            source = tl.arange(0, RANKS)[:, None, None]
             theirs, mine = exchange.addresses(boxes, source, rank, WORLD, SLOTS)
         tile = tl.program_id(0)
         if PDL:
@@ -285,16 +285,15 @@ if triton is not None:
                 out = (gate * up / (1 + tl.exp(-gate))).reshape(R * 4, COLS)
             if WORLD > 1:
                 slot = (col[None, :] * FEATURES + n[:, None])[None, :, :]
+                sent = stored[None, :, :] & (source < WORLD)
                 out = out.to(tl.int32, bitcast=True)[None, :, :]
-                out, once = exchange.deliver(
-                    out, source, theirs, mine, slot, stored[None, :, :], count[None, :, None], WORLD, SLOTS
-                )
+                out = exchange.deliver(out, theirs, mine, slot, sent, count[None, :, None], WORLD, SLOTS)
                 out = out.to(tl.float32, bitcast=True)
                 if GATHER:
                     at = (col[None, :] * WORLD + source).to(tl.int64) * outputs + of_y[None, :, None]
-                    stored = once
+                    stored = sent
                 else:
-                    out = tl.sum(tl.where(once, out, 0.0), 0)
+                    out = tl.sum(out, 0)
             if residual is not None:
                 out += before.to(tl.float32)
             tl.store(y + at, out.to(y.dtype.element_ty), mask=stored)

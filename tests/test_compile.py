@@ -48,7 +48,7 @@ def test_fragments_are_loaded_as_they_are(compiled):
 def test_every_thread_waits_for_its_own_message(compiled):
     """See kernels.receive: a tile of messages whose elements several threads hold."""
     messages = [row for row in compiled if row["messages"]]
-    assert {row["kernel"] for row in messages} == {"_attend_kernel", "_linear_kernel", "_exchange_kernel"}
+    assert {row["kernel"] for row in messages} == {"_attend_kernel", "_exchange_kernel", "_linear_kernel"}
     for row in messages:
         for shape, *layout in row["messages"]:
             assert all(n >= math.prod(spans) for n, *spans in zip(shape, *layout)), row["case"]
@@ -137,12 +137,12 @@ def main() -> None:
 
     boxes = counts = torch.zeros(2, dtype=torch.int64)
     exchange.mailbox = lambda device: (None, (boxes, counts))
-    for rows in (1, 6):
+    for rows, world in ((1, 2), (6, 4)):
         case = f"a sum over ranks, {rows} rows"
         x = torch.empty(rows, 2048, dtype=dtype)
-        gemv.linear(x, w[:4096, :2048].contiguous(), residual=torch.empty(rows, 4096, dtype=dtype), world=2)
+        gemv.linear(x, w[:4096, :2048].contiguous(), residual=torch.empty(rows, 4096, dtype=dtype), world=world)
         case = f"ranks' parts side by side, {rows} rows"
-        gemv.linear(x, w[:4096, :2048].contiguous(), norm=gain[:2048], eps=1e-5, world=2, gather=True)
+        gemv.linear(x, w[:4096, :2048].contiguous(), norm=gain[:2048], eps=1e-5, world=world, gather=True)
     exchange.exchange_triton(x, False, 0, 2, boxes, counts)
     exchange.exchange_triton(x, True, 1, 4, boxes, counts)
 

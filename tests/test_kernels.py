@@ -193,7 +193,7 @@ def make_attention(B, S, H, Hkv, D, T, rotary, dtype, generator):
         (2, 3, 8, 2, 32, 200, 16, 0, True, [0, 150]),  # grouped heads, partial rotation, head norms, an empty row
         (2, 1, 4, 2, 80, 600, 80, 100, False, [520, 37]),  # a window, a head dimension that is no power of two
         (1, 16, 6, 2, 16, 96, 16, 20, False, [64]),
-        (1, 8, 6, 2, 32, 1100, 32, 0, False, [1050]),  # nine parts, two blocks of rows
+        (1, 8, 6, 2, 32, 1100, 32, 0, False, [1050]),  # five parts, two blocks of rows
         (1, 4, 2, 1, 16, 70, 0, 0, False, [68]),  # no rotation; the last tokens do not fit the cache
     ],
 )
