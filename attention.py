@@ -314,8 +314,9 @@ if triton is not None:
 
 
 # Bytes of the weights ahead to ask for, a third of what exceeds those that the next kernels' first programs ask for by
-# themselves: measured on an H100, where more, or before the wait, was slower.
-AHEAD, EARLY = 2**23, 14 * 2**20
+# themselves, and at most so many: measured on an H100, where more, or before the wait, was slower. Weights of 16 bits
+# leave memory idle for less time.
+AHEAD, AHEAD_16_BIT, EARLY = 2**23, 2**21, 14 * 2**20
 ATTEND = (8, 32, 256)  # warps, keys of a warp in a step, keys that one program takes before there are more
 
 
@@ -336,7 +337,10 @@ def attend_triton(
     partial, counts = (None, None)
     if splits > 1:
         partial, counts = slots(qkv.device, B * Hkv * blocks, splits * rows * (DP + 2))
-    lines = 0 if ahead is None else max(0, min((ahead.nbytes - EARLY) // 3, AHEAD)) // 128
+    lines = 0
+    if ahead is not None:
+        most = AHEAD_16_BIT if ahead.itemsize == 2 else AHEAD
+        lines = max(0, min((ahead.nbytes - EARLY) // 3, most)) // 128
     programs = max(splits, 128 // (B * Hkv * blocks)) if lines else splits  # those without a part help to fetch
     _attend_kernel[(B * Hkv, programs, blocks)](
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts,
