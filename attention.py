@@ -341,10 +341,10 @@ def attend_triton(
     if ahead is not None:
         most = AHEAD_16_BIT if ahead.itemsize == 2 else AHEAD
         lines = max(0, min((ahead.nbytes - EARLY) // 3, most)) // 128
-    programs = max(splits, 128 // (B * Hkv * blocks)) if lines else splits  # those without a part help to fetch
+    # Those without a part help to fetch. With several rows the next kernel needs the room.
+    programs = max(splits, 128 // (B * Hkv * blocks)) if lines and S == 1 else splits
     _attend_kernel[(B * Hkv, programs, blocks)](
-        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts,
-        ahead, lines, int(entry),
+        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts, ahead, lines, int(entry),
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
         ROWS=rows, NEW=1 if S == 1 else 16, W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
