@@ -69,6 +69,7 @@ class LanguageModel(TemplateLM or object):
         self._device = model.norm.weight.device
         if compile:  # with symbolic sizes: one graph serves all layers and lengths, and all numbers of rows but one
             for layer in model.layers:
+                layer.attention.entry = True  # which always works, and makes all layers alike
                 layer.compile(fullgraph=True, dynamic=True)
 
     @property

@@ -333,7 +333,7 @@ CONFIGURATIONS = {
     ("int8", True): ((2, 2, 8, 128, 0), (2, 2, 8, 128, 0), (2, 2, 4, 128, 0), (2, 2, 4, 128, 0), (4, 2, 4, 168, 0)),
     ("int4", True): ((2, 2, 8, 168, 1), (2, 1, 8, 128, 0), (2, 2, 4, 168, 0), (2, 1, 4, 128, 0), (4, 1, 4, 168, 0)),
 }
-TUNED = {  # where another one is better for weights (N, K), or of N rows
+TUNED = {  # where another one is better for weights (N, K), or of N rows; scripts/tune.py looks for such
     ("fp", False): {
         **dict.fromkeys(((2048, 8192), (4096, 14336), 12288), (2, 4, 16, 120, 1)),
         **dict.fromkeys((6144, 22016, 28672, 32000, (3072, 4096), (128256, 4096)), (2, 8, 16, 120, 1)),

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -54,6 +55,24 @@ def test_every_thread_waits_for_its_own_message(compiled):
             assert all(n >= math.prod(spans) for n, *spans in zip(shape, *layout)), row["case"]
 
 
+@pytest.mark.parametrize("shape", [(16384, 2048), (4096, 11008), (4096, 1024), (5504, 4096), (32000, 4096)])
+@pytest.mark.parametrize("kind", ["fp", "int8", "int4"])
+def test_tune_tries_what_the_kernel_takes_as_it_is(kind, shape, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    import tune
+
+    import gemv
+
+    N, K = shape
+    shape, dtype = {"int4": ((N // 8, K // 128, 8, 4, 4), "int32"), "int8": (shape, "int8")}.get(kind, (shape, "half"))
+    weight = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    choices = tune.candidates(weight, K, 132)
+    assert 20 < len(set(choices)) == len(choices) < 250
+    for choice in choices:
+        monkeypatch.setitem(gemv.TUNED[kind, False], (N, K), choice)
+        assert gemv._configuration(kind, N, K, 1, 132) == choice
+
+
 def volatile_loads(ttgir: str) -> list[list[list[int]]]:
     """Of each volatile load: its shape, and how many elements a thread, the threads of a warp and the warps span."""
     layouts = dict(re.findall(r"^(#\w+) = #ttg.blocked<(.*)>$", ttgir, re.M))
@@ -64,11 +83,6 @@ def volatile_loads(ttgir: str) -> list[list[list[int]]]:
 
 def main() -> None:
     """Compile each kernel for sm_90 by its own launcher, with a driver that only says so, and print what came out."""
-    import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
     import attention
     import exchange
     import gemv
@@ -76,37 +90,24 @@ def main() -> None:
     import sampling
     import tp
 
-    class Driver:
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device):
-            return 0
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    import tune
+    from compile_only import compile_only
 
     case = ""
 
-    def launcher(kernel, grid):
-        def launch(*args, **options):
-            asm = kernel.run(*args, grid=grid, warmup=True, **options).asm
-            found = {
-                "kernel": kernel.fn.__name__,
-                "case": case,
-                "messages": volatile_loads(asm["ttgir"]),
-                "buffers": asm["ttgir"].count("ttg.local_alloc"),
-                "waits": asm["ptx"].count("griddepcontrol.wait"),
-                "launches": asm["ptx"].count("griddepcontrol.launch_dependents"),
-            }
-            print(json.dumps(found))
+    def found(name, asm):
+        row = {
+            "kernel": name,
+            "case": case,
+            "messages": volatile_loads(asm["ttgir"]),
+            "buffers": asm["ttgir"].count("ttg.local_alloc"),
+            "waits": asm["ptx"].count("griddepcontrol.wait"),
+            "launches": asm["ptx"].count("griddepcontrol.launch_dependents"),
+        }
+        print(json.dumps(row))
 
-        return launch
-
-    triton.runtime.driver.set_active(Driver())
-    JITFunction.__getitem__ = launcher
-    for module in (attention, exchange, gemv, lookup, sampling, tp):
-        module.is_hopper = lambda device: True
+    compile_only(found)
 
     dtype, N, K = torch.bfloat16, 4096, 2112
     bits = {"16-bit": ((N, K), dtype), "int8": ((N, K), torch.int8), "fp8": ((N, K), torch.float8_e4m3fn)}
@@ -143,6 +144,9 @@ def main() -> None:
         gemv.linear(x, w[:4096, :2048].contiguous(), residual=torch.empty(rows, 4096, dtype=dtype), world=world)
         case = f"ranks' parts side by side, {rows} rows"
         gemv.linear(x, w[:4096, :2048].contiguous(), norm=gain[:2048], eps=1e-5, world=world, gather=True)
+    for name in ("wqkv", "wo", "w13", "w2", "output"):
+        case, of = f"tune.py's {name}", ((256, 2048), dtype)
+        tune.compile_layer(name, of, None, 2048, 6, tp.TensorParallel(0, 2), (2, 2, 4, 128, 0))
     exchange.exchange_triton(x, False, 0, 2, boxes, counts)
     exchange.exchange_triton(x, True, 1, 4, boxes, counts)
 

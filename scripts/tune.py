@@ -1,0 +1,148 @@
+"""Find configurations of the linear kernel for a model's layers on the GPUs at hand, as gemv.TUNED wants them.
+
+    python scripts/tune.py --model Llama-3.2-1B --mode int8 --rows 8
+    torchrun --standalone --nproc_per_node=4 scripts/tune.py --model 7B --mode int4
+
+What a configuration costs depends on its neighbours, whose programs start while its own still run: so whole steps are
+timed (of a random model, see bench.py), one layer varied at a time, in turns until none gets better. Everything is
+compiled before, on all cores. For Hopper GPUs.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
+import bench
+
+import exchange
+import gemv
+from errors import UserError, run_cli
+from generate import pick_device
+from linear import Linear
+from model import ModelConfig, Transformer
+from tp import TensorParallel, session
+
+REGISTERS = 2**16  # of a multiprocessor
+GAIN = 0.999  # what counts as faster
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="7B")
+    parser.add_argument("--mode", default="bf16", help="bf16, int8, fp8, int4, int4:GROUP")
+    parser.add_argument("--rows", type=int, default=1, help="of x: one is tuned by itself, 2 to 16 together")
+    parser.add_argument("--layers", type=int, help="time so many instead of all")
+    parser.add_argument("--only", nargs="+", help="of wqkv, wo, w13, w2, output")
+    with session() as tp:
+        _run(parser.parse_args(), tp)
+
+
+def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
+    device = pick_device(None)
+    if device.type != "cuda":
+        raise UserError("tuning needs an NVIDIA GPU")
+    config = ModelConfig.from_name(args.model)
+    config = replace(config, n_layer=args.layers or config.n_layer)
+    model = bench.random_model(config, args.mode, device, torch.bfloat16, tp)
+    found = {name: layer for name, layer in layers(model).items() if name in (args.only or layers(model))}
+    processors = gemv._processors(device)
+    choices = {name: candidates(layer.weight, layer.in_features, processors) for name, layer in found.items()}
+    jobs = [
+        partial(compile_layer, name, _like(layer.weight), _like(layer.scales), layer.in_features, args.rows, tp, choice)
+        for name, layer in found.items()
+        for choice in choices[name][tp.rank :: tp.world]
+    ]
+    workers = max(1, (os.cpu_count() or 1) // tp.world - 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        list(tqdm(pool.map(_call, jobs, chunksize=4), total=len(jobs), desc="compile"))
+    tp.share(None)  # every rank's share is in the cache
+
+    table, kept = gemv.TUNED[gemv._kind(model.output.weight), args.rows > 1], {}
+
+    def step_time(name: str | None = None, choice: tuple | None = None) -> float:
+        """Microseconds of a step with what is kept, and perhaps another choice for a layer."""
+        own = kept | ({name: choice} if name else {})
+        with patch.dict(table, {(found[n].out_features, found[n].in_features): c for n, c in own.items()}):
+            return tp.share(bench.step_time(model, args.rows, 205) * 1e6)
+
+    best = first = step_time()
+    turns, since = itertools.cycle(found), 0
+    while since < len(found):  # until no layer has a better one
+        name, since = next(turns), since + 1
+        times = sorted((step_time(name, c), c) for c in tqdm(choices[name], desc=f"{name}, {best:.1f} us"))
+        for us, choice in times[:3]:
+            us = max(us, step_time(name, choice))  # it may have been lucky
+            if us < best * GAIN:
+                best, kept[name], since = us, choice, 0
+    print(f"{args.model} {args.mode}, {args.rows} rows, {torch.cuda.get_device_name(device)}, {tp.world} GPUs:")
+    print(f"a step takes {best:.1f} us instead of {first:.1f}")
+    for name, choice in kept.items():
+        print(f"{name}: ({found[name].out_features}, {found[name].in_features}): {choice},")
+
+
+def layers(model: Transformer) -> dict[str, Linear]:
+    """The linear layers of which each decoder layer has one, and the output layer."""
+    attention, feed_forward = model.layers[0].attention, model.layers[0].feed_forward
+    named = {"wqkv": attention.wqkv, "wo": attention.wo, "w13": feed_forward.w13, "w2": feed_forward.w2}
+    return named | {"output": model.output}
+
+
+def candidates(weight: torch.Tensor, K: int, processors: int) -> list[tuple[int, int, int, int, int]]:
+    """Configurations R, C, W, registers and programs (see gemv.CONFIGURATIONS) that may be good for a weight, as the
+    kernel takes it, of K columns: a step is shorter than 2 K, and weights in flight fit, and fill, the registers."""
+    kind, tiles = gemv._kind(weight), gemv._out_features(weight) // 8
+    chunk = {"fp": 32, "int4": 128}.get(kind, 64)
+    result = {}  # a set in order
+    for R, C, W, programs in itertools.product((2, 4, 8), (1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 3, 4, 6)):
+        registers, words = min(240, REGISTERS // (32 * W * programs) // 8 * 8), 4 * R * C
+        in_flight = min(programs, -(-tiles // R // processors) or 1) * 32 * W * words * 4  # bytes
+        if chunk * W * C < 2 * K and words + 32 <= registers and in_flight >= 12 * 1024:
+            result[R, C, W, registers, programs] = None
+            if tiles // R > programs * processors:
+                result[R, C, W, registers, 0] = None
+    return list(result)
+
+
+def compile_layer(
+    name: str, weight: tuple, scales: tuple | None, K: int, rows: int, tp: TensorParallel, choice: tuple
+) -> None:
+    """Compile what a layer's call would, in a process of `_call`'s, from shapes and dtypes."""
+    w, s = (None if of is None else torch.empty(of[0], dtype=of[1]) for of in (weight, scales))
+    x, gain = torch.empty(rows, K, dtype=torch.bfloat16), torch.empty(K, dtype=torch.bfloat16)
+    N, ranks = gemv._out_features(w), {"rank": tp.rank, "world": tp.world}
+    gemv.TUNED[gemv._kind(w), rows > 1][N, K] = choice
+    if name in ("wo", "w2"):
+        gemv.linear(x, w, s, residual=torch.empty(rows, N, dtype=torch.bfloat16), **ranks)
+    elif name == "output":
+        gemv.linear(x, w, s, None, gain, 1e-5, None, torch.float32, gather=True, **ranks)
+    else:
+        gemv.linear(x, w, s, None, gain, 1e-5, gates=name == "w13")
+
+
+def _like(tensor: torch.Tensor | None) -> tuple | None:
+    return None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+
+
+def _call(job: partial) -> None:
+    from compile_only import compile_only  # Triton, without the driver that the parent needs
+
+    compile_only()
+    counts = torch.zeros(2, dtype=torch.int64)
+    exchange.mailbox = lambda device: ((counts, counts), (counts, counts))
+    job()
+
+
+if __name__ == "__main__":
+    run_cli(main)
