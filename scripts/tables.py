@@ -138,7 +138,7 @@ def speculate(result: dict) -> str:
         "A 70B int4 target with a 7B int4 draft there (random weights; each guess is made to hold with chance 0.75",
     ]
     lines += [f"once the one before held): {gains}, of the {plain:.1f} tok/s of plain decoding."]
-    return "\n".join(lines)
+    return "\n".join(lines + (["", result["note"]] if "note" in result else []))
 
 
 def real_text(results: dict) -> str:
