@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,13 @@ from tp import TensorParallel, session
 
 MODELS = ("7B", "Llama-3.1-8B", "Llama-3.2-1B")
 MODES = ("bf16", "int8", "fp8", "int4")
+
+
+def check_modes(modes: Iterable[str]) -> None:
+    """Raises UserError for a mode that `random_model` does not know."""
+    known = {*MODES, *(f"int4:{group}" for group in GROUPS)}
+    if unknown := [mode for mode in modes if mode not in known]:
+        raise UserError(f"mode {unknown[0]!r} is not known; accepted: {', '.join(sorted(known))}")
 
 
 def random_tensors(mode: str, N: int, K: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -228,9 +236,7 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
-    known = {*MODES, *(f"int4:{group}" for group in GROUPS)}
-    if unknown := [mode for mode in args.modes if mode not in known]:
-        raise UserError(f"mode {unknown[0]!r} is not known; accepted: {', '.join(sorted(known))}")
+    check_modes(args.modes)
     if args.runs < 1 or args.max_new_tokens < 2 or args.prompt_length < 1:
         raise UserError("--runs and --prompt_length must be at least 1, --max_new_tokens at least 2")
     device, dtype = pick_device(args.device), DTYPES[args.precision]

@@ -30,11 +30,13 @@ import exchange
 import gemv
 from errors import UserError, run_cli
 from generate import pick_device
+from kernels import MAX_ROWS
 from linear import Linear
 from model import ModelConfig, Transformer
 from tp import TensorParallel, session
 
 REGISTERS = 2**16  # of a multiprocessor
+LAYERS = ("wqkv", "wo", "w13", "w2", "output")
 GAIN = 0.999  # what counts as faster
 
 
@@ -44,19 +46,22 @@ def main() -> None:
     parser.add_argument("--mode", default="bf16", help="bf16, int8, fp8, int4, int4:GROUP")
     parser.add_argument("--rows", type=int, default=1, help="of x: one is tuned by itself, 2 to 16 together")
     parser.add_argument("--layers", type=int, help="time so many instead of all")
-    parser.add_argument("--only", nargs="+", help="of wqkv, wo, w13, w2, output")
+    parser.add_argument("--only", nargs="+", choices=LAYERS, default=LAYERS, help="tune these layers instead of all")
     with session() as tp:
         _run(parser.parse_args(), tp)
 
 
 def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
+    bench.check_modes([args.mode])
+    if not 1 <= args.rows <= MAX_ROWS:
+        raise UserError(f"--rows is {args.rows}; accepted: 1 to {MAX_ROWS}")
     device = pick_device(None)
     if device.type != "cuda":
         raise UserError("tuning needs an NVIDIA GPU")
     config = ModelConfig.from_name(args.model)
     config = replace(config, n_layer=args.layers or config.n_layer)
     model = bench.random_model(config, args.mode, device, torch.bfloat16, tp)
-    found = {name: layer for name, layer in layers(model).items() if name in (args.only or layers(model))}
+    found = {name: layer for name, layer in layers(model).items() if name in args.only}
     processors = gemv._processors(device)
     choices = {name: candidates(layer.weight, layer.in_features, processors) for name, layer in found.items()}
     jobs = [
@@ -95,8 +100,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
 def layers(model: Transformer) -> dict[str, Linear]:
     """The linear layers of which each decoder layer has one, and the output layer."""
     attention, feed_forward = model.layers[0].attention, model.layers[0].feed_forward
-    named = {"wqkv": attention.wqkv, "wo": attention.wo, "w13": feed_forward.w13, "w2": feed_forward.w2}
-    return named | {"output": model.output}
+    return dict(zip(LAYERS, (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2, model.output)))
 
 
 def candidates(weight: torch.Tensor, K: int, processors: int) -> list[tuple[int, int, int, int, int]]:

@@ -23,7 +23,8 @@ import gemv  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from errors import UserError  # noqa: E402
 from generate import Engine, generate, load  # noqa: E402
-from linear import linear_from_tensors, quantize_linear  # noqa: E402
+from gptq import Hessian, gptq  # noqa: E402
+from linear import Int4Linear, linear_from_tensors, quantize_linear  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from sampling import Sampler  # noqa: E402
 from tp import TensorParallel, session  # noqa: E402
@@ -49,7 +50,11 @@ def write_model(path, config, kind):
         own = {key: torch.randn_like(p) / 2**p.ndim for key, p in module.named_parameters(recurse=False)}
         if config.tied and name == "output":
             continue
-        if kind != "plain" and hasattr(module, "in_features"):
+        if kind == "int4-gptq" and hasattr(module, "in_features"):
+            hessian = Hessian(module.in_features)
+            hessian.add(torch.randn(200, module.in_features))
+            own |= Int4Linear.tensors(*gptq(own["weight"], hessian.mean, 32))
+        elif kind != "plain" and hasattr(module, "in_features"):
             own = quantize_linear(kind, own, name)
         state |= {f"{name}.{key}": t for key, t in own.items()}
     torch.save(state, path)
@@ -240,7 +245,7 @@ def _rank(directory: Path) -> None:
     torch.set_num_threads(1)
     with session() as tp:
         plain = tiny_config(tp.world)
-        cases = [(plain, kind, torch.float32) for kind in KINDS]
+        cases = [(plain, kind, torch.float32) for kind in (*KINDS, "int4-gptq")]
         cases += [(plain, kind, torch.bfloat16) for kind in ("plain", "int8", "int4:32")]
         cases += [
             (tiny_config(tp.world, **more), "plain", torch.float32)
