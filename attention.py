@@ -314,10 +314,9 @@ if triton is not None:
 
 
 # Bytes of the weights ahead to ask for, a third of what exceeds those that the next kernels' first programs ask for by
-# themselves, and at most so many: measured on an H100, where more, or before the wait, was slower. Weights of 16 bits
-# leave memory idle for less time.
-AHEAD, AHEAD_16_BIT, EARLY = 2**23, 2**21, 14 * 2**20
-ATTEND = (8, 32, 256)  # warps, keys of a warp in a step, keys that one program takes before there are more
+# themselves, and at most so many: measured on an H100, where more, or before the wait, was slower.
+AHEAD, EARLY = 2**21, 14 * 2**20
+WARPS, SHARE = 8, 256  # of a program; keys that one takes before there are more
 
 
 def attend_triton(
@@ -331,24 +330,23 @@ def attend_triton(
     G, DP = n_head // Hkv, max(64, triton.next_power_of_2(D))
     rows = 8 if S * G <= 8 else 16
     blocks = triton.cdiv(S * G, rows)
-    W, keys, share = ATTEND
-    splits = max(1, min(64, 264 // (B * Hkv), triton.cdiv(T, share)))
+    keys = 32 if rows == 8 else 16  # of a warp in a step: so many registers that the next kernel still finds room
+    splits = max(1, min(64, 264 // (B * Hkv), triton.cdiv(T, SHARE)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
     partial, counts = (None, None)
     if splits > 1:
         partial, counts = slots(qkv.device, B * Hkv * blocks, splits * rows * (DP + 2))
     lines = 0
     if ahead is not None:
-        most = AHEAD_16_BIT if ahead.itemsize == 2 else AHEAD
-        lines = max(0, min((ahead.nbytes - EARLY) // 3, most)) // 128
+        lines = max(0, min((ahead.nbytes - EARLY) // 3, AHEAD)) // 128
     # Those without a part help to fetch. With several rows the next kernel needs the room.
     programs = max(splits, 128 // (B * Hkv * blocks)) if lines and S == 1 else splits
     _attend_kernel[(B * Hkv, programs, blocks)](
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts, ahead, lines, int(entry),
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
         *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
-        ROWS=rows, NEW=1 if S == 1 else 16, W=W, KEYS=keys, SPLITS=splits, SHARE=share, PDL=hopper,
-        num_warps=W, num_stages=1, **({"launch_pdl": True} if hopper else {}),
+        ROWS=rows, NEW=1 if S == 1 else 16, W=WARPS, KEYS=keys, SPLITS=splits, SHARE=SHARE, PDL=hopper,
+        num_warps=WARPS, num_stages=1, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return out
 

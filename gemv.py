@@ -175,7 +175,10 @@ if triton is not None:
         B: tl.constexpr = (COLS + 7) // 8
         DTYPE: tl.constexpr = x.dtype.element_ty
         SMALL: tl.constexpr = KIND == "int4" and COLS > 1 and ASM is not None
+        UNIT: tl.constexpr = 2.0**69 if SMALL else 64.0 if KIND == "int8" and COLS > 1 and ASM is not None else 1.0
         IN_INT8: tl.constexpr = COLS == 1 and (KIND == "int8" or KIND == "int4")
+        # Products that add up in the same registers wait for each other: 4 sums, where they are the longest.
+        D: tl.constexpr = (C if C < 8 // R else 8 // R) if P == 4 and COLS == 8 else 1
         j, i, warp, _, u = _axes(W, R)
         if IN_INT8:  # other lanes have the same parts again
             PARTS: tl.constexpr = 4 if X > 4 else X
@@ -221,7 +224,7 @@ if triton is not None:
             factor = 0.0 if IN_INT8 else tl.rsqrt(tl.sum(of_row, 0) / K + eps)
         if WHOLE:
             b, x_scale, squares = products.operand(
-                squares, t, gains, kx, 0, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
+                squares, t, gains, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
             )
         rounds = 1
         if PERSIST:
@@ -239,19 +242,19 @@ if triton is not None:
                 before = tl.load(residual + at, mask=stored, other=0.0)
             if WORLD > 1:
                 count = tl.load(counts + n // 8, mask=n < N, other=0, cache_modifier=".cg") + 1
-            acc = tl.zeros((W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
+            acc = tl.zeros((D * W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
             if not WHOLE:
                 squares = tl.zeros(squares.shape, tl.float32)
                 for k in range(STEP, K, STEP):
                     t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
                     b, x_scale, squares = products.operand(
-                        squares, t, gains, kx, k - STEP, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
+                        squares, t, gains, kx, k - STEP, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
                     )
                     acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, ASM)
                     w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
                     t = t_next
                 b, x_scale, squares = products.operand(
-                    squares, t, gains, kx, last, K, KIND, GROUP, R, C, W, COLS, EVEN, ASM, DTYPE
+                    squares, t, gains, kx, last, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
                 )
             acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, ASM)
             tile += tl.num_programs(0)
@@ -260,11 +263,12 @@ if triton is not None:
                 if not WHOLE:
                     t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
 
+            if D > 1:
+                acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
             if COLS == 1:
                 acc = tl.sum(acc, 2, keep_dims=True)
             out = tl.sum(acc, 0)  # (rows of W, rows of x)
-            if SMALL:
-                out *= 2.0**69  # see products._multiply
+            out *= UNIT  # see products._unpack
             if norm is not None:
                 if COLS > 1:
                     half = tl.arange(0, 16)
@@ -377,15 +381,19 @@ TUNED = {  # where another one is better for weights (N, K), or of N rows; scrip
         49152: (4, 2, 4, 128, 0),
     },
     ("int8", True): {
+        (2048, 2048): (2, 2, 8, 128, 2),
         (2048, 8192): (2, 4, 8, 240, 0),
+        (3072, 2048): (4, 4, 8, 240, 1),
+        (16384, 2048): (4, 1, 4, 168, 0),
+        (128256, 2048): (2, 8, 4, 168, 0),
         12288: (4, 2, 4, 128, 4),
-        16384: (4, 2, 2, 168, 4),
         22016: (4, 2, 2, 168, 6),
         28672: (2, 4, 4, 168, 3),
     },
     ("int4", True): {
-        3072: (4, 2, 8, 240, 1),
-        16384: (4, 1, 4, 128, 4),
+        **dict.fromkeys(((2048, 2048), (16384, 2048), (128256, 2048)), (2, 4, 4, 240, 2)),
+        (2048, 8192): (2, 2, 8, 240, 1),
+        (3072, 2048): (2, 4, 4, 240, 0),
         22016: (4, 1, 2, 144, 0),
         **dict.fromkeys((28672, 32000, 128256), (8, 1, 2, 240, 4)),
     },

@@ -18,11 +18,10 @@ if triton is not None:
     def assembly(kind: str) -> str:
         """PTX that turns two int32 words into their values as pairs of bf16, in order."""
         bodies = {
-            # 128 + the low 7 bits, minus 128 or, if the sign bit is set, 256: exact in bf16
+            # q + 128 as the low bits of a bf16 is so many times 2^-133, subnormal or not; an FMA makes that q / 64
             "int8": [
-                f"prmt.b32 t, {{w}}, 0, {pick}; lop3.b32 s, t, 0x00800080, 0xc300c300, 0xea;"
-                "lop3.b32 t, t, 0x007f007f, 0x43004300, 0xea; add.rn.bf16x2 {o}, t, s;"
-                for pick in ("0x4140", "0x4342")
+                f"{flip} prmt.b32 {{o}}, t, 0, {pick}; fma.rn.bf16x2 {{o}}, {{o}}, a, b;"
+                for flip, pick in (("xor.b32 t, {w}, 0x80808080;", "0x4140"), ("", "0x4342"))
             ],
             # e4m3's bits, moved into bf16's exponent and mantissa, are the value times 2^-120
             "fp8": [
@@ -40,13 +39,16 @@ if triton is not None:
         body = bodies.get(kind, [])
         n = 2 * len(body)
         lines = [body[i % len(body)].format(o=f"${i}", w=f"${n + i // len(body)}") for i in range(n)]
-        return "{ .reg .b32 t, s, c; mov.b32 c, 0x7b807b80; " + " ".join(lines) + " }"
+        constants = {"a": "0x7f007f00", "b": "0xc000c000", "c": "0x7b807b80"}  # 2^127, -2 and 2^120 as pairs of bf16
+        moves = [f"mov.b32 {name}, {value};" for name, value in constants.items()]
+        return "{ .reg .b32 t, s, a, b, c; " + " ".join(moves + lines) + " }"
 
     @triton.jit
     def _unpack(w, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
         """Words int32 (..., 4) -> their values, DTYPE (..., 4, 2 [, 2, 2]), whose axes are the word's high bit and the
         value's low bit e, then the word's low bit and the rest of the value's index. int4 comes as q, with ASM as
         2^-133 q where the value's second bit is 0 and as 2^-129 q where it is 1: subnormal, which tensor cores take.
+        int8 comes with ASM as 2^-6 q.
 
         Two neighbouring words go through each piece of assembly (pack=2), and a register of two 16-bit results is one
         output's value for both of them: what was the word's low bit is e afterwards.
@@ -168,11 +170,12 @@ if triton is not None:
             rest = tl.dot(own.permute(2, 3, 1, 4, 6, 0, 5).reshape(W, R * 8, C * 16), sums)
             acc += _add_products(rest, products, _per_row(scale, GROUPS, R, C, W, COLS), C * GROUPS)
         else:
-            if KIND == "fp":  # (j i W R C, uh e ul)
-                a = a.reshape(4, 8, W, R, C, 2, 2, 2).permute(2, 3, 1, 4, 7, 0, 5, 6)
-            else:  # (j i W R C, uh e ul p)
-                a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2).permute(2, 3, 1, 4, 5, 8, 0, 7, 6)
-            acc = tl.dot(a.reshape(W, R * 8, C * (32 if KIND == "fp" else 64)), b, acc)
+            D: tl.constexpr = acc.shape[0] // W
+            if KIND == "fp":  # (j i W R D C/D, uh e ul)
+                a = a.reshape(4, 8, W, R, D, C // D, 2, 2, 2).permute(4, 2, 3, 1, 5, 8, 0, 6, 7)
+            else:  # (j i W R D C/D, uh e ul p)
+                a = a.reshape(4, 8, W, R, D, C // D, 2, 2, 2, 2).permute(4, 2, 3, 1, 5, 6, 9, 0, 8, 7)
+            acc = tl.dot(a.reshape(D * W, R * 8, C // D * (32 if KIND == "fp" else 64)), b, acc)
         return acc
 
     @triton.jit
@@ -195,11 +198,13 @@ if triton is not None:
     @triton.jit
     def operand(
         squares, t, gains, kx, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-        W: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
+        W: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+        DTYPE: tl.constexpr,
     ):  # fmt: skip
         """What the step at k multiplies weights with, from words t of x and, if there is a norm, its gains: the
-        operand, its scale where products are of int8 or for several rows and int4 its `_sums`, and with a norm and
-        several rows, sums of squares so far, for int4 with ASM in other units: of the 16 rows, 2^64 and 2^60."""
+        operand, of 16 bits in D parts along K; its scale where products are of int8 or for several rows and int4 its
+        `_sums`; and with a norm and several rows, sums of squares so far, for int4 with ASM in other units: of the 16
+        rows, 2^64 and 2^60."""
         if gains is not None:
             gain = load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
             if COLS == 1:
@@ -235,7 +240,8 @@ if triton is not None:
                 b = b.reshape(C * GROUPS * W, 128 // GROUPS, B * 8)
                 scale = _sums(t.reshape(4, 8, W, B, C, 4, 2, 2, 2), ASM)
             else:
-                b = t.permute(2, 4, 7, 0, 5, 6, 3, 1).reshape(W, X * 32, B * 8)
+                t = t.reshape(4, 8, W, B, D, X // D, 2, 2, 2)
+                b = t.permute(4, 2, 5, 8, 0, 6, 7, 3, 1).reshape(D * W, X // D * 32, B * 8)
         return b, scale, squares
 
     @triton.jit
