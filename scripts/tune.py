@@ -91,6 +91,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
             us = max(us, step_time(name, choice))  # it may have been lucky
             if us < best * GAIN:
                 best, kept[name], since = us, choice, 0
+                print(f"{best:.1f} us with {choice} for {name}", flush=True)
     print(f"{args.model} {args.mode}, {args.rows} rows, {torch.cuda.get_device_name(device)}, {tp.world} GPUs:")
     print(f"a step takes {best:.1f} us instead of {first:.1f}")
     for name, choice in kept.items():
