@@ -123,26 +123,24 @@ def test_one_row_of_any_magnitudes(kind):
     assert not gemv.linear(x, w, s, out_dtype=torch.float32).isfinite().any()
 
 
-TABLES = (*gemv.CONFIGURATIONS.values(), *(table.values() for table in gemv.TUNED.values()))
-CONFIGURATIONS = sorted({configuration for table in TABLES for configuration in table})
+SHIPPED = [(*key, one) for key, table in gemv.CONFIGURATIONS.items() for one in table]
+SHIPPED += [(*key, one) for key, table in gemv.TUNED.items() for one in table.values()]
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS)
-@pytest.mark.parametrize("kind", ["16-bit", "int8", "int4:64"])
-@pytest.mark.parametrize("rows", [1, 5])
-def test_configurations(kind, configuration, rows, monkeypatch):
-    R, C, W, registers, programs = configuration
-    C = min(C, {"16-bit": 8, "int8": 4}.get(kind, 2))
-    monkeypatch.setattr(gemv, "_configuration", lambda *_: (R, C, W, registers, min(programs, 1)))
+@pytest.mark.parametrize("kind,several,configuration", sorted(set(SHIPPED)))
+def test_configurations(kind, several, configuration, monkeypatch):
+    monkeypatch.setitem(gemv.TUNED[kind, several], (80, 2144), (*configuration[:4], min(configuration[4], 1)))
     monkeypatch.setattr(gemv, "_processors", lambda _: 2)  # programs of several tiles
+    kind, rows, dtype = {"fp": "16-bit", "int4": "int4:64"}.get(kind, kind), 5 if several else 1, DTYPES[-1]
     generator = torch.Generator().manual_seed(3)
-    w, s, dense = make_weight(kind, 80, 2144, torch.float16, generator)
-    x = make_rows(rows, 2144, generator=generator).half()
-    gain, residual = torch.rand(2144, generator=generator).half(), torch.randn(rows, 80, generator=generator).half()
+    w, s, dense = make_weight(kind, 80, 2144, dtype, generator)
+    x = make_rows(rows, 2144, generator=generator).to(dtype)
+    gain = torch.rand(2144, generator=generator).to(dtype)
+    residual = torch.randn(rows, 80, generator=generator).to(dtype)
     x, w, s, dense, gain, residual = on_device(x, w, s, dense, gain, residual)
     assert error(gemv.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
     expected = gemv.linear_reference(x.float(), dense, norm=gain, eps=1e-5, residual=residual)
-    assert error(gemv.linear(x, w, s, None, gain, 1e-5, residual), expected) < 4e-3
+    assert error(gemv.linear(x, w, s, None, gain, 1e-5, residual), expected) < 6e-3
     gated = gemv.linear(x, w, s, out_dtype=torch.float32, gates=True)
     assert error(gated, gemv.gated(x.float() @ dense.T)) < 1e-5
 
