@@ -336,10 +336,8 @@ def attend_triton(
     partial, counts = (None, None)
     if splits > 1:
         partial, counts = slots(qkv.device, B * Hkv * blocks, splits * rows * (DP + 2))
-    lines = 0
-    if ahead is not None:
-        lines = max(0, min((ahead.nbytes - EARLY) // 3, AHEAD)) // 128
-    # Those without a part help to fetch. With several rows the next kernel needs the room.
+    lines = 0 if ahead is None else max(0, min((ahead.nbytes - EARLY) // 3, AHEAD)) // 128
+    # Those without a part help to fetch, where one row leaves most multiprocessors idle.
     programs = max(splits, 128 // (B * Hkv * blocks)) if lines and S == 1 else splits
     _attend_kernel[(B * Hkv, programs, blocks)](
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts, ahead, lines, int(entry),

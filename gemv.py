@@ -323,6 +323,7 @@ def _out_features(weight: Tensor) -> int:
     return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
 
 
+CHUNK = {"fp": 32, "int8": 64, "fp8": 64, "int4": 128}  # values along K that 4 lanes of the linear kernel hold
 # R, C, W, registers and programs a multiprocessor (0: as many as there are tiles) of the linear kernel, see there.
 # Registers are a bound that ptxas would undercut, at the price of delaying loads until their values are needed. The
 # pick of about 60 each on an H100, in a step of Llama 7B, 8B and 1B with one row of x and with 6. By the kind of weight
@@ -409,7 +410,7 @@ def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[
     kind = "int8" if kind == "fp8" and M > 1 else kind
     tuned, by_fill = TUNED[kind, M > 1], CONFIGURATIONS[kind, M > 1][min((-(-N // 16) - 1) // processors, 4)]
     R, C, W, registers, programs = tuned.get((N, K)) or tuned.get(N, by_fill)
-    step = {"fp": 32, "int4": 128}.get(kind, 64) * W * C
+    step = CHUNK[kind] * W * C
     while step >= 2 * K and W * C > 1:  # a step that covers K is the best of all, one that is twice as long is not
         W, C, step = (W, C // 2, step // 2) if C > 1 else (W // 2, C, step // 2)
     return R, C, W, registers, programs
@@ -445,7 +446,7 @@ def linear(
     boxes = exchange.mailbox(x.device) if world > 1 and N <= exchange.MAX_FEATURES else None
     if world > 1 and boxes is None:
         residual = residual if rank == 0 else None
-    step = W * C * {"fp": 32, "int4": 128}.get(kind, 64)
+    step = W * C * CHUNK[kind]
     tiles = triton.cdiv(N, 8 * R)
     programs = min(tiles, programs * _processors(x.device) or tiles)
     width = (N // 2 if gates else N) * (world if gather and boxes else 1)

@@ -272,7 +272,7 @@ def _gguf(path: Path) -> Source:
 def _dequantize(tensor: gguf.ReaderTensor, shape: tuple[int, ...]) -> Tensor:
     try:
         return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).view(shape)
-    except NotImplementedError:
+    except NotImplementedError:  # all that the package says of a type it has no code for
         kind = tensor.tensor_type.name
         raise UserError(f"{tensor.name} has GGUF type {kind}, which the gguf package cannot dequantise") from None
 

@@ -108,12 +108,11 @@ def candidates(weight: torch.Tensor, K: int, processors: int) -> list[tuple[int,
     """Configurations R, C, W, registers and programs (see gemv.CONFIGURATIONS) that may be good for a weight, as the
     kernel takes it, of K columns: a step is shorter than 2 K, and weights in flight fit, and fill, the registers."""
     kind, tiles = gemv._kind(weight), gemv._out_features(weight) // 8
-    chunk = {"fp": 32, "int4": 128}.get(kind, 64)
     result = {}  # a set in order
     for R, C, W, programs in itertools.product((2, 4, 8), (1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 3, 4, 6)):
         registers, words = min(240, REGISTERS // (32 * W * programs) // 8 * 8), 4 * R * C
         in_flight = min(programs, -(-tiles // R // processors) or 1) * 32 * W * words * 4  # bytes
-        if chunk * W * C < 2 * K and words + 32 <= registers and in_flight >= 12 * 1024:
+        if gemv.CHUNK[kind] * W * C < 2 * K and words + 32 <= registers and in_flight >= 12 * 1024:
             result[R, C, W, registers, programs] = None
             if tiles // R > programs * processors:
                 result[R, C, W, registers, 0] = None

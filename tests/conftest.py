@@ -27,9 +27,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    real = item.get_closest_marker("real") or "smollm2_dir" in item.fixturenames
-    if real and not (SMOLLM2 / "model.pth").is_file():
-        pytest.skip(f"needs {SMOLLM2}/model.pth: run scripts/prepare.sh")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +38,8 @@ def reproducible() -> None:
 
 @pytest.fixture
 def smollm2_dir() -> Path:
-    """Directory of the real SmolLM2-135M-Instruct checkpoint; skips the test where it has not been prepared."""
+    """Directory of the real SmolLM2-135M-Instruct checkpoint, which scripts/test.sh prepares."""
+    assert (SMOLLM2 / "model.pth").is_file(), "run scripts/prepare.sh"
     return SMOLLM2
 
 

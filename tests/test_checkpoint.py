@@ -181,6 +181,15 @@ def test_gguf(tmp_path, hf, kind):
         json.loads((tmp_path / name).read_text())
 
 
+def test_gguf_of_a_type_that_the_package_does_not_know(tmp_path, hf, monkeypatch):
+    kind = gguf.GGMLQuantizationType.Q8_0
+    write_gguf(tmp_path / "tiny.gguf", even(hf[1]), kind)
+    monkeypatch.delitem(gguf.quants._type_traits, kind)
+    with pytest.raises(UserError, match=r"has GGUF type Q8_0, which the gguf package cannot dequantise"):
+        convert(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".pth"] == []
+
+
 def test_gguf_recovers_llama3_rope_scaling(tmp_path, hf):
     config = {**BUILTIN["7B"], "head_dim": 8, "rope_theta": 500000.0}
     scalings = (None, llama3_scaling(32.0))

@@ -194,7 +194,6 @@ def test_to_transformers_undoes_conversion(tiny):
         assert torch.equal(weight, tiny.model.state_dict()[name]), name
 
 
-@pytest.mark.real
 def test_agrees_with_hf_backend_on_smollm2(smollm2_dir, tasks):
     fast = transformers.PreTrainedTokenizerFast.from_pretrained(smollm2_dir)
     # A softmax in fp32, hf's default, is off by 2e-5 a token with 49152 of them, which adds up over a page.
@@ -369,7 +368,6 @@ def test_builtin_text_is_long_and_the_same_each_time():
     assert len(read_text()) == 100_000 and read_text() == read_text()
 
 
-@pytest.mark.real
 def test_builtin_text_has_20000_tokens(smollm2_dir):
     assert len(load_tokenizer(smollm2_dir).encode(read_text())) >= 20_000
 

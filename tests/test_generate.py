@@ -247,7 +247,6 @@ def smollm2(request):
 on_devices = pytest.mark.parametrize("smollm2", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
 
 
-@pytest.mark.real
 @on_devices
 @pytest.mark.parametrize("case", ORACLE["prompts"], ids=lambda case: case["prompt"][:16])
 def test_golden_tokens(smollm2, case):
@@ -263,7 +262,6 @@ def test_golden_tokens(smollm2, case):
     assert smollm2.tokenizer.decode(expected) == case["text"]
 
 
-@pytest.mark.real
 @on_devices
 @torch.inference_mode()
 def test_golden_nll(smollm2):
@@ -274,7 +272,6 @@ def test_golden_nll(smollm2):
     assert nll == pytest.approx(ORACLE["nll"]["mean_nll"], abs=0.002)
 
 
-@pytest.mark.real
 def test_compiled_golden_tokens(smollm2_dir):
     """The command's own path: compiled, fp32, through the first golden prompt."""
     case = ORACLE["prompts"][5]

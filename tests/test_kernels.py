@@ -140,7 +140,8 @@ def test_configurations(kind, several, configuration, monkeypatch):
     x, w, s, dense, gain, residual = on_device(x, w, s, dense, gain, residual)
     assert error(gemv.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
     expected = gemv.linear_reference(x.float(), dense, norm=gain, eps=1e-5, residual=residual)
-    assert error(gemv.linear(x, w, s, None, gain, 1e-5, residual), expected) < 6e-3
+    bound = 4e-3 if dtype == torch.float16 else 6e-3  # x * gain is rounded, and the result
+    assert error(gemv.linear(x, w, s, None, gain, 1e-5, residual), expected) < bound
     gated = gemv.linear(x, w, s, out_dtype=torch.float32, gates=True)
     assert error(gated, gemv.gated(x.float() @ dense.T)) < 1e-5
 
@@ -389,7 +390,6 @@ def test_cache_writes_stop_at_its_end():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not CUDA, reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("M", [1, 2, 8, 9, 16])

@@ -211,7 +211,6 @@ def test_tensors_of_no_layer_are_an_error(tensors):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("N,K", [(96, 256), (48, 576), (512, 4096), (33, 96)])
 @pytest.mark.parametrize("mode", KINDS)
 def test_matmul_on_cuda(mode, N, K):

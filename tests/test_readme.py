@@ -25,7 +25,6 @@ def environment(smollm2_dir):
     return os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-@pytest.mark.real
 def test_commands_run(environment):
     """In order: later ones use files that earlier ones make."""
     for command in commands("bash test"):
@@ -34,7 +33,6 @@ def test_commands_run(environment):
         assert run.stdout.strip() or command[1] == "quantize.py", command
 
 
-@pytest.mark.real
 def test_python_example_runs(environment):
     (code,) = [body for name, body in BLOCKS if name == "python"]
     run = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True)

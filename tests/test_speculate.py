@@ -353,7 +353,6 @@ def test_chat_speculates(tiny, cli):
         assert cli("generate.py", *options, *draft, stdin=turns).stdout == plain.stdout
 
 
-@pytest.mark.real
 @pytest.mark.parametrize("draft", ["int4", "prompt_lookup"])
 def test_real_greedy_equality(smollm2_dir, draft):
     path = smollm2_dir / "model.pth"

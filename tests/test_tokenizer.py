@@ -627,7 +627,6 @@ def test_gguf_errors(byte_level_json, change, message):
 # --- the real model ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.real
 def test_smollm2_reproduces_the_oracle(smollm2_dir):
     tok = load_tokenizer(smollm2_dir)
     oracle = json.loads((Path(__file__).parent / "data" / "smollm2_135m_instruct.json").read_text())
@@ -640,7 +639,6 @@ def test_smollm2_reproduces_the_oracle(smollm2_dir):
     assert len(tok.backend.tokens) == 49152 and tok.eos_ids == {2} and not tok.add_bos
 
 
-@pytest.mark.real
 def test_smollm2_agrees_with_transformers(smollm2_dir):
     tok, reference = load_tokenizer(smollm2_dir), AutoTokenizer.from_pretrained(smollm2_dir)
     rng = random.Random(0)

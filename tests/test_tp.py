@@ -405,7 +405,6 @@ def test_all_ranks_end_together(how, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
-@pytest.mark.real
 def test_smollm2_on_three_ranks(smollm2_dir):
     """9 query and 3 key/value heads."""
     case = json.loads((REPO / "tests/data/smollm2_135m_instruct.json").read_text())["prompts"][0]
