@@ -323,23 +323,31 @@ def _out_features(weight: Tensor) -> int:
     return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
 
 
+def _columns(M: int) -> int:
+    """What so many rows of x take in the products."""
+    return 1 if M == 1 else 8 if M <= 8 else 16
+
+
 CHUNK = {"fp": 32, "int8": 64, "fp8": 64, "int4": 128}  # values along K that 4 lanes of the linear kernel hold
 # R, C, W, registers and programs a multiprocessor (0: as many as there are tiles) of the linear kernel, see there.
 # Registers are a bound that ptxas would undercut, at the price of delaying loads until their values are needed. The
-# pick of about 60 each on an H100, in a step of Llama 7B, 8B and 1B with one row of x and with 6. By the kind of weight
-# and whether x has more rows than one; where tiles of 16 rows of the weight fill the multiprocessors once, twice, three
-# or four times, or more often:
+# pick of 60 to 240 each on an H100, in a step of Llama 7B, 8B and 1B with 1, 6 and 16 rows of x. By the kind of weight
+# and the columns that x takes; where tiles of 16 rows of the weight fill the multiprocessors once, twice, three or four
+# times, or more often:
 CONFIGURATIONS = {
-    ("fp", False): ((2, 8, 8, 128, 2),) * 5,
-    ("fp8", False): ((2, 2, 16, 96, 0), (2, 4, 8, 128, 0), (2, 2, 8, 80, 0), (2, 4, 4, 128, 0), (2, 2, 4, 96, 0)),
-    ("int8", False): ((4, 2, 16, 120, 1),) * 2 + ((4, 2, 8, 128, 0),) * 2 + ((4, 2, 4, 128, 0),),
-    ("int4", False): ((4, 2, 8, 128, 0), (4, 1, 16, 128, 1)) + ((4, 2, 8, 128, 0),) * 2 + ((4, 1, 4, 128, 0),),
-    ("fp", True): ((2, 8, 4, 240, 2), (2, 4, 8, 128, 0), (4, 4, 4, 240, 0), (2, 4, 4, 128, 0), (2, 4, 4, 168, 0)),
-    ("int8", True): ((2, 2, 8, 128, 0), (2, 2, 8, 128, 0), (2, 2, 4, 128, 0), (2, 2, 4, 128, 0), (4, 2, 4, 168, 0)),
-    ("int4", True): ((2, 2, 8, 168, 1), (2, 1, 8, 128, 0), (2, 2, 4, 168, 0), (2, 1, 4, 128, 0), (4, 1, 4, 168, 0)),
+    ("fp", 1): ((2, 8, 8, 128, 2),) * 5,
+    ("fp8", 1): ((2, 2, 16, 96, 0), (2, 4, 8, 128, 0), (2, 2, 8, 80, 0), (2, 4, 4, 128, 0), (2, 2, 4, 96, 0)),
+    ("int8", 1): ((4, 2, 16, 120, 1),) * 2 + ((4, 2, 8, 128, 0),) * 2 + ((4, 2, 4, 128, 0),),
+    ("int4", 1): ((4, 2, 8, 128, 0), (4, 1, 16, 128, 1)) + ((4, 2, 8, 128, 0),) * 2 + ((4, 1, 4, 128, 0),),
+    ("fp", 8): ((2, 8, 4, 240, 2), (2, 4, 8, 128, 0), (4, 4, 4, 240, 0), (2, 4, 4, 128, 0), (2, 4, 4, 168, 0)),
+    ("int8", 8): ((2, 2, 8, 128, 0), (2, 2, 8, 128, 0), (2, 2, 4, 128, 0), (2, 2, 4, 128, 0), (4, 2, 4, 168, 0)),
+    ("int4", 8): ((2, 2, 8, 168, 1), (2, 1, 8, 128, 0), (2, 2, 4, 168, 0), (2, 1, 4, 128, 0), (4, 1, 4, 168, 0)),
+    ("fp", 16): ((2, 4, 8, 240, 1), (2, 8, 4, 240, 2), (2, 2, 4, 168, 3), (2, 2, 4, 168, 3), (4, 4, 2, 240, 4)),
+    ("int8", 16): ((2, 4, 8, 240, 1), (2, 4, 4, 240, 2), (4, 2, 4, 240, 2), (4, 2, 4, 240, 2), (4, 2, 2, 240, 0)),
+    ("int4", 16): ((2, 2, 8, 240, 1), (2, 2, 4, 240, 2), (2, 1, 4, 168, 3), (2, 1, 4, 168, 3), (4, 1, 2, 168, 0)),
 }
 TUNED = {  # where another one is better for weights (N, K), or of N rows; scripts/tune.py looks for such
-    ("fp", False): {
+    ("fp", 1): {
         **dict.fromkeys(((2048, 8192), (4096, 14336), 12288), (2, 4, 16, 120, 1)),
         **dict.fromkeys((6144, 22016, 28672, 32000, (3072, 4096), (128256, 4096)), (2, 8, 16, 120, 1)),
         (4096, 11008): (2, 2, 16, 64, 2),
@@ -351,8 +359,8 @@ TUNED = {  # where another one is better for weights (N, K), or of N rows; scrip
         16384: (4, 4, 4, 200, 2),
         49152: (4, 2, 4, 128, 0),
     },
-    ("fp8", False): {22016: (2, 2, 2, 96, 0), 28672: (2, 2, 4, 128, 0)},
-    ("int8", False): {
+    ("fp8", 1): {22016: (2, 2, 2, 96, 0), 28672: (2, 2, 4, 128, 0)},
+    ("int8", 1): {
         (2048, 8192): (2, 8, 16, 120, 1),
         (3072, 2048): (2, 4, 8, 128, 2),
         (4096, 4096): (2, 2, 16, 64, 0),
@@ -360,7 +368,7 @@ TUNED = {  # where another one is better for weights (N, K), or of N rows; scrip
         **dict.fromkeys((11008, 22016), (2, 2, 4, 96, 0)),
         49152: (4, 2, 2, 128, 0),
     },
-    ("int4", False): {
+    ("int4", 1): {
         (2048, 8192): (2, 1, 16, 128, 1),
         (4096, 1024): (4, 2, 4, 128, 0),
         (4096, 2048): (4, 2, 8, 128, 0),
@@ -378,37 +386,72 @@ TUNED = {  # where another one is better for weights (N, K), or of N rows; scrip
         (128256, 4096): (4, 2, 8, 128, 0),
         49152: (8, 1, 2, 168, 0),
     },
-    ("fp", True): {
+    ("fp", 8): {
         (2048, 8192): (2, 8, 8, 240, 1),
         **dict.fromkeys(((4096, 4096), (4096, 14336)), (2, 8, 4, 240, 2)),
         **dict.fromkeys((3072, 16384, 32000), (4, 4, 4, 240, 0)),
         12288: (2, 4, 2, 168, 0),
         49152: (4, 2, 4, 128, 0),
     },
-    ("int8", True): {
+    ("int8", 8): {
         (2048, 2048): (2, 4, 4, 240, 1),
         (2048, 8192): (2, 4, 8, 240, 0),
+        (4096, 4096): (2, 4, 4, 168, 3),
         (3072, 2048): (2, 8, 4, 240, 2),
         (16384, 2048): (4, 2, 2, 240, 0),
         (128256, 2048): (2, 8, 4, 168, 0),
         12288: (4, 2, 4, 128, 4),
         22016: (4, 2, 2, 168, 6),
-        28672: (2, 4, 4, 168, 3),
+        28672: (4, 4, 2, 240, 4),
+        32000: (2, 2, 2, 240, 0),
+        (6144, 4096): (2, 4, 2, 240, 3),
+        (128256, 4096): (8, 2, 2, 240, 0),
     },
-    ("int4", True): {
+    ("int4", 8): {
         **dict.fromkeys(((2048, 2048), (16384, 2048), (128256, 2048)), (2, 4, 4, 240, 2)),
         (2048, 8192): (2, 2, 8, 240, 1),
         (3072, 2048): (2, 4, 4, 240, 0),
-        22016: (4, 1, 2, 144, 0),
-        **dict.fromkeys((28672, 32000, 128256), (8, 1, 2, 240, 4)),
+        (4096, 4096): (2, 2, 4, 240, 2),
+        (4096, 14336): (2, 4, 4, 240, 0),
+        (128256, 4096): (2, 4, 8, 240, 1),
+        6144: (2, 1, 4, 168, 3),
+        22016: (4, 1, 2, 168, 6),
+        **dict.fromkeys((28672, 32000), (8, 1, 2, 240, 4)),
+    },
+    ("fp", 16): {
+        (2048, 2048): (2, 8, 4, 240, 1),
+        (3072, 2048): (2, 4, 4, 240, 0),
+        (4096, 11008): (2, 4, 8, 128, 0),
+        (128256, 2048): (2, 8, 2, 240, 0),
+        12288: (2, 4, 2, 168, 6),
+        16384: (4, 4, 2, 240, 0),
+        22016: (4, 4, 4, 240, 2),
+        49152: (4, 2, 4, 128, 0),
+    },
+    ("int8", 16): {
+        (2048, 2048): (2, 4, 4, 240, 1),
+        (3072, 2048): (2, 8, 4, 240, 0),
+        (4096, 11008): (2, 2, 8, 128, 0),
+        (4096, 14336): (4, 4, 8, 240, 1),
+        22016: (4, 2, 2, 168, 6),
+    },
+    ("int4", 16): {
+        (2048, 2048): (2, 4, 4, 240, 1),
+        (4096, 11008): (2, 1, 8, 128, 0),
+        (4096, 14336): (4, 1, 8, 240, 1),
+        12288: (4, 1, 4, 168, 0),
+        16384: (4, 1, 2, 240, 4),
+        22016: (4, 1, 2, 168, 6),
+        28672: (4, 2, 2, 240, 0),
+        32000: (8, 1, 2, 240, 4),
     },
 }
 
 
 def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[int, int, int, int, int]:
     """R, C, W, registers and programs of the linear kernel: a weight (N, K), M rows, so many multiprocessors."""
-    kind = "int8" if kind == "fp8" and M > 1 else kind
-    tuned, by_fill = TUNED[kind, M > 1], CONFIGURATIONS[kind, M > 1][min((-(-N // 16) - 1) // processors, 4)]
+    key = "int8" if kind == "fp8" and M > 1 else kind, _columns(M)
+    tuned, by_fill = TUNED[key], CONFIGURATIONS[key][min((-(-N // 16) - 1) // processors, 4)]
     R, C, W, registers, programs = tuned.get((N, K)) or tuned.get(N, by_fill)
     step = CHUNK[kind] * W * C
     while step >= 2 * K and W * C > 1:  # a step that covers K is the best of all, one that is twice as long is not
@@ -455,7 +498,7 @@ def linear(
         y, rows, weight.view(torch.int32), scales, bias, norm, None if residual is None else residual.contiguous(),
         *(boxes[1] if boxes else (None, None)), rank, M, N, K, eps,
         KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, GATES=gates,
-        COLS=1 if M == 1 else 8 if M <= 8 else 16, WORLD=world if boxes else 1,
+        COLS=_columns(M), WORLD=world if boxes else 1,
         GATHER=gather and boxes is not None, R=R, C=C, W=W,
         WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,

@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="7B")
     parser.add_argument("--mode", default="bf16", help="bf16, int8, fp8, int4, int4:GROUP")
-    parser.add_argument("--rows", type=int, default=1, help="of x: one is tuned by itself, 2 to 16 together")
+    parser.add_argument("--rows", type=int, default=1, help="of x: one, 2 to 8 and 9 to 16 are tuned apart")
     parser.add_argument("--layers", type=int, help="time so many instead of all")
     parser.add_argument("--only", nargs="+", choices=LAYERS, default=LAYERS, help="tune these layers instead of all")
     with session() as tp:
@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         list(tqdm(pool.map(_call, jobs, chunksize=4), total=len(jobs), desc="compile"))
     tp.share(None)  # every rank's share is in the cache
 
-    table, kept = gemv.TUNED[gemv._kind(model.output.weight), args.rows > 1], {}
+    table, kept = gemv.TUNED[gemv._kind(model.output.weight), gemv._columns(args.rows)], {}
 
     def step_time(name: str | None = None, choice: tuple | None = None) -> float:
         """Microseconds of a step with what is kept, and perhaps another choice for a layer."""
@@ -126,7 +126,7 @@ def compile_layer(
     w, s = (None if of is None else torch.empty(of[0], dtype=of[1]) for of in (weight, scales))
     x, gain = torch.empty(rows, K, dtype=torch.bfloat16), torch.empty(K, dtype=torch.bfloat16)
     N, ranks = gemv._out_features(w), {"rank": tp.rank, "world": tp.world}
-    gemv.TUNED[gemv._kind(w), rows > 1][N, K] = choice
+    gemv.TUNED[gemv._kind(w), gemv._columns(rows)][N, K] = choice
     if name in ("wo", "w2"):
         gemv.linear(x, w, s, residual=torch.empty(rows, N, dtype=torch.bfloat16), **ranks)
     elif name == "output":

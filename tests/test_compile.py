@@ -69,7 +69,7 @@ def test_tune_tries_what_the_kernel_takes_as_it_is(kind, shape, monkeypatch):
     choices = tune.candidates(weight, K, 132)
     assert 20 < len(set(choices)) == len(choices) < 250
     for choice in choices:
-        monkeypatch.setitem(gemv.TUNED[kind, False], (N, K), choice)
+        monkeypatch.setitem(gemv.TUNED[kind, 1], (N, K), choice)
         assert gemv._configuration(kind, N, K, 1, 132) == choice
 
 

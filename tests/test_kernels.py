@@ -127,11 +127,11 @@ SHIPPED = [(*key, one) for key, table in gemv.CONFIGURATIONS.items() for one in 
 SHIPPED += [(*key, one) for key, table in gemv.TUNED.items() for one in table.values()]
 
 
-@pytest.mark.parametrize("kind,several,configuration", sorted(set(SHIPPED)))
-def test_configurations(kind, several, configuration, monkeypatch):
-    monkeypatch.setitem(gemv.TUNED[kind, several], (80, 2144), (*configuration[:4], min(configuration[4], 1)))
+@pytest.mark.parametrize("kind,columns,configuration", sorted(set(SHIPPED)))
+def test_configurations(kind, columns, configuration, monkeypatch):
+    monkeypatch.setitem(gemv.TUNED[kind, columns], (80, 2144), (*configuration[:4], min(configuration[4], 1)))
     monkeypatch.setattr(gemv, "_processors", lambda _: 2)  # programs of several tiles
-    kind, rows, dtype = {"fp": "16-bit", "int4": "int4:64"}.get(kind, kind), 5 if several else 1, DTYPES[-1]
+    kind, rows, dtype = {"fp": "16-bit", "int4": "int4:64"}.get(kind, kind), {1: 1, 8: 5, 16: 13}[columns], DTYPES[-1]
     generator = torch.Generator().manual_seed(3)
     w, s, dense = make_weight(kind, 80, 2144, dtype, generator)
     x = make_rows(rows, 2144, generator=generator).to(dtype)
