@@ -121,9 +121,14 @@ if triton is not None:
         return x.to(heads.dtype)
 
     @triton.jit
-    def _cached(cache, t, d, end, stride_t, D: tl.constexpr):
-        """Keys or values of a head at positions t < end, features d < D, zeros elsewhere."""
-        return tl.load(cache + t.to(tl.int64) * stride_t + d, mask=(t < end) & (d < D), other=0.0, cache_modifier=".cg")
+    def _cached(cache, t0, t, d, at, begin, end, D: tl.constexpr, DP: tl.constexpr, STRIDE: tl.constexpr, other=0.0):
+        """Keys or values of a head at positions begin <= t0 + t < end, features d < D, elsewhere `other` ones.
+
+        at: t STRIDE + d, in 64 bits before constants are added, which so become part of a lane's instructions."""
+        wanted = (t >= begin - t0) & (t < end - t0)
+        if D < DP:
+            wanted &= d < D
+        return tl.load(cache + t0.to(tl.int64) * STRIDE + at, mask=wanted, other=other, cache_modifier=".cg")
 
     @triton.jit
     def _fetch(memory, lines, W: tl.constexpr):
@@ -140,9 +145,10 @@ if triton is not None:
     @triton.jit(do_not_specialize=["entry"])
     def _attend_kernel(
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts, ahead, lines, entry,
-        S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h, stride_t,
+        S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h,
         G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
-        W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
+        STRIDE: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         """ROWS query rows (new token s, head g) of one key head, on one part of the keys; KEYS a warp and step.
 
@@ -187,20 +193,24 @@ if triton is not None:
         j = tl.arange(0, 4)[:, None, None, None, None, None]
         i = tl.arange(0, 8)[None, :, None, None, None, None]
         warp = tl.arange(0, W)[None, None, :, None, None, None]
-        key_of_k = warp * KEYS + tl.arange(0, Y)[None, None, None, :, None, None] * 8 + i
+        y = tl.arange(0, Y)[None, None, None, :, None, None] * 8
         d_of_k = tl.arange(0, X)[None, None, None, None, :, None] * 32 + j * 8
         d_of_k += tl.arange(0, 8)[None, None, None, None, None, :]
+        at_k = flat((warp * KEYS + i).to(tl.int64) * STRIDE + y * STRIDE + d_of_k, W, Y, X)
+        key_of_k, d_of_k = flat(warp * KEYS + i + y, W, Y, X), flat(d_of_k, W, Y, X)
         pair = tl.arange(0, STEP // 4)[None, None, None, :, None, None]
-        key_of_v = pair // 2 * 8 + j * 2 + pair % 2
+        pair = pair // 2 * 8 + pair % 2
         d_of_v = (warp * 8 + i) * Z + tl.arange(0, Z)[None, None, None, None, None, :]
-        key_of_k, d_of_k = flat(key_of_k, W, Y, X), flat(d_of_k, W, Y, X)
         if Z > 1:
-            key_of_v, d_of_v = flat(key_of_v, W, STEP // 4, 1), flat(d_of_v, W, STEP // 4, 1)
+            at_v = flat((j * 2).to(tl.int64) * STRIDE + pair * STRIDE + d_of_v, W, STEP // 4, 1)
+            key_of_v, d_of_v = flat(j * 2 + pair, W, STEP // 4, 1), flat(d_of_v, W, STEP // 4, 1)
         else:  # too narrow: loaded as it lies, (pair j, features), and made a fragment through shared memory
-            key_of_v, d_of_v = key_of_v.permute(3, 0, 1, 2, 4, 5).reshape(STEP, 1), tl.arange(0, DP)[None, :]
+            key_of_v = (pair + j * 2).permute(3, 0, 1, 2, 4, 5).reshape(STEP, 1)
+            d_of_v = tl.arange(0, DP)[None, :]
+            at_v = key_of_v.to(tl.int64) * STRIDE + d_of_v
         key_of_p = tl.arange(0, W)[:, None, None] * KEYS + tl.arange(0, KEYS)[None, None, :]
-        k_tile = _cached(keys, begin + key_of_k, d_of_k, end, stride_t, D)
-        v_tile = _cached(values, begin + key_of_v, d_of_v, end, stride_t, D)
+        k_tile = _cached(keys, begin, key_of_k, d_of_k, at_k, begin, end, D, DP, STRIDE)
+        v_tile = _cached(values, begin, key_of_v, d_of_v, at_v, begin, end, D, DP, STRIDE)
         row = block * ROWS + tl.arange(0, ROWS)
         last = pos + row // G  # the last key that a row sees
         new = tl.arange(0, NEW)
@@ -211,7 +221,8 @@ if triton is not None:
 
         # All that the kernel before has written is asked for at once.
         n = tl.arange(0, DP)
-        d = n % (8 * W) * Z + n // (8 * W)  # acc's order of features
+        in_order = n % (8 * W) * Z + n // (8 * W)  # as acc has features
+        d = in_order if NEW == 1 else n
         width = (Hkv * (G + 2)) * D
         base = qkv + b.to(tl.int64) * S * width
         q_rows = base + row // G * width + (h * G + row % G) * D
@@ -232,33 +243,33 @@ if triton is not None:
         acc = tl.zeros((ROWS, DP), tl.float32)
         if split == parts - 1:
             k_new = _turned(k_new, k_turns, k_norm, eps, D, DP, ROTARY)
-            at = (pos + new).to(tl.int64)[:, None] * stride_t
+            at = (pos + new).to(tl.int64)[:, None] * STRIDE
             written = ((new < S) & (pos + new < T))[:, None]
             tl.store(keys + at + n[None, :], k_new.to(k_cache.dtype.element_ty), mask=written & (n < D)[None, :])
             tl.store(values + at + d[None, :], v_new.to(v_cache.dtype.element_ty), mask=written & (d < D)[None, :])
             if NEW == 1:
-                scores = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1)[:, None] * scale
-            else:
-                scores = tl.dot(q, tl.trans(k_new)) * scale  # (ROWS, NEW), in units of log2 e
-            seen = (pos + new < T)[None, :] & (pos + new[None, :] <= last[:, None])
-            scores = tl.where(
-                seen & ((window <= 0) | (pos + new[None, :] > last[:, None] - window)), scores, float("-inf")
-            )
-            top = tl.max(scores, 1)
-            p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
-            total = tl.sum(p, 1)
-            acc = p * v_new.to(tl.float32) if NEW == 1 else tl.dot(p.to(q.dtype), v_new.to(q.dtype))
+                score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * scale
+                top = tl.where(pos < T, score, float("-inf"))
+                total += tl.where(pos < T, 1.0, 0.0)
+                acc += total[:, None] * v_new.to(tl.float32)
+            else:  # read back as part of a tile: faster than more products
+                tl.debug_barrier()
+                end = tl.minimum(pos + S, T)
+                k_tile = _cached(keys, begin, key_of_k, d_of_k, at_k, pos, end, D, DP, STRIDE, k_tile)
+                v_tile = _cached(values, begin, key_of_v, d_of_v, at_v, pos, end, D, DP, STRIDE, v_tile)
 
         # K as its fragments have it: (X, ul, j, uh, e) for feature 32 X + 8 j + 4 uh + 2 ul + e
         q = q.reshape(ROWS, X, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5).reshape(1, ROWS, DP)
         q = tl.broadcast_to(q, (W, ROWS, DP))
         last = last[None, :, None]
-        for t0 in range(begin, end, STEP):
+        t0 = begin
+        for _ in range(begin, end, STEP):
             k = unflat(k_tile, W, Y, X).reshape(4, 8, W, Y, X, 2, 2, 2).permute(2, 4, 6, 0, 5, 7, 3, 1)
             k = k.reshape(W, DP, KEYS)
             scores = tl.dot(q, k.to(q.dtype)) * scale  # (W, ROWS, KEYS), in units of log2 e
             t = t0 + key_of_p
-            scores = tl.where((t < end) & ((window <= 0) | (t > last - window)), scores, float("-inf"))
+            seen = (t < end) & (t <= last) & ((window <= 0) | (t > last - window))
+            scores = tl.where(seen, scores, float("-inf"))
             # online softmax (Milakov and Gimelshein, arXiv:1805.02867)
             new_top = tl.maximum(top, tl.max(tl.max(scores, 2), 0))
             safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
@@ -273,9 +284,10 @@ if triton is not None:
                 v = v_tile.reshape(STEP // 8, 2, 4, DP).permute(0, 2, 1, 3)
             v = v.reshape(STEP, DP)
             acc = tl.dot(p, v.to(q.dtype), acc * fade[:, None])
-            if t0 + STEP < end:
-                k_tile = _cached(keys, t0 + STEP + key_of_k, d_of_k, end, stride_t, D)
-                v_tile = _cached(values, t0 + STEP + key_of_v, d_of_v, end, stride_t, D)
+            t0 += STEP
+            if t0 < end:
+                k_tile = _cached(keys, t0, key_of_k, d_of_k, at_k, begin, end, D, DP, STRIDE)
+                v_tile = _cached(values, t0, key_of_v, d_of_v, at_v, begin, end, D, DP, STRIDE)
 
         tops = tl.broadcast_to(top[:, None], (ROWS, DP))  # one for each element, as `receive` wants them
         totals = tl.broadcast_to(total[:, None], (ROWS, DP))
@@ -309,8 +321,9 @@ if triton is not None:
                 place += ROWS * (DP + 2)
             tl.debug_barrier()  # every thread has read the count
             tl.store(counts + group, count)
-        to = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + d[None, :]
-        tl.store(out + to, (acc / totals).to(out.dtype.element_ty), mask=(row < S * G)[:, None] & (d < D)[None, :])
+        to = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + in_order[None, :]
+        mask = (row < S * G)[:, None] & (in_order < D)[None, :]
+        tl.store(out + to, (acc / totals).to(out.dtype.element_ty), mask=mask)
 
 
 # Bytes of the weights ahead to ask for, a third of what exceeds those that the next kernels' first programs ask for by
@@ -330,7 +343,7 @@ def attend_triton(
     G, DP = n_head // Hkv, max(64, triton.next_power_of_2(D))
     rows = 8 if S * G <= 8 else 16
     blocks = triton.cdiv(S * G, rows)
-    keys = 32 if rows == 8 else 16  # of a warp in a step: so many registers that the next kernel still finds room
+    keys = 32 if rows == 8 and S == 1 else 16  # of a warp in a step, so that the next kernel finds registers
     splits = max(1, min(64, 264 // (B * Hkv), triton.cdiv(T, SHARE)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
     partial, counts = (None, None)
@@ -342,8 +355,9 @@ def attend_triton(
     _attend_kernel[(B * Hkv, programs, blocks)](
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts, ahead, lines, int(entry),
         S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
-        *k_cache.stride()[:3], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
-        ROWS=rows, NEW=1 if S == 1 else 16, W=WARPS, KEYS=keys, SPLITS=splits, SHARE=SHARE, PDL=hopper,
+        *k_cache.stride()[:2], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
+        ROWS=rows, NEW=1 if S == 1 else 16, STRIDE=k_cache.stride(2), W=WARPS, KEYS=keys, SPLITS=splits, SHARE=SHARE,
+        PDL=hopper,
         num_warps=WARPS, num_stages=1, **({"launch_pdl": True} if hopper else {}),
     )  # fmt: skip
     return out
