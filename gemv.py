@@ -324,7 +324,7 @@ def _out_features(weight: Tensor) -> int:
 
 
 def _columns(M: int) -> int:
-    """What so many rows of x take in the products."""
+    """The columns of a product that M rows of x take."""
     return 1 if M == 1 else 8 if M <= 8 else 16
 
 

@@ -37,7 +37,7 @@ def speed(results: dict) -> str:
     first = results["h100"]["first_token"]
     warm = " to ".join(map(str, first["warm caches"]))
     lines += [f"From the start of `generate.py --compile` to the first token of a 7B in bf16, on the H100: {warm} s,"]
-    lines += [f"and {first['cold caches']} s before the kernels have been compiled once."]
+    lines += [f"and {first['cold caches']} s before the kernels have been compiled once ({first['commit']})."]
     return "\n".join(lines)
 
 
