@@ -45,8 +45,8 @@ class Engine:
         length = max_seq_length or min(model.config.block_size, MAX_DEFAULT_CONTEXT)
         self.cache = model.cache(batch_size, length)
         self.pos = torch.zeros(batch_size, dtype=torch.int64, device=self.device)  # position of the token to feed
-        # Tokens by position; a full cache still has one to come, and guesses may lie behind it.
-        self.history = torch.zeros(batch_size, length + 1 + MAX_K, dtype=torch.int64, device=self.device)
+        # Tokens by position; a full cache still has one to come, and a round there writes MAX_K + 1 behind it.
+        self.history = torch.zeros(batch_size, length + 2 + MAX_K, dtype=torch.int64, device=self.device)
         self.rng = torch.zeros(2, dtype=torch.int64, device=self.device)  # seed and number of draws
         self.compile_seconds = 0.0
         self._step, self._prefill = self._eager_step, self._eager_prefill  # replaced by their compiled selves
@@ -89,6 +89,8 @@ class Engine:
 
     def seed(self, seed: int) -> None:
         """Start the random numbers anew: the same seed and calls give the same tokens."""
+        if not -(2**63) <= seed < 2**63:
+            raise UserError(f"the seed is {seed}; accepted: 64-bit integers")
         self.rng.copy_(torch.tensor([seed, 0]))
 
     def synchronize(self) -> None:
@@ -159,6 +161,7 @@ class Engine:
         fetch(0, 1)
         done = 0
         while done < steps:
+            yield from _drain(pending, keep=1 if self.block > 1 else 0)
             count = (steps - done) % self.block or self.block  # single steps come first: they start sooner
             if self._block and count == self.block:
                 self._block()
@@ -166,7 +169,6 @@ class Engine:
                 _repeat(self._step, count)
             fetch(done + 1, count)
             done += count
-            yield from _drain(pending, keep=1 if self.block > 1 else 0)
         yield from _drain(pending, keep=0)
 
     @staticmethod

@@ -1,6 +1,7 @@
 """User errors: one clear line on stderr and exit status 2, never a traceback. And JSON files, read with them."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,8 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a command-line `main`; a UserError or Ctrl-C ends it without a traceback (status 2 and 130)."""
+    """Run a command-line `main`; a UserError, too little memory (status 2), Ctrl-C (130) or a reader that has left
+    (141) ends it without a traceback."""
     try:
         main()
     except UserError as error:
@@ -35,3 +37,14 @@ def run_cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
+        sys.exit(141)
+    except OSError as error:  # a full disk, a directory that is not there
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:  # PyTorch's only sign of it on a CPU
+        if not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
+            raise
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)

@@ -44,6 +44,8 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"device {name!r} is not known; accepted: cpu, cuda, cuda:N, mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} is not supported; accepted: cpu, cuda, cuda:N, mps")
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
@@ -110,12 +112,12 @@ def generate(
         raise UserError("the prompt is empty; at least one token is needed")
     if len(prompts) != llm.batch_size:
         raise UserError(f"{len(prompts)} prompts were given to an engine whose batch_size is {llm.batch_size}")
-    vocab = llm.model.config.vocab_size
-    if bad := [token for row in prompts for token in row if not 0 <= token < vocab]:
-        raise UserError(f"token id {bad[0]} is outside the vocabulary of {vocab}")
+    llm.model.config.check_tokens(prompts)
     stop_ids = llm.tokenizer.stop_ids if llm.tokenizer else ()
     is_stop = is_stop or (lambda row, token: token in stop_ids)
     longest = max(map(len, prompts))
+    if max_new_tokens < 1:
+        return
     llm.prefill(prompts, start)
     live = [True] * len(prompts)
     for tokens in llm.decode(min(max_new_tokens - 1, llm.cache.length - longest), live):
@@ -160,11 +162,15 @@ def weight_bytes(model: Transformer) -> int:
     return sum(p.nbytes for p in model.parameters()) - unread
 
 
-def report(llm: Engine, measure: Measure, read_bandwidth: float) -> dict:
-    """Rates, bytes per token, and the share of the device's read bandwidth that they make."""
+def report(llm: Engine, measure: Measure) -> dict:
+    """Rates, bytes per token, and the share of the device's read bandwidth, measured now, that they make."""
+    memory = torch.cuda.max_memory_reserved() if llm.device.type == "cuda" else peak_memory()
+    read_bandwidth = kernels.read_bandwidth(llm.device)  # after that, as it takes memory
     weights, rate = weight_bytes(llm.model), measure.decode_rate
-    positions = measure.prompt_tokens + llm.batch_size * (measure.steps + 1) / 2  # that an average step attends to
-    kv = positions * llm.cache.bytes_per_position
+    positions = measure.prompt_tokens / llm.batch_size + (measure.steps + 1) / 2  # of a row, in an average step
+    windows = llm.model.config.windows or (0,)
+    seen = sum(min(positions, window or positions) for window in windows) / len(windows)
+    kv = llm.batch_size * seen * llm.cache.bytes_per_position
     read = weights + kv  # for a token
     if llm.speculator:
         passes, guesses = llm.speculator.work_per_token()
@@ -182,7 +188,7 @@ def report(llm: Engine, measure: Measure, read_bandwidth: float) -> dict:
         "read_bandwidth": read_bandwidth,
         "bandwidth_fraction": read * rate / read_bandwidth,
         "compile_seconds": llm.compile_seconds,
-        "memory_bytes": torch.cuda.max_memory_reserved() if llm.device.type == "cuda" else peak_memory(),
+        "memory_bytes": memory,
     }
 
 
@@ -264,6 +270,7 @@ def answer(
 
 def chat(llm: Engine, args: argparse.Namespace) -> None:
     """A conversation on the terminal. The cache keeps earlier turns: only tokens it has not seen are prefilled."""
+    sys.stdin.reconfigure(errors="replace")
     messages: list[dict] = []
     cached: list[int] = []  # the tokens whose keys and values the cache holds
     print("Chat with the model: Ctrl-C stops an answer, /clear starts anew, Ctrl-D quits.", file=sys.stderr)
@@ -359,7 +366,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
+def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[list[int]]:
     """The prompts of the command line as token ids."""
     texts = [args.prompt] * args.batch_size
     if args.prompt_file:
@@ -370,9 +377,11 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int
         if not texts:
             raise UserError(f"--prompt_file {args.prompt_file} holds no prompts; one a line is needed")
     if isinstance(texts[0], int):
+        if args.prompt > config.block_size:
+            raise UserError(f"--prompt {args.prompt} exceeds the model's context of {config.block_size} tokens")
         # Ids from the low thousand exist in every vocabulary and are ordinary tokens in most.
         generator = torch.Generator().manual_seed(args.seed)
-        ids = torch.randint(0, min(1024, vocab_size), (args.prompt,), generator=generator).tolist()
+        ids = torch.randint(0, min(1024, config.vocab_size), (args.prompt,), generator=generator).tolist()
         prompts = [ids] * args.batch_size
     elif args.chat:
         prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
@@ -384,6 +393,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not lose an answer
     with session() as tp:
         _run(parse_args(), tp)
 
@@ -399,6 +409,8 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         args.speculate_k = 7 if args.speculate else 5
     elif not draft:
         raise UserError("--speculate_k needs --draft_checkpoint_path PATH or --speculate prompt_lookup")
+    if args.profile and not os.access(args.profile.parent, os.W_OK):
+        raise UserError(f"--profile {args.profile}: its directory does not exist or cannot be written to")
     device = pick_device(args.device)
     print(f"Using device={device}" + (f" and {tp.world} ranks" if tp.world > 1 else ""), file=sys.stderr)
     start = time.perf_counter()
@@ -406,7 +418,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     load_seconds = time.perf_counter() - start
     print(f"Time to load model: {load_seconds:.02f} seconds", file=sys.stderr)
     reads = tp.rank == 0 and not args.interactive
-    prompts = tp.share(read_prompts(args, tokenizer, model.config.vocab_size) if reads else [])
+    prompts = tp.share(read_prompts(args, tokenizer, model.config) if reads else [])
     llm = Engine(
         model,
         tokenizer,
@@ -468,7 +480,7 @@ def _samples(llm: Engine, prompts: list[list[int]], args: argparse.Namespace) ->
 def _print_measures(llm: Engine, measures: list[Measure], as_json: bool, load_seconds: float) -> None:
     """gpt-fast's closing lines and what they leave out, from the sample of median speed."""
     median = sorted(measures, key=lambda m: m.tokens_per_second)[len(measures) // 2]
-    r = report(llm, median, kernels.read_bandwidth(llm.device)) | {"load_seconds": load_seconds}
+    r = report(llm, median) | {"load_seconds": load_seconds}
     r["tokens_per_second_of_samples"] = rates = [m.tokens_per_second for m in measures]
     total = f" ({r['decode_tokens_per_second_total']:.2f} in total)" if llm.batch_size > 1 else ""
     megabytes = (r["weight_bytes_per_step"] + r["kv_bytes_per_step"]) / 1e6

@@ -1,5 +1,5 @@
-"""What the Triton kernels of a decode step (gemv.py, attention.py, sampling.py, lookup.py, tp.py) share, and the
-measure of all of them: the device's read bandwidth.
+"""What the Triton kernels of a decode step (gemv.py, attention.py, sampling.py, lookup.py, exchange.py, tp.py)
+share, and the measure of all of them: the device's read bandwidth.
 
 Each is a torch op (namespace gptfast) with a plain PyTorch reference beside it: `torch.compile(fullgraph=True)` and
 CUDA graphs see through it, and none synchronises with the host.

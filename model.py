@@ -6,7 +6,7 @@ C model dim.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -79,6 +79,7 @@ class ModelConfig:
         head_dim = config.get("head_dim") or dim // n_head
         context = config.get("max_position_embeddings", 2048)
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope = {key: value for key, value in rope.items() if value is not None}
         rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"  # `type` is the older spelling
         needed = ROPE_TYPES[_choice("rope_type", rope["rope_type"], ROPE_TYPES)]
         if missing := [key for key in needed if key not in rope]:
@@ -93,6 +94,8 @@ class ModelConfig:
             "rope_layers": tuple(bool(r) for r in config.get("no_rope_layers") or ()),
             **FAMILIES[family],
         }
+        if bad := [name for name in ("windows", "rope_layers") if len(fields[name]) not in (0, n_layer)]:
+            raise UserError(f"config.json: {bad[0]} are told of {len(fields[bad[0]])} layers of {n_layer}")
         return cls(
             dim=dim,
             n_layer=n_layer,
@@ -113,6 +116,11 @@ class ModelConfig:
             tied=bool(config.get("tie_word_embeddings", False)),
             **fields,
         )
+
+    def check_tokens(self, rows: Iterable[Iterable[int]]) -> None:
+        """Raises UserError for a token id that is not in the vocabulary."""
+        if bad := [token for row in rows for token in row if not 0 <= token < self.vocab_size]:
+            raise UserError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size}")
 
     @classmethod
     def from_name(cls, name: str) -> "ModelConfig":

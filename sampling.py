@@ -2,7 +2,7 @@
 
 Softmax sampling is argmax over logits / temperature + Gumbel noise. On an NVIDIA GPU that is one Triton kernel, or two
 where top_k or min_p leave tokens out, without sorting the vocabulary; otherwise the plain PyTorch reference beside it.
-Both draw the same tokens.
+Both draw the same tokens. top_p sorts what top_k leaves, in PyTorch.
 """
 
 import math
@@ -30,13 +30,15 @@ class Sampler:
     def __post_init__(self):
         for name, value, low, high in (
             ("temperature", self.temperature, 0, 100),
-            ("top_k", self.top_k, 1, float("inf")),
+            ("top_k", self.top_k, 1, 2**31 - 1),
             ("top_p", self.top_p, 1e-9, 1),
             ("min_p", self.min_p, 0, 1),
             ("repetition_penalty", self.repetition_penalty, 1e-3, 100),
         ):
             if value is not None and not low <= value <= high:
                 raise UserError(f"{name} is {value}; accepted: {low} to {high}")
+        if self.temperature < 1e-6:  # by which no logits could be divided
+            object.__setattr__(self, "temperature", 0.0)
 
     def __call__(self, logits: Tensor, history: Tensor, pos: Tensor, rng: Tensor) -> Tensor:
         """Draw a token for each row, write it behind the row's position and advance that. logits: fp32 (B, V); history:

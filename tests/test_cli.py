@@ -64,6 +64,34 @@ def test_profile_writes_a_trace(cli, tiny, tmp_path):
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
+def test_a_reader_that_leaves_ends_it_without_a_traceback(tiny):
+    command = [sys.executable, REPO / "generate.py", *run_args(tiny), "--stream", "--max_new_tokens", "200"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(60) == 141
+
+
+def test_what_the_terminal_cannot_show_is_replaced(cli, tiny):
+    args = [*run_args(tiny), "--max_new_tokens", "2", "--prompt", "naïve"]
+    result = cli("generate.py", *args, env={"PYTHONIOENCODING": "ascii"})
+    assert result.status == 0, result.stderr
+    assert result.stdout.startswith("na?ve")
+
+
+def test_bench_keeps_what_else_its_file_holds(cli, tiny, tmp_path, refuses):
+    out = tmp_path / "h100.json"
+    out.write_text('{"first_token": 5, "rows": []}')
+    args = ["--checkpoint_path", tiny / "model.pth", "--device", "cpu", "--runs", "1", "--max_new_tokens", "4"]
+    result = cli("scripts/bench.py", *args, "--json", out)
+    assert result.status == 0, result.stderr
+    found = json.loads(out.read_text())
+    assert found["first_token"] == 5 and found["rows"][0]["tokens_per_second"] > 0
+    refuses("scripts/bench.py", *args, "--json", tmp_path / "absent" / "x.json", words="absent")
+    refuses("scripts/bench.py", "--modes", "int5", words="invalid choice: 'int5'")
+
+
 def test_interactive_chat(cli, tiny):
     args = [*run_args(tiny), "--interactive", "--max_new_tokens", "8", "--max_seq_length", "120", "--temperature", "0"]
     result = cli("generate.py", *args, stdin="Hi\n\nAgain, please\n/clear\nHi\n" + "x" * 200 + "\n")
@@ -134,7 +162,12 @@ FLAGS = {
     "synthetic prompt of nothing": (["--prompt", "0"], r"--prompt 0 is an empty prompt"),
     "empty stop string": (["--stop", ""], r"--stop is empty"),
     "prompt longer than the cache": (["--prompt", "30", "--max_seq_length", "20"], r"has 30 tokens.*20 tokens"),
-    "prompt longer than the context": (["--prompt", "999"], r"has 999 tokens.*256 tokens"),
+    "prompt longer than the context": (["--prompt", "99999999999999"], r"99999999999999 exceeds .* context of 256"),
+    "unsupported device": (["--device", "meta"], r"'meta' is not supported; accepted: cpu, cuda"),
+    "seed of 65 bits": (["--seed", "18446744073709551616"], r"the seed is 18446744073709551616; accepted: 64-bit"),
+    "top_k of 32 bits": (["--top_k", "4294967296"], r"top_k is 4294967296; accepted: 1 to 2147483647"),
+    "profile into nowhere": (["--profile", "/absent/x"], r"--profile /absent/x: its directory does not exist"),
+    "batch larger than memory": (["--batch_size", "999999999", "--prompt", "1"], r"memory"),
     "cache longer than the context": (["--max_seq_length", "300"], r"300 exceeds the model's context of 256"),
     "no such prompt file": (["--prompt_file", "/absent.txt"], r"cannot read --prompt_file /absent\.txt"),
     "unknown quantisation": (["--quantize", "int3"], r"int3"),
@@ -162,6 +195,11 @@ DAMAGES = {
         r"rope_type 'mrope' is not supported; supported: default",
     ),
     "unknown activation": (lambda d: edit_json(d / "config.json", hidden_act="relu2"), r"hidden_act 'relu2'"),
+    "config of a wrong type": (lambda d: edit_json(d / "config.json", num_key_value_heads="2"), r"config\.json: .*str"),
+    "windows of other layers": (
+        lambda d: edit_json(d / "config.json", sliding_window=8, layer_types=["sliding_attention"] * 9),
+        r"windows are told of 9 layers of",
+    ),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), r"tokenizer"),
     "malformed tokenizer": (lambda d: truncate(d / "tokenizer.json"), r"tokenizer\.json"),
 }

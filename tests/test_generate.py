@@ -4,6 +4,7 @@ compilation counts, and the real model's golden tokens."""
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny import never, write_checkpoint
 
 import engine
 from errors import UserError
-from generate import Engine, answer, generate, load, peak_memory
+from generate import Engine, answer, generate, load, peak_memory, report
 from sampling import Sampler
 
 GREEDY = Sampler(temperature=0.0)
@@ -69,6 +70,32 @@ def test_default_stop_ids_end_generation(tiny):
     tokens = list(generate(llm, [20, 21, 22], 200, is_stop=never))
     llm.tokenizer.stop_ids = frozenset({tokens[6]})
     assert list(generate(llm, [20, 21, 22], 200)) == tokens[: tokens.index(tokens[6]) + 1]
+
+
+def test_the_first_token_comes_before_the_first_step(tiny):
+    llm, steps = tiny_engine(tiny), []
+    eager = llm._step
+    llm._step = lambda: (steps.append(1), eager())
+    tokens = generate(llm, [20, 21, 22], 3, is_stop=never)
+    for taken in range(3):
+        next(tokens)
+        assert len(steps) == taken
+    assert list(generate(llm, [20, 21, 22], 0)) == [] and len(steps) == 2
+
+
+def test_measures_are_of_the_run_and_not_of_the_measuring(tiny, monkeypatch):
+    order = []
+    monkeypatch.setattr("generate.peak_memory", lambda: order.append("memory") or 1)
+    monkeypatch.setattr("kernels.read_bandwidth", lambda device: order.append("bandwidth") or 1e9)
+    llm = tiny_engine(tiny)
+    _, measure = answer(llm, [[30, 31, 32]], 20)
+    plain = report(llm, measure)
+    assert order == ["memory", "bandwidth"] and plain["memory_bytes"] == 1
+    positions = 3 + (measure.steps + 1) / 2
+    assert plain["kv_bytes_per_step"] == round(positions * llm.cache.bytes_per_position)
+    llm.model.config = replace(llm.model.config, windows=(2,) + (0,) * (llm.model.config.n_layer - 1))
+    saved = (positions - 2) * llm.cache.bytes_per_position / llm.model.config.n_layer
+    assert report(llm, measure)["kv_bytes_per_step"] == round(positions * llm.cache.bytes_per_position - saved)
 
 
 def test_generation_ends_when_the_cache_is_full(tiny):
@@ -192,6 +219,11 @@ def test_repetition_penalty():
     assert sampler(logits, history, torch.tensor([2]), rng).item() == 0
     both = torch.tensor([[-0.5, -0.1, -3.0, -0.3]])
     assert sampler(both, history, torch.tensor([1]), rng).item() == 1  # -0.1 becomes -0.2: negative ones fall, too
+
+
+def test_a_temperature_that_no_logits_can_be_divided_by_is_greedy():
+    logits, rng = torch.tensor([[1.0, 3.0, 2.0]]), torch.zeros(2, dtype=torch.int64)
+    assert Sampler(temperature=1e-39).draw(logits, rng).item() == 1
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": -2}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 2}])

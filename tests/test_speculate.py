@@ -72,15 +72,17 @@ def test_rows_accept_different_lengths(tiny, draft):
     assert list(generate(llm, prompts, 50, is_stop=is_stop)) == expected
 
 
+@pytest.mark.parametrize("k", [6, MAX_K])
 @pytest.mark.parametrize("draft", ["other", "same", "prompt_lookup"])
-def test_a_full_cache_ends_generation_as_in_plain_decoding(tiny, draft):
+def test_a_full_cache_ends_generation_as_in_plain_decoding(tiny, draft, k):
     for length, size in ((16, 10), (16, 15), (16, 16), (3, 2)):
         plain = engine(tiny, max_seq_length=length)
-        llm = engine(tiny, max_seq_length=length, draft=draft_of(tiny, draft), speculate_k=6)
+        llm = engine(tiny, max_seq_length=length, draft=draft_of(tiny, draft), speculate_k=k)
         prompt = ([7, 8] * 8)[:size]
         expected = list(generate(plain, prompt, 100, is_stop=never))
         assert len(expected) == length - size + 1
         assert list(generate(llm, prompt, 100, is_stop=never)) == expected
+        llm.speculator.report(1.0)  # times rounds at the cache's end, too
 
 
 @pytest.mark.parametrize("draft", ["int8", "prompt_lookup"])
