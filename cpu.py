@@ -51,7 +51,8 @@ def _build() -> Path:
     home = Path(torch.__file__).parent
     flags = (*FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()), f"-I{home / 'include'}")
     command = [os.environ.get("CXX", "c++"), *flags, str(SOURCE), f"-L{home / 'lib'}", "-ltorch_cpu"]
-    key = hashlib.sha256(repr((command, torch.__version__, platform.machine())).encode() + SOURCE.read_bytes())
+    made_by = (command[0], flags, torch.__version__, platform.machine())
+    key = hashlib.sha256(repr(made_by).encode() + SOURCE.read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptfast"
     library = folder / f"cpu-{key.hexdigest()[:16]}.so"
     if not library.exists():

@@ -175,6 +175,7 @@ class LanguageModel(TemplateLM or object):
 
     def _padded(self, rows: list[tuple[int, ...]]) -> Tensor:
         """Token ids (B, longest), shorter rows padded at their end."""
+        self.model.config.check_tokens(rows)
         ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
         return pad_sequence(ids, batch_first=True).to(self._device)
 
@@ -331,13 +332,19 @@ def evaluate(lm, tasks: dict, *, limit: int | None = None, num_fewshot: int | No
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of examples")
+    return int(text)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure a checkpoint's accuracy: lm-eval tasks, or perplexity.")
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--tasks", nargs="+", default=[], help="lm-eval tasks, groups, tags or patterns")
     parser.add_argument("--perplexity", nargs="?", const="", metavar="FILE", help="of a text file, or a built-in text")
     parser.add_argument("--limit", type=positive, help="documents of each task, or tokens of the text, to stop after")
-    parser.add_argument("--num_fewshot", type=int, help="examples in each prompt, for tasks that do not fix it")
+    parser.add_argument("--num_fewshot", type=natural, help="examples in each prompt, but for tasks that fix 0")
     parser.add_argument("--chat", action="store_true", help="put prompts in the model's chat template")
     parser.add_argument("--include_path", type=Path, help="a directory of your own tasks' YAML files")
     parser.add_argument("--max_seq_length", type=positive, help="longest input in tokens; text is cut on the left")

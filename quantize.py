@@ -86,6 +86,7 @@ def gptq_checkpoint(
     # CPUs without half-precision arithmetic calibrate faster in fp32, and no CPU worse.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     home = torch.device("cpu") if offload else device
+    model.config.check_tokens(tokens.flatten().tolist() for tokens in sequences)
     activations = [state["tok_embeddings.weight"][tokens].to(home, dtype) for tokens in sequences]
 
     def results() -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -172,6 +173,8 @@ def task_documents(tasks: list[str], include_path: Path | None = None) -> Iterat
         split = next(s for s in ("training", "validation", "test") if getattr(task, f"has_{s}_docs")())
         for doc in getattr(task, f"{split}_docs")():
             prompt, target = task.doc_to_text(doc), task.doc_to_target(doc)
+            if isinstance(prompt, int):  # the option that completes it, as in winogrande
+                prompt = task.doc_to_choice(doc)[prompt]
             if isinstance(target, int):
                 target = task.doc_to_choice(doc)[target]
             yield task.config.target_delimiter.join(t for t in (prompt, target) if isinstance(t, str) and t)

@@ -262,6 +262,8 @@ def _gguf(path: Path) -> Source:
             "tie_word_embeddings": "output.weight" not in tensors,
             "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in tensors,
             "sliding_window": meta.get("attention.sliding_window"),
+            # The file does not say: every fourth layer of SmolLM3 goes without.
+            "no_rope_layers": [int(i % 4 != 3) for i in range(meta["block_count"])] if arch == "smollm3" else None,
         }
     except KeyError as error:
         raise UserError(f"{path} lacks the key {arch}.{error.args[0]}") from None
@@ -322,11 +324,14 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
             if not value.isfinite().all():
                 raise UserError(f"{' + '.join(source.names[name])} holds NaN or infinite weights")
             tensor.copy_(value if source.interleaved else _interleave(value, config, name))
-    for name, text in {"config.json": json.dumps(source.config, indent=2), **source.files}.items():
-        if not (path := directory / name).exists():
-            partial = path.with_name(f"{name}.tmp")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+        for name, text in {"config.json": json.dumps(source.config, indent=2), **source.files}.items():
+            if not (path := directory / name).exists():  # before model.pth, whose presence says that all is there
+                partial = path.with_name(f"{name}.tmp")
+                try:
+                    partial.write_text(text, encoding="utf-8")
+                    partial.replace(path)
+                finally:
+                    partial.unlink(missing_ok=True)
     return directory / "model.pth"
 
 

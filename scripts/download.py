@@ -17,7 +17,12 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # HTTPError: requests' or httpx's
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # requests' or httpx's
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
@@ -170,6 +175,8 @@ def download(repo_id: str, directory: Path, revision: str | None, token: str | N
             have[name] = file.blob_id
             write_record(directory / RECORD, {"files": have})
         write_record(directory / RECORD, {"complete": asked, "commit": info.sha, "files": have})
+    except HFValidationError as error:
+        raise UserError(f"--repo_id {repo_id}: {error}") from None
     except (HTTPError, OSError) as error:
         raise UserError(explain(error, repo_id, token is not None)) from error
     except (ValueError, KeyError) as error:

@@ -29,15 +29,13 @@ newer() {
     return 0
 }
 
-if newer "$directory/model.pth" "$directory"/{*.safetensors,pytorch_model*.bin,consolidated.*.pth,stories*.pt,*.gguf}; then
+if newer "$directory/model.pth" "$directory"/{*.safetensors,pytorch_model*.bin,consolidated.*.pth,original/consolidated.*.pth,stories*.pt,*.gguf}; then
     echo "$directory/model.pth is up to date"
 else
     "$PYTHON" "$REPO/scripts/convert_hf_checkpoint.py" --checkpoint_dir "$directory"
 fi
 
-if [[ ! -f $REPO/quantize.py ]]; then
-    echo "model_int8.pth is not made: quantize.py is not there yet"
-elif newer "$directory/model_int8.pth" "$directory/model.pth"; then
+if newer "$directory/model_int8.pth" "$directory/model.pth"; then
     echo "$directory/model_int8.pth is up to date"
 else
     "$PYTHON" "$REPO/quantize.py" --checkpoint_path "$directory/model.pth" --mode int8

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -115,10 +116,10 @@ def test_llama2c(tmp_path, hf, tied):
     assert read_config(tmp_path).tied is tied
 
 
-def write_gguf(path, state, kind, arch="llama", split=(32, 16, 16), extra=None):
+def write_gguf(path, state, kind, arch="llama", split=(32, 16, 16), extra=None, layers=3):
     """A GGUF file of the state dict, with quantised matrices; returns the state dict it stands for."""
     writer, expected = gguf.GGUFWriter(path, arch), {}
-    writer.add_block_count(3)
+    writer.add_block_count(layers)
     writer.add_context_length(64)
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(64)
@@ -179,6 +180,32 @@ def test_gguf(tmp_path, hf, kind):
     assert read_config(tmp_path).rope_base == 500000.0
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         json.loads((tmp_path / name).read_text())
+
+
+def test_gguf_of_smollm3_knows_which_layers_do_not_rotate(tmp_path, hf):
+    state = {name: tensor for name, tensor in even(hf[1]).items() if not name.startswith("layers.")}
+    state |= {
+        name.replace("layers.0.", f"layers.{i}."): tensor
+        for name, tensor in even(hf[1]).items()
+        if name.startswith("layers.0.")
+        for i in range(5)
+    }
+    write_gguf(tmp_path / "tiny.gguf", state, gguf.GGMLQuantizationType.F32, arch="smollm3", layers=5)
+    convert(tmp_path)
+    assert read_config(tmp_path).rope_layers == (True, True, True, False, True)
+
+
+def test_a_conversion_that_cannot_write_the_config_leaves_nothing(tmp_path, hf, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf", even(hf[1]), gguf.GGMLQuantizationType.F32)
+
+    def full(path, *_, **__):
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["tiny.gguf"]
 
 
 def test_gguf_of_a_type_that_the_package_does_not_know(tmp_path, hf, monkeypatch):

@@ -147,6 +147,12 @@ def test_an_interrupted_run_is_resumed_by_the_next(download, tmp_path):
     assert listing(directory) == WANTED
 
 
+def test_a_name_that_no_repository_can_have(download):
+    with StubHub(REPO_ID, FILES) as hub:
+        assert "--repo_id org/name.git: " in one_error_line(download(hub, "--repo_id", "org/name.git"))
+        assert not hub.requests
+
+
 def test_token_of_a_private_repository(download, tmp_path):
     with StubHub(REPO_ID, FILES, token="hf_right") as hub:
         line = one_error_line(download(hub, "--repo_id", REPO_ID))

@@ -23,6 +23,7 @@ import generate
 from checkpoint import load_model, read_config, torch_load
 from errors import UserError, run_cli
 from eval import LanguageModel, evaluate, load_tasks, perplexity, read_text, rolling_windows
+from quantize import gptq_checkpoint
 from tokenizer import load_tokenizer
 
 DATA = Path(__file__).parent / "data" / "eval"
@@ -357,6 +358,16 @@ def test_perplexity(tiny):
     assert result["bits_per_byte"] == pytest.approx(nll / math.log(2) / len(text.encode()), rel=1e-5)
 
 
+def test_tokens_that_the_model_does_not_have_are_named(tiny, tmp_path):
+    with pytest.raises(UserError, match="token id 9999 is outside the vocabulary"):
+        ours(tiny.directory)._padded([(1, 9999)])
+    with pytest.raises(UserError, match="token id 9999 is outside the vocabulary"):
+        gptq_checkpoint(
+            tiny.directory / "model.pth", tmp_path / "x.pth", 32, [torch.tensor([[1, 9999]])], torch.device("cpu")
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_limit_of_a_text_counts_tokens_and_their_bytes(tiny):
     text = "A woman tunes a guitar slowly."
     tokens = tiny.tokenizer.encode(text, add_special_tokens=False)
@@ -449,6 +460,7 @@ def test_command_line(tiny, cli, tmp_path):
     [
         (["--limit", "0"], "argument --limit: '0' is not a positive integer"),
         (["--batch_size", "-1"], "argument --batch_size: '-1' is not a positive integer"),
+        (["--num_fewshot", "-1"], "argument --num_fewshot: '-1' is not a number of examples"),
         (["--precision", "int3"], "argument --precision: invalid choice: 'int3'"),
         (["--device", "abacus"], "device 'abacus' is not known"),
         (["--perplexity", "nowhere.txt"], "cannot read nowhere.txt as UTF-8 text"),

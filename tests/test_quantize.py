@@ -164,6 +164,13 @@ def test_calibration_sequences_join_and_cut_documents():
         calibration_sequences(documents, encode, 500, 100)
 
 
+def test_calibration_reads_the_whole_sentence_of_a_task_whose_options_are_beginnings(monkeypatch):
+    own = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)
+    first = next(iter(quantize.task_documents(["winogrande"], Path(__file__).parent / "data" / "eval")))
+    assert first.startswith("The cup did not fit into the box because the ") and first.endswith(" was too big.")
+
+
 def test_calibration_on_a_local_lm_eval_task(folder, tmp_path, capsys, monkeypatch):
     own = partial(lm_eval.tasks.TaskManager, include_defaults=False)  # to index lm-eval's own takes half a minute
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)
