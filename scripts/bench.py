@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run f
 
 import kernels
 from checkpoint import DTYPES, load_model
-from errors import UserError, run_cli
+from errors import UserError, read_json, run_cli
 from generate import Engine, generate, pick_device, weight_bytes
 from linear import GROUPS, Linear, linear_from_tensors
 from model import BUILTIN, ModelConfig, Transformer
@@ -36,14 +35,8 @@ from sampling import Sampler
 from tp import TensorParallel, session
 
 MODELS = ("7B", "Llama-3.1-8B", "Llama-3.2-1B")
-MODES = ("bf16", "int8", "fp8", "int4")
-
-
-def check_modes(modes: Iterable[str]) -> None:
-    """Raises UserError for a mode that `random_model` does not know."""
-    known = {*MODES, *(f"int4:{group}" for group in GROUPS)}
-    if unknown := [mode for mode in modes if mode not in known]:
-        raise UserError(f"mode {unknown[0]!r} is not known; accepted: {', '.join(sorted(known))}")
+MODES = ("bf16", "int8", "int4")
+KINDS = (*MODES, "fp8", *(f"int4:{group}" for group in GROUPS))  # what else a mode may be
 
 
 def random_tensors(mode: str, N: int, K: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -219,7 +212,7 @@ def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help=f"of {', '.join(BUILTIN)}")
-    parser.add_argument("--modes", nargs="+", default=MODES, metavar="MODE", help="bf16, int8, fp8, int4, int4:GROUP")
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=KINDS, metavar="MODE", help="also fp8, int4:GROUP")
     parser.add_argument("--checkpoint_path", type=Path, help="measure this model instead of random shapes")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--prompt_length", type=int, default=5)
@@ -236,22 +229,25 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
-    check_modes(args.modes)
     if args.runs < 1 or args.max_new_tokens < 2 or args.prompt_length < 1:
         raise UserError("--runs and --prompt_length must be at least 1, --max_new_tokens at least 2")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: its directory does not exist")
     device, dtype = pick_device(args.device), DTYPES[args.precision]
     configs = {name: ModelConfig.from_name(name) for name in args.models}
     bandwidth = kernels.read_bandwidth(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: reads {bandwidth / 1e9:.1f} GB/s")
     about = {"device": name, **provenance(), "read_bandwidth": bandwidth}
+    kept = read_json(args.json, missing={}) if args.json else {}  # what else the file holds
     rows: list[Row] = []
 
     def take(row: Row) -> None:
         rows.append(row)
         print(table([row]).splitlines()[2], flush=True)
         if args.json and tp.rank == 0:
-            args.json.write_text(json.dumps(about | {"rows": [vars(row) for row in rows]}, indent=1) + "\n")
+            found = about | {"rows": [vars(row) for row in rows]}
+            args.json.write_text(json.dumps(kept | found, indent=1) + "\n")
 
     if args.checkpoint_path:
         model = load_model(args.checkpoint_path, device=device, dtype=dtype, tp=tp)

@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from bench import provenance, random_model
+from bench import KINDS, MODES, provenance, random_model
 
 from checkpoint import DTYPES, load_model
-from errors import run_cli
+from errors import read_json, run_cli
 from generate import DEFAULT_CHECKPOINT, Engine, generate, pick_device
 from kernels import read_bandwidth
 from model import ModelConfig, Transformer
@@ -176,6 +176,7 @@ def force(llm: Engine, profile: list[float]) -> None:
 
 
 def main() -> None:
+    tasks = read_json(REPO / "benchmarks" / "prompts.json")
     sections = {"rounds": rounds, "equality": equality, "speed": speed, "big": big}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="JSON file to write; what it holds of other sections stays")
@@ -185,11 +186,11 @@ def main() -> None:
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--shapes", nargs=3, default=["stories110M", "7B", "70B"], help="small, middling and big model")
-    parser.add_argument("--modes", nargs="+", default=["bf16", "int8", "int4"], help="weights in `rounds`")
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=KINDS, metavar="MODE", help="weights in `rounds`")
     parser.add_argument("--profile", type=float, nargs="+", default=[0.75], help="in `big`, each given the one before")
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--drafts", nargs="+", metavar="NAME@K", default=DRAFTS)
-    parser.add_argument("--tasks", nargs="+", default=TASKS, help="in `speed`")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=tasks, metavar="TASK", help="in `speed`")
     parser.add_argument("--runs", type=int, default=3, help="of each in `speed`")
     parser.add_argument("--prompts", type=int, default=20, help="in `equality`")
     parser.add_argument("--together", action="store_true", help="in `equality`, the prompts as one batch")

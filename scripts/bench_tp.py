@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("json", type=Path, metavar="FILE", help="where the figures go")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--models", nargs="+", default=["7B", LARGE])
-    parser.add_argument("--modes", nargs="+", default=["bf16", "int8", "int4"])
+    parser.add_argument("--modes", nargs="+", default=bench.MODES, choices=bench.KINDS, metavar="MODE")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--timeout", type=float, default=120, help="seconds for each number of GPUs")

@@ -24,6 +24,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from bench import provenance
 from tables import quant
 from torch import Tensor
 
@@ -116,13 +117,7 @@ def main() -> None:
     parser.add_argument("--calibration_limit", type=int, default=32, help=f"sequences of {WINDOW} tokens")
     parser.add_argument("--samples", type=int, default=0, help="generations to time, in the model's own basis")
     args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    about = {
-        "device": f"{os.cpu_count()} CPU cores",
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "command": " ".join(sys.argv),
-    }
+    about = {"device": f"{os.cpu_count()} CPU cores", **provenance()}
     results = json.loads(args.output.read_text()) if args.output.exists() else about
     own, generic = args.work_dir / "own", args.work_dir / "generic"
     own.mkdir(parents=True, exist_ok=True)

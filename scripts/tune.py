@@ -43,7 +43,7 @@ GAIN = 0.999  # what counts as faster
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="7B")
-    parser.add_argument("--mode", default="bf16", help="bf16, int8, fp8, int4, int4:GROUP")
+    parser.add_argument("--mode", default="bf16", choices=bench.KINDS, metavar="MODE", help="as of bench.py")
     parser.add_argument("--rows", type=int, default=1, help="of x: one, 2 to 8 and 9 to 16 are tuned apart")
     parser.add_argument("--layers", type=int, help="time so many instead of all")
     parser.add_argument("--only", nargs="+", choices=LAYERS, default=LAYERS, help="tune these layers instead of all")
@@ -52,7 +52,6 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
-    bench.check_modes([args.mode])
     if not 1 <= args.rows <= MAX_ROWS:
         raise UserError(f"--rows is {args.rows}; accepted: 1 to {MAX_ROWS}")
     device = pick_device(None)
