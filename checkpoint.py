@@ -91,10 +91,7 @@ def new_state_dict(path: Path, like: dict[str, Tensor]) -> Iterator[dict[str, Te
 def read_config(directory: Path) -> ModelConfig:
     """The blueprint of the model in a checkpoint directory: its config.json, or gpt-fast's table by the exact name."""
     if (directory / "config.json").exists():
-        try:
-            return ModelConfig.from_hf(read_json(directory / "config.json"))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{directory / 'config.json'}: {error}") from None
+        return ModelConfig.from_hf(read_json(directory / "config.json"))
     return ModelConfig.from_name(directory.name)
 
 

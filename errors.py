@@ -27,20 +27,18 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a command-line `main`; a UserError, too little memory (status 2), Ctrl-C (130) or a reader that has left
-    (141) ends it without a traceback."""
+    """Run a command-line `main`; a UserError, a fault of the system like a full disk or too little memory (status 2),
+    Ctrl-C (130) or a reader that has left (141) ends it without a traceback.
+    """
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
         sys.exit(141)
-    except OSError as error:  # a full disk, a directory that is not there
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:  # PyTorch's only sign of it on a CPU

@@ -448,9 +448,14 @@ TUNED = {  # where another one is better for weights (N, K), or of N rows; scrip
 }
 
 
+def _table(kind: str, M: int) -> tuple[str, int]:
+    """The key in CONFIGURATIONS and TUNED for M rows of x; several meet fp8 as they meet int8."""
+    return "int8" if kind == "fp8" and M > 1 else kind, _columns(M)
+
+
 def _configuration(kind: str, N: int, K: int, M: int, processors: int) -> tuple[int, int, int, int, int]:
     """R, C, W, registers and programs of the linear kernel: a weight (N, K), M rows, so many multiprocessors."""
-    key = "int8" if kind == "fp8" and M > 1 else kind, _columns(M)
+    key = _table(kind, M)
     tuned, by_fill = TUNED[key], CONFIGURATIONS[key][min((-(-N // 16) - 1) // processors, 4)]
     R, C, W, registers, programs = tuned.get((N, K)) or tuned.get(N, by_fill)
     step = CHUNK[kind] * W * C

@@ -65,6 +65,13 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: dict) -> "ModelConfig":
         """Read a Hugging Face config.json. Raises UserError naming what is unknown and what is supported."""
+        try:
+            return cls._from_hf(config)
+        except (TypeError, ValueError) as error:  # a value of another type than families have there
+            raise UserError(f"config.json: {error}") from None
+
+    @classmethod
+    def _from_hf(cls, config: dict) -> "ModelConfig":
         family = _choice("model_type", config.get("model_type"), FAMILIES)
         _choice("hidden_act", config.get("hidden_act", "silu"), ("silu", "swish"))
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):

@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         list(tqdm(pool.map(_call, jobs, chunksize=4), total=len(jobs), desc="compile"))
     tp.share(None)  # every rank's share is in the cache
 
-    table, kept = gemv.TUNED[gemv._kind(model.output.weight), gemv._columns(args.rows)], {}
+    table, kept = gemv.TUNED[gemv._table(gemv._kind(model.output.weight), args.rows)], {}
 
     def step_time(name: str | None = None, choice: tuple | None = None) -> float:
         """Microseconds of a step with what is kept, and perhaps another choice for a layer."""
@@ -125,7 +125,7 @@ def compile_layer(
     w, s = (None if of is None else torch.empty(of[0], dtype=of[1]) for of in (weight, scales))
     x, gain = torch.empty(rows, K, dtype=torch.bfloat16), torch.empty(K, dtype=torch.bfloat16)
     N, ranks = gemv._out_features(w), {"rank": tp.rank, "world": tp.world}
-    gemv.TUNED[gemv._kind(w), gemv._columns(rows)][N, K] = choice
+    gemv.TUNED[gemv._table(gemv._kind(w), rows)][N, K] = choice
     if name in ("wo", "w2"):
         gemv.linear(x, w, s, residual=torch.empty(rows, N, dtype=torch.bfloat16), **ranks)
     elif name == "output":

@@ -63,6 +63,7 @@ def test_tune_tries_what_the_kernel_takes_as_it_is(kind, shape, monkeypatch):
 
     import gemv
 
+    assert all(gemv._table(any_kind, M) in gemv.TUNED for any_kind in gemv.CHUNK for M in (1, 8, 9))
     N, K = shape
     shape, dtype = {"int4": ((N // 8, K // 128, 8, 4, 4), "int32"), "int8": (shape, "int8")}.get(kind, (shape, "half"))
     weight = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
