@@ -17,25 +17,9 @@ from torch.nn import RMSNorm
 
 from attention import attend
 from errors import UserError
+from formats.config import builtin, config_fields
 from linear import Linear, interleaved
 from tp import TensorParallel
-
-# What a family fixes beyond what its config.json says. A dense Llama-like family is one line here.
-FAMILIES: dict[str, dict] = {
-    "llama": {},
-    "mistral": {},
-    "phi3": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-    "smollm3": {},
-}
-ROPE_TYPES = {  # and the parameters that each needs in config.json
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "longrope": ("short_factor", "long_factor"),
-    "yarn": ("factor",),
-}
 
 
 @dataclass(frozen=True)
@@ -65,64 +49,7 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: dict) -> "ModelConfig":
         """Read a Hugging Face config.json. Raises UserError naming what is unknown and what is supported."""
-        try:
-            return cls._from_hf(config)
-        except (TypeError, ValueError) as error:  # a value of another type than families have there
-            raise UserError(f"config.json: {error}") from None
-
-    @classmethod
-    def _from_hf(cls, config: dict) -> "ModelConfig":
-        family = _choice("model_type", config.get("model_type"), FAMILIES)
-        _choice("hidden_act", config.get("hidden_act", "silu"), ("silu", "swish"))
-        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
-            if not isinstance(config.get(key), int) or config[key] <= 0:
-                raise UserError(f"config.json: {key} is {config.get(key)!r}; a positive integer is needed")
-        dim, n_layer, n_head = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
-        n_local_heads = config.get("num_key_value_heads") or n_head
-        if n_head % n_local_heads:
-            raise UserError(
-                f"config.json: num_key_value_heads {n_local_heads} does not divide {n_head} attention heads"
-            )
-        head_dim = config.get("head_dim") or dim // n_head
-        context = config.get("max_position_embeddings", 2048)
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        rope = {key: value for key, value in rope.items() if value is not None}
-        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"  # `type` is the older spelling
-        needed = ROPE_TYPES[_choice("rope_type", rope["rope_type"], ROPE_TYPES)]
-        if missing := [key for key in needed if key not in rope]:
-            raise UserError(f"config.json: rope_type {rope['rope_type']!r} needs {', '.join(missing)}")
-        partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-        bias = bool(config.get("attention_bias", False))
-        fields = {
-            "qkv_bias": bias,
-            "o_bias": bias,
-            "mlp_bias": bool(config.get("mlp_bias", False)),
-            "windows": _windows(config, n_layer),
-            "rope_layers": tuple(bool(r) for r in config.get("no_rope_layers") or ()),
-            **FAMILIES[family],
-        }
-        if bad := [name for name in ("windows", "rope_layers") if len(fields[name]) not in (0, n_layer)]:
-            raise UserError(f"config.json: {bad[0]} are told of {len(fields[bad[0]])} layers of {n_layer}")
-        return cls(
-            dim=dim,
-            n_layer=n_layer,
-            n_head=n_head,
-            n_local_heads=n_local_heads,
-            head_dim=head_dim,
-            intermediate_size=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            block_size=context,
-            norm_eps=config.get("rms_norm_eps", 1e-5),
-            rope_base=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            rope_scaling={
-                "original_max_position_embeddings": config.get("original_max_position_embeddings") or context,
-                "max_position_embeddings": context,
-                **rope,
-            },
-            rotary_dim=int(head_dim * partial),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            **fields,
-        )
+        return cls(**config_fields(config))
 
     def check_tokens(self, rows: Iterable[Iterable[int]]) -> None:
         """Raises UserError for a token id that is not in the vocabulary."""
@@ -132,77 +59,7 @@ class ModelConfig:
     @classmethod
     def from_name(cls, name: str) -> "ModelConfig":
         """The blueprint of one of gpt-fast's model names, for directories that hold no config.json."""
-        return cls.from_hf(BUILTIN[_choice("model name", name, BUILTIN)])
-
-
-def _choice(what: str, value: object, known) -> str:
-    if value not in known:
-        raise UserError(f"{what} {value!r} is not supported; supported: {', '.join(sorted(known))}")
-    return value
-
-
-def _windows(config: dict, n_layer: int) -> tuple[int, ...]:
-    """Each layer's sliding window (transformers' rules: layer_types, else use_sliding_window and max_window_layers)."""
-    window = config.get("sliding_window") or 0
-    if not window or not config.get("use_sliding_window", True):
-        return ()
-    if types := config.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
-    first = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0
-    return tuple(window if layer >= first else 0 for layer in range(n_layer))
-
-
-def _llama(dim, layers, heads, intermediate, *, kv=None, vocab=32000, context=4096, base=10000.0, **more) -> dict:
-    return {
-        "model_type": "llama",
-        "hidden_size": dim,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv or heads,
-        "intermediate_size": intermediate,
-        "vocab_size": vocab,
-        "max_position_embeddings": context,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": base,
-        **more,
-    }
-
-
-def llama3_scaling(factor: float) -> dict:
-    """Llama 3.1's rope parameters, in config.json's terms."""
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-
-
-_LLAMA3 = {"kv": 8, "vocab": 128256, "context": 8192, "base": 5e5}
-_LLAMA31 = {**_LLAMA3, "context": 131072, "rope_scaling": llama3_scaling(8.0)}
-_LLAMA32 = {**_LLAMA3, "context": 131072, "rope_scaling": llama3_scaling(32.0), "tie_word_embeddings": True}
-
-# The dense models that gpt-fast lists by name, llama2.c's and Llama 3.2's, in config.json's terms.
-BUILTIN: dict[str, dict] = {
-    "CodeLlama-7b-Python-hf": _llama(4096, 32, 32, 11008, context=16384, base=1e6),
-    "7B": _llama(4096, 32, 32, 11008),
-    "13B": _llama(5120, 40, 40, 13824),
-    "30B": _llama(6656, 60, 52, 17920, context=2048),
-    "34B": _llama(8192, 48, 64, 22016, kv=8, context=16384, base=1e6),
-    "70B": _llama(8192, 80, 64, 28672, kv=8),
-    "Mistral-7B": _llama(4096, 32, 32, 14336, kv=8, context=32768, model_type="mistral", sliding_window=4096),
-    "stories15M": _llama(288, 6, 6, 768, context=256),
-    "stories42M": _llama(512, 8, 8, 1376, context=1024),
-    "stories110M": _llama(768, 12, 12, 2048, context=1024),
-    "Llama-3-8B": _llama(4096, 32, 32, 14336, **_LLAMA3),
-    "Llama-3-70B": _llama(8192, 80, 64, 28672, **_LLAMA3),
-    "Llama-3.1-8B": _llama(4096, 32, 32, 14336, **_LLAMA31),
-    "Llama-3.1-70B": _llama(8192, 80, 64, 28672, **_LLAMA31),
-    "Llama-3.1-405B": _llama(16384, 126, 128, 53248, **_LLAMA31),
-    "Llama-3.2-1B": _llama(2048, 16, 32, 8192, **_LLAMA32),
-    "Llama-3.2-3B": _llama(3072, 28, 24, 8192, **_LLAMA32),
-}
+        return cls.from_hf(builtin(name))
 
 
 def _alike(method: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run f
 import kernels
 from checkpoint import DTYPES, load_model
 from errors import UserError, read_json, run_cli
+from formats.config import BUILTIN
 from generate import Engine, generate, pick_device, weight_bytes
 from linear import GROUPS, Linear, linear_from_tensors
-from model import BUILTIN, ModelConfig, Transformer
+from model import ModelConfig, Transformer
 from sampling import Sampler
 from tp import TensorParallel, session
 

@@ -26,7 +26,8 @@ from gguf_tokenizer import gguf_tokenizer_files
 
 from checkpoint import DTYPES, abridged, new_state_dict, torch_load
 from errors import UserError, read_json, run_cli
-from model import BUILTIN, ModelConfig, Transformer, llama3_scaling, rope_table
+from formats.config import BUILTIN, builtin, llama3_scaling
+from model import ModelConfig, Transformer, rope_table
 
 
 class Lazy(NamedTuple):
@@ -139,7 +140,7 @@ def _listed(files: list[Path], name: str) -> list[Path]:
 
 
 def _hugging_face(files: list[Path], reader: Callable[[Path], dict[str, Lazy]], model_name: str | None) -> Source:
-    config = BUILTIN[model_name] if model_name else read_json(files[0].parent / "config.json")
+    config = builtin(model_name) if model_name else read_json(files[0].parent / "config.json")
     tensors = {name: tensor for file in files for name, tensor in reader(file).items()}
     if not any(name.startswith("model.") for name in tensors):  # saved from the bare decoder
         tensors = {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in tensors.items()}

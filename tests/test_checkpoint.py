@@ -20,8 +20,9 @@ from test_model import build
 import checkpoint
 from checkpoint import load_model, new_state_dict, read_config, torch_load
 from errors import UserError
+from formats.config import BUILTIN, llama3_scaling
 from linear import quantizer
-from model import BUILTIN, ModelConfig, llama3_scaling, rope_table
+from model import ModelConfig, rope_table
 from quantize import quantize_checkpoint
 
 GGUF = {

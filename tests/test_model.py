@@ -8,8 +8,9 @@ from convert_hf_checkpoint import convert
 
 from checkpoint import load_model
 from errors import UserError
+from formats.config import BUILTIN
 from linear import linear_from_tensors, quantize_linear
-from model import BUILTIN, FeedForward, ModelConfig, RMSNorm, rope_table
+from model import FeedForward, ModelConfig, RMSNorm, rope_table
 from tp import TensorParallel
 
 TINY = {
