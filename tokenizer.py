@@ -1,13 +1,12 @@
-"""Text to token ids and back: tokenizer.json, SentencePiece and tiktoken files behind one interface.
+"""Text to token ids and back, over streams too, and chat templates.
 
-Three libraries are reduced to the same two things: text to ids, and the bytes of each token. The rest (BOS, stop ids,
-decoding, streaming, chat templates) is written once, on top.
+formats/tokenizer_files.py reduces the libraries to two things: text to ids, and the bytes of each token. The rest (BOS,
+stop ids, decoding, streaming, chat templates) is written here once, on top.
 
 Decoding is defined on bytes: all tokens' bytes, joined, are read as UTF-8, with U+FFFD for what is not. On valid text
 the libraries do the same; on invalid byte tokens they differ, and some take back characters that were already certain.
 """
 
-import base64
 import codecs
 import functools
 import json
@@ -18,13 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import sentencepiece
-import tiktoken
-import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from errors import UserError, read_json
+from formats.tokenizer_files import Backend, load_backend, token_text
 
 # Tokens that end a turn or a text in some family. Generation stops at those that a vocabulary has as added tokens,
 # whatever the configs say: many fine-tunes list only their base model's end of text.
@@ -32,24 +26,6 @@ END_TOKENS = (
     *("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>"),
     *("<end_of_turn>", "<|end_of_turn|>", "<end_of_utterance>", "<|return|>"),
 )
-
-# The split pattern of Llama 3's reference tokenizer. Qwen 2 differs only in taking one digit at a time.
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# The 256 tokens after Llama 3's ranks, by their names since 3.1. In 3.0 only reserved ones were called differently.
-LLAMA3_SPECIALS = (
-    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
-    *("<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>"),
-    *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
-    *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
-)
-
-TIKTOKEN_LINE = re.compile(rb"^([A-Za-z0-9+/]+={0,2}) (\d+)\r?$", re.MULTILINE)
-
-# The bytes that GPT-2 spells with characters from U+0100 on, as they do not print.
-STAND_INS = dict(enumerate([*range(0x21), *range(0x7F, 0xA1), 0xAD], 0x100))
 
 # How a family, told by one of its tokens, chats when its files bring no template: ChatML, Llama 3, Llama 2.
 FAMILY_TEMPLATES = {
@@ -74,112 +50,6 @@ FAMILY_TEMPLATES = {
 {% endif %}
 {% endfor %}""",
 }
-
-
-@dataclass
-class Backend:
-    """What each tokenizer library is reduced to."""
-
-    library: Any
-    encode: Callable[[str, bool], list[int]]  # text and `special`, as in Tokenizer.encode; without BOS
-    tokens: dict[int, bytes]  # each token inside a text
-    added: dict[str, int]  # those matched whole before text is split: BOS, end of turn, ...
-    special_ids: frozenset[int]  # and those of them that are control, not text
-    roles: dict[str, str]  # bos_token, eos_token, as far as the tokenizer's file tells
-    strips_space: bool = False  # encoding puts a space before the text, so decoding drops one
-    adds_bos: bool | None = None  # None: the config decides
-
-    def __post_init__(self):
-        self.tokens |= {i: name.encode() for name, i in self.added.items()}
-
-
-def _tokenizer_json(data: bytes) -> Backend:
-    """tokenizer.json, through the `tokenizers` library."""
-    library = tokenizers.Tokenizer.from_buffer(data)
-    library.no_truncation()
-    library.no_padding()
-    decoder = repr(library.decoder)
-    if "ByteLevel" not in decoder and "▁" not in decoder:
-        raise ValueError(f"its decoder is {decoder}; supported are ByteLevel, and those that make '▁' a space")
-    to_bytes = _byte_level if "ByteLevel" in decoder else _spelled
-    added = library.get_added_tokens_decoder()
-    whole, body = (library.encode("a", add_special_tokens=flag).tokens for flag in (True, False))
-    adds_bos = whole[:1] != body[:1]
-
-    def encode(text: str, special: bool) -> list[int]:
-        library.encode_special_tokens = not special
-        return library.encode(text, add_special_tokens=False).ids
-
-    return Backend(
-        library,
-        encode,
-        tokens={i: to_bytes(token) for token, i in library.get_vocab().items()},
-        added={token.content: i for i, token in added.items()},
-        special_ids=frozenset(i for i, token in added.items() if token.special),
-        roles={"bos_token": whole[0]} if adds_bos else {},
-        strips_space=body[0].startswith("▁"),
-        adds_bos=adds_bos,
-    )
-
-
-def _sentencepiece(data: bytes, extra: Mapping[str, int]) -> Backend:
-    """SentencePiece's tokenizer.model. The library never reads control tokens in text; here the text is split at them.
-
-    Each part gets its own leading space, as in Meta's reference code for Llama 2, which encodes each turn by itself.
-    """
-    library = sentencepiece.SentencePieceProcessor(model_proto=data)
-    pieces = library.id_to_piece(list(range(library.get_piece_size())))
-    added = {piece: i for i, piece in enumerate(pieces) if library.is_control(i)} | extra
-    names = sorted(added, key=len, reverse=True)  # the longer wins where one begins another
-    split = re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"(?!)")
-    roles = {"bos_token": library.bos_id(), "eos_token": library.eos_id()}
-
-    def encode(text: str, special: bool) -> list[int]:
-        parts = enumerate(split.split(text) if special else [text])  # text, token, text, token, ..., text
-        return [i for n, part in parts for i in ([added[part]] if n % 2 else library.encode(part))]
-
-    return Backend(
-        library,
-        encode,
-        tokens={i: _spelled(piece) for i, piece in enumerate(pieces)},
-        added=added,
-        special_ids=frozenset(added.values()),
-        roles={role: pieces[i] for role, i in roles.items() if i >= 0},
-        strips_space=pieces[library.encode("a")[0]].startswith("▁"),
-    )
-
-
-def _tiktoken(data: bytes, vocab_size: int) -> Backend:
-    """Llama 3's tokenizer.model: lines of `base64(bytes) rank`, then 256 special tokens that the file does not name."""
-    ranks = {base64.b64decode(token): int(rank) for token, rank in TIKTOKEN_LINE.findall(data)}
-    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
-        raise ValueError(f"its {len(ranks)} lines of 'base64 rank' have gaps or lack some of the 256 bytes")
-    added = {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIALS)}
-    library = tiktoken.Encoding("llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=added)
-    if library.n_vocab < vocab_size:
-        raise ValueError(f"it has {library.n_vocab} tokens, but the model {vocab_size}: it is cut short")
-
-    def encode(text: str, special: bool) -> list[int]:
-        return library.encode(text, allowed_special="all") if special else library.encode_ordinary(text)
-
-    return Backend(
-        library,
-        encode,
-        tokens={rank: token for token, rank in ranks.items()},
-        added=added,
-        special_ids=frozenset(added.values()),
-        roles={"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
-    )
-
-
-def _spelled(token: str) -> bytes:
-    """A token's bytes, from SentencePiece's spelling."""
-    return bytes.fromhex(token[3:5]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else token.replace("▁", " ").encode()
-
-
-def _byte_level(token: str) -> bytes:
-    """A token's bytes, from GPT-2's spelling: printable Latin-1 is itself, other bytes count up from U+0100."""
-    return token.translate(STAND_INS).encode("latin-1", "replace")
 
 
 @dataclass(eq=False)
@@ -226,8 +96,8 @@ class Tokenizer:
             raise UserError(f"{self.name} has no chat template in tokenizer_config.json or chat_template.jinja")
         names = {"tools": None, "documents": None, **self.template_tokens, **variables}
         try:
-            template = _compile_template(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
+            render = _compile_template(self.chat_template)
+            return render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
         except Exception as error:  # a template is the checkpoint's own code and can raise anything
             raise UserError(f"{self.name}: the chat template failed: {error!r}") from error
 
@@ -306,9 +176,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     names = ("special_tokens_map.json", "tokenizer_config.json")
     config = {key: value for name in names for key, value in read_json(folder / name, missing={}).items()}
-    backend = _load_backend(folder, config)
+    backend = load_backend(folder, config)
     roles = {"bos_token": "", "eos_token": ""} | backend.roles
-    roles |= {key: token for key, value in config.items() if key.endswith("_token") and (token := _token_text(value))}
+    roles |= {key: token for key, value in config.items() if key.endswith("_token") and (token := token_text(value))}
     eos_ids = {backend.added[roles["eos_token"]]} if roles["eos_token"] in backend.added else set()
     for path in (folder / "generation_config.json", folder / "config.json"):
         value = read_json(path, missing={}).get("eos_token_id")
@@ -332,28 +202,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-def _load_backend(folder: Path, config: Mapping[str, Any]) -> Backend:
-    """The backend that the content of the tokenizer's file asks for. config: that of tokenizer_config.json."""
-    path = next((p for p in (folder / "tokenizer.json", folder / "tokenizer.model") if p.is_file()), None)
-    if path is None:
-        accepted = "tokenizer.json, or tokenizer.model (SentencePiece, or Llama 3's tiktoken ranks)"
-        raise UserError(f"no tokenizer in {folder}; expected {accepted}")
-    data = path.read_bytes()
-    extra, model = (read_json(folder / name, missing={}) for name in ("added_tokens.json", "config.json"))
-    try:
-        if data.lstrip()[:1] == b"{":
-            return _tokenizer_json(data)
-        if TIKTOKEN_LINE.match(data):
-            return _tiktoken(data, model.get("vocab_size", 0))
-        if data[:1] == b"\n":  # the tag of the protobuf's first field, its pieces
-            added = config.get("added_tokens_decoder") or {}
-            return _sentencepiece(data, {_token_text(token): int(i) for i, token in added.items()} | extra)
-    except Exception as error:  # the libraries do not say what they raise for a bad file
-        raise UserError(f"{path} is damaged or not supported: {error!r}") from error
-    accepted = "a tokenizer.json of the tokenizers library, a SentencePiece model or tiktoken ranks"
-    raise UserError(f"{path} is not a tokenizer: it begins with {data[:20]!r}; expected {accepted}")
-
-
 def _read_chat_template(folder: Path, config: Mapping[str, Any], backend: Backend) -> str | None:
     """The template's source: its own file before the config, as in transformers, before the family's."""
     if (path := folder / "chat_template.jinja").is_file():
@@ -369,15 +217,11 @@ def _read_chat_template(folder: Path, config: Mapping[str, Any], backend: Backen
     return template
 
 
-def _token_text(value: object) -> str | None:
-    """A token in tokenizer_config.json is a string, or an object with its `content`."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
-
-
 @functools.cache
-def _compile_template(source: str) -> jinja2.Template:
+def _compile_template(source: str) -> Callable[..., str]:
     """Compile in a sandbox (templates come with downloads), with the settings and names that transformers provides."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -388,4 +232,4 @@ def _compile_template(source: str) -> jinja2.Template:
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     # {% generation %} marks the answers in training data; a comment treats the space around it alike.
-    return env.from_string(re.sub(r"{%([-+]?)\s*(?:end)?generation\s*([-+]?)%}", r"{#\1 \2#}", source))
+    return env.from_string(re.sub(r"{%([-+]?)\s*(?:end)?generation\s*([-+]?)%}", r"{#\1 \2#}", source)).render

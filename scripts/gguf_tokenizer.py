@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from errors import UserError
-from tokenizer import LLAMA3_SPLIT
+from formats.tokenizer_files import LLAMA3_SPLIT
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-import tokenizer as T
 from errors import UserError
+from formats.tokenizer_files import LLAMA3_SPLIT, _byte_level
 from tokenizer import StopStrings, StreamDecoder, load_tokenizer
 
 CORPUS = [
@@ -73,7 +73,7 @@ def llama2_model() -> bytes:
 def byte_level_json() -> str:
     """Byte-level BPE with Llama 3's pre-tokenizer and BOS, the shape of Llama 3's own tokenizer.json."""
     tok = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex(T.LLAMA3_SPLIT), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tok.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tok.decoder = decoders.ByteLevel()
@@ -92,7 +92,7 @@ def byte_level_json() -> str:
 def tiktoken_ranks(byte_level_json) -> bytes:
     """The ranks file of the same BPE as `byte_level_json`."""
     vocab = json.loads(byte_level_json)["model"]["vocab"]
-    return b"".join(base64.b64encode(T._byte_level(token)) + b" %d\n" % rank for token, rank in vocab.items())
+    return b"".join(base64.b64encode(_byte_level(token)) + b" %d\n" % rank for token, rank in vocab.items())
 
 
 @pytest.fixture(scope="session")
