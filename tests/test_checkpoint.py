@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 from conftest import REPO
-from convert_hf_checkpoint import convert
 from safetensors.torch import load_file, save_file
 from test_model import build
 
@@ -21,6 +20,7 @@ import checkpoint
 from checkpoint import load_model, new_state_dict, read_config, torch_load
 from errors import UserError
 from formats.config import BUILTIN, llama3_scaling
+from formats.convert import convert
 from linear import quantizer
 from model import ModelConfig, rope_table
 from quantize import quantize_checkpoint
@@ -88,8 +88,10 @@ def test_bin_shards(tmp_path, hf, zipped):
     assert_same(tmp_path / "bin", state)
 
 
+@pytest.mark.parametrize("folder", [".", "original"])
 @pytest.mark.parametrize("style", ["one", "llama2", "llama3"])
-def test_meta(tmp_path, hf, style):
+def test_meta(tmp_path, hf, style, folder):
+    (tmp_path / folder).mkdir(exist_ok=True)
     state = {name: t[:96] if len(t) == 97 else t for name, t in hf[1].items()}  # a vocabulary that halves
     for rank in range(1 if style == "one" else 2):
         shard = {"rope.freqs": torch.ones(4)}
@@ -98,8 +100,8 @@ def test_meta(tmp_path, hf, style):
             by_rows = style == "llama3" if "tok_embeddings" in name else by_rows
             whole = style == "one" or tensor.ndim < 2
             shard[name] = tensor if whole else tensor.chunk(2, 0 if by_rows else 1)[rank].clone()
-        torch.save(shard, tmp_path / f"consolidated.{rank:02}.pth")
-    (tmp_path / "params.json").write_text(json.dumps(PARAMS))
+        torch.save(shard, tmp_path / folder / f"consolidated.{rank:02}.pth")
+    (tmp_path / folder / "params.json").write_text(json.dumps(PARAMS))
     assert_same(tmp_path, state)
     config = read_config(tmp_path)
     assert (config.intermediate_size, config.rope_base, config.norm_eps) == (48, 500000.0, 1e-6)
@@ -419,8 +421,8 @@ PEAK = """
 import sys, threading, time
 from pathlib import Path
 import torch
-sys.path[:0] = [sys.argv[2], sys.argv[2] + "/scripts"]
-from convert_hf_checkpoint import convert
+sys.path.insert(0, sys.argv[2])
+from formats.convert import convert
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024

@@ -9,6 +9,7 @@ from conftest import REPO
 TOKENIZER_LIBRARIES = ("tokenizers", "sentencepiece", "tiktoken")
 UNNEEDED = [  # a module, and what importing it must not load
     ("formats.config", ("torch", "numpy")),
+    ("formats.convert", ("gguf", "safetensors", *TOKENIZER_LIBRARIES)),
     ("tokenizer", ("torch", "jinja2", *TOKENIZER_LIBRARIES)),
 ]
 

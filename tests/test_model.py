@@ -4,11 +4,11 @@ save_pretrained -> convert -> load -> prefill and step-by-step decode."""
 import pytest
 import torch
 import transformers
-from convert_hf_checkpoint import convert
 
 from checkpoint import load_model
 from errors import UserError
 from formats.config import BUILTIN
+from formats.convert import convert
 from linear import linear_from_tensors, quantize_linear
 from model import FeedForward, ModelConfig, RMSNorm, rope_table
 from tp import TensorParallel

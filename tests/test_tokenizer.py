@@ -12,7 +12,6 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
-from gguf_tokenizer import gguf_tokenizer_files
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -20,6 +19,7 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from errors import UserError
+from formats.gguf_tokenizer import gguf_tokenizer_files
 from formats.tokenizer_files import LLAMA3_SPLIT, _byte_level
 from tokenizer import StopStrings, StreamDecoder, load_tokenizer
 

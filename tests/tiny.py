@@ -6,7 +6,8 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
-from convert_hf_checkpoint import convert
+
+from formats.convert import convert
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

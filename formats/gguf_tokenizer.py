@@ -1,4 +1,8 @@
-"""Rebuild the tokenizer inside a GGUF as the files of a Hugging Face directory."""
+"""The tokenizer inside a GGUF, rebuilt as the files of a Hugging Face directory.
+
+Specification: the keys tokenizer.ggml.* in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; what their values
+mean is told by llama.cpp's src/llama-vocab.cpp.
+"""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,0 +1,114 @@
+"""Convert the weights in a checkpoint directory, whatever their format, to model.pth beside them."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import abridged, new_state_dict
+from errors import UserError
+from formats import gguf, huggingface, llama2c, meta
+from formats.source import Source
+from model import ModelConfig, Transformer
+
+# The first of these that a directory has files of is read, by a function of the files and of open_source's model_name.
+FORMATS: dict[str, Callable[[list[Path], str | None], Source]] = {
+    "*.safetensors": huggingface.open_safetensors,
+    "pytorch_model*.bin": huggingface.open_bin,
+    "consolidated.*.pth": meta.open_consolidated,
+    "original/consolidated.*.pth": meta.open_consolidated,
+    "stories*.pt": llama2c.open_stories,
+    "*.gguf": gguf.open_gguf,
+}
+# Tensors that say nothing a config does not: rotary tables of old exports.
+IGNORED = ("rotary_emb.inv_freq", "rope.freqs", "freqs_cos", "freqs_sin", "rope_freqs.weight")
+
+
+def open_source(directory: Path, model_name: str | None = None) -> Source:
+    """Find out what a directory holds by its files, and open it. Raises UserError when there is nothing to convert.
+
+    model_name: a built-in name that stands for the config.json which Hugging Face weights lack.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory")
+    for pattern, opener in FORMATS.items():
+        if files := sorted(directory.glob(pattern)):
+            return opener(files, model_name)
+    raise UserError(f"{directory} holds no weights to convert; accepted: {', '.join(FORMATS)}")
+
+
+def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: str | None = None) -> Path:
+    """Convert whatever `directory` holds to directory/model.pth, and write config.json and tokenizer files where the
+    source keeps them inside (GGUF, Meta, llama2.c). Peak memory is about a layer, or two shards that cannot be mapped.
+
+    Raises UserError, and leaves no model.pth, for truncated files and missing, unexpected or wrongly shaped tensors.
+    """
+    source = open_source(directory, model_name)
+    config = ModelConfig.from_hf(source.config)
+    if config.tied and _untied(source):
+        config = ModelConfig.from_hf({**source.config, "tie_word_embeddings": False})
+    with torch.device("meta"):
+        blank = {name: tensor.to(dtype) for name, tensor in Transformer(config).state_dict().items()}
+    if config.tied:  # stored once, as the embedding
+        del blank["output.weight"]
+    _check(source, config, blank)
+    with new_state_dict(directory / "model.pth", blank) as target:
+        for name, tensor in tqdm(target.items(), desc="converting", unit="tensor", disable=None):
+            value = source.read(name)
+            if not value.isfinite().all():
+                raise UserError(f"{' + '.join(source.names[name])} holds NaN or infinite weights")
+            tensor.copy_(value if source.interleaved else _interleave(value, config, name))
+        for name, text in {"config.json": json.dumps(source.config, indent=2), **source.files}.items():
+            _write_new(directory / name, text)  # before model.pth is there, whose presence says that all is
+    return directory / "model.pth"
+
+
+def _untied(source: Source) -> bool:
+    """Whether a source that calls its output tied stores another one (some fine-tunes do)."""
+    output, embedding = (source.tensors.get(*source.names[f"{name}.weight"]) for name in ("output", "tok_embeddings"))
+    return output is not None and embedding is not None and not torch.equal(output.read(), embedding.read())
+
+
+def _check(source: Source, config: ModelConfig, blank: dict[str, Tensor]) -> None:
+    """Raises UserError where the source's tensors are not those that make `blank`'s, in names and in shapes."""
+    needed = {name: source.names.get(name) or [name] for name in blank}
+    used = set(itertools.chain.from_iterable(needed.values()))
+    if missing := used - source.tensors.keys():
+        raise UserError(f"missing tensors: {abridged(sorted(missing))}")
+    if config.tied:
+        used.update(source.names["output.weight"])
+    if unexpected := [n for n in source.tensors if n not in used and not n.endswith(IGNORED)]:
+        raise UserError(f"unexpected tensors: {abridged(sorted(unexpected))}")
+    for name, tensor in blank.items():
+        shape, parts = tuple(tensor.shape), [source.tensors[n].shape for n in needed[name]]
+        if (sum(part[0] for part in parts), *shape[1:]) != shape or any(part[1:] != shape[1:] for part in parts):
+            detail = ", ".join(f"{n} {list(part)}" for n, part in zip(needed[name], parts))
+            raise UserError(f"wrongly shaped tensor: {detail}; {name} needs {list(shape)}")
+
+
+def _interleave(value: Tensor, config: ModelConfig, name: str) -> Tensor:
+    """Hugging Face rotates (i, i + rotary/2), gpt-fast (2i, 2i+1): reorder the rows of each query and key head."""
+    if ".wqkv." not in name and not name.endswith(("q_norm.weight", "k_norm.weight")):
+        return value
+    heads = config.n_head + config.n_local_heads if ".wqkv." in name else 1
+    D, rotary = config.head_dim, config.rotary_dim or config.head_dim
+    order = torch.arange(D)
+    order[:rotary] = torch.arange(rotary).view(2, rotary // 2).t().flatten()
+    rotated = value[: heads * D].view(heads, D, *value.shape[1:])[:, order].flatten(0, 1)
+    return torch.cat((rotated, value[heads * D :]))
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all, unless there is one."""
+    if path.exists():
+        return
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,104 @@
+"""A checkpoint before conversion: lazy tensors, a config in Hugging Face's terms, and which tensors make which of ours.
+
+Converting then holds about one layer in memory.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from checkpoint import torch_load
+from errors import UserError
+from formats.config import config_fields
+
+
+class Lazy(NamedTuple):
+    """A tensor that can tell its shape without being read."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    config: dict  # in Hugging Face's terms
+    tensors: Mapping[str, Lazy]
+    names: dict[str, list[str]]  # our name -> the source's names, whose rows are stacked
+    interleaved: bool  # RoPE pairs are (2i, 2i+1) already, as in gpt-fast; else (i, i + D/2)
+    files: Mapping[str, str] = field(default_factory=dict)  # what it holds beside weights, as Hugging Face's files
+
+    def read(self, name: str) -> Tensor:
+        """The source's rows for our tensor of this name."""
+        return torch.cat([self.tensors[theirs].read() for theirs in self.names[name]])
+
+
+def torch_tensors(path: Path) -> dict[str, Lazy]:
+    """The tensors of a file that torch.save wrote, such as .pth and .bin. Raises UserError for a damaged one."""
+    tensors = torch_load(path)  # not kept: of files that cannot be mapped, torch_load keeps but the latest two
+    shapes = {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)}
+    return {name: Lazy(shape, lambda name=name: torch_load(path)[name]) for name, shape in shapes.items()}
+
+
+def only(files: list[Path]) -> Path:
+    """The file of a format that keeps a model in one. Raises UserError for several models."""
+    if len(files) > 1:
+        raise UserError(f"{files[0].parent} holds several models: {', '.join(f.name for f in files)}; keep one")
+    return files[0]
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+HF, META, GGUF = 0, 1, 2  # columns of the tables below; Meta's names are llama2.c's, too
+_LAYERS = ("model.layers", "layers", "blk")
+_TOP = {
+    "tok_embeddings": ("model.embed_tokens", "tok_embeddings", "token_embd"),
+    "norm": ("model.norm", "norm", "output_norm"),
+    "output": ("lm_head", "output", "output"),
+}
+_LAYER = {  # several names are stacked along the rows
+    "attention.wqkv": (
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "attention.wq attention.wk attention.wv",
+        "attn_q attn_k attn_v",
+    ),
+    "attention.wo": ("self_attn.o_proj", "attention.wo", "attn_output"),
+    "attention.q_norm": ("self_attn.q_norm", "", "attn_q_norm"),
+    "attention.k_norm": ("self_attn.k_norm", "", "attn_k_norm"),
+    "feed_forward.w1": ("mlp.gate_proj", "feed_forward.w1", "ffn_gate"),
+    "feed_forward.w3": ("mlp.up_proj", "feed_forward.w3", "ffn_up"),
+    "feed_forward.w2": ("mlp.down_proj", "feed_forward.w2", "ffn_down"),
+    "attention_norm": ("input_layernorm", "attention_norm", "attn_norm"),
+    "ffn_norm": ("post_attention_layernorm", "ffn_norm", "ffn_norm"),
+}
+_FUSED = (("self_attn.qkv_proj", "mlp.gate_up_proj"), None, ("attn_qkv", "ffn_up"))  # Phi-3's: wqkv, and w1 above w3
+
+
+def named(style: int, config: dict, tensors: dict[str, Lazy], **more) -> Source:
+    """The Source of tensors that are named in one of the styles. more: its other fields. Raises UserError of config."""
+    names = {f"{ours}.weight": [f"{theirs[style]}.weight"] for ours, theirs in _TOP.items()}
+    qkv, gate_up = _FUSED[style] or ("", "")
+    fused = qkv and any(f".{qkv}." in name for name in tensors)
+    for layer, kind in itertools.product(range(config_fields(config)["n_layer"]), ("weight", "bias")):
+        our_layer, their_layer = f"layers.{layer}", f"{_LAYERS[style]}.{layer}"
+        for ours, theirs in _LAYER.items():
+            names[f"{our_layer}.{ours}.{kind}"] = [f"{their_layer}.{name}.{kind}" for name in theirs[style].split()]
+        if fused:
+            names[f"{our_layer}.attention.wqkv.{kind}"] = [f"{their_layer}.{qkv}.{kind}"]
+            halves = _halves(f"{their_layer}.{gate_up}.{kind}", tensors)
+            names |= {f"{our_layer}.feed_forward.{ours}.{kind}": [half] for ours, half in zip(("w1", "w3"), halves)}
+    return Source(config, tensors, names, **more)
+
+
+def _halves(name: str, tensors: dict[str, Lazy]) -> list[str]:
+    """Put the upper and the lower half of a tensor, if it is there, in its place. Returns their names."""
+    halves = [f"{name}[0]", f"{name}[1]"]
+    if whole := tensors.pop(name, None):
+        shape = (whole.shape[0] // 2, *whole.shape[1:])
+        for i, half in enumerate(halves):
+            tensors[half] = Lazy(shape, lambda i=i: whole.read().chunk(2)[i])
+    return halves
