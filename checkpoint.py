@@ -19,12 +19,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from errors import UserError, read_json
-from linear import Linear, linear_from_tensors, quantize_linear, quantizer
-from model import ModelConfig, Transformer
+from linear import Linear, kind_of, quantize_linear
+from model import Embedding, ModelConfig, Transformer
 from tp import TensorParallel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CHUNK = 1 << 20  # weights quantised at a time
 
 
 def torch_load(path: Path) -> dict:
@@ -113,47 +112,38 @@ def load_model(
     state = dict(torch_load(path))
     config = config or read_config(path.parent)
     with torch.device("meta"):
-        whole, model = Transformer(config), Transformer(config, tp)
+        model = Transformer(config, tp)
     tied = config.tied and not any(name.startswith("output.") for name in state)
     if tied and quantize and "tok_embeddings.weight" in state:
         state["output.weight"], tied = state["tok_embeddings.weight"], False
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        prefix, _, key = name.rpartition(".")
+        modules.setdefault(prefix, {})[key] = tensor
 
-    def placed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of a module's tensors, where and as they are to be."""
-        return {
-            name: t.to(device, dtype if name in ("weight", "bias") and t.dtype in DTYPES.values() else None)
-            for name, t in model.tp.shard(prefix, tensors, config).items()
-        }
+    def placed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        plain = {key for key, t in tensors.items() if key in ("weight", "bias") and t.dtype in DTYPES.values()}
+        return {key: t.to(device, dtype if key in plain else None) for key, t in tensors.items()}
 
-    for prefix, module in whole.named_modules():
-        part = model.get_submodule(prefix)
+    for prefix, module in model.named_modules():
+        own = modules.pop(prefix, {})
         if prefix == "output" and tied:
-            part.weight = model.tok_embeddings.weight
+            module.weight = model.tok_embeddings.weight
         elif isinstance(module, Linear):
-            own = {n.rpartition(".")[2]: state.pop(n) for n in list(state) if n.rpartition(".")[0] == prefix}
-            linear_from_tensors(module.in_features, module.out_features, own, prefix)  # raises what is wrong with them
-            own = placed(prefix, quantized(quantize, own, prefix, device) if quantize else own)
-            model.set_submodule(prefix, linear_from_tensors(part.in_features, part.out_features, own, prefix))
+            kind_of(*module.shape, own, prefix)  # raises what is wrong with them
+            own = quantize_linear(quantize, own, prefix, device) if quantize else own
+            module.assign(placed(module.shard(own, prefix)), prefix)
         else:
             for name, parameter in module.named_parameters(recurse=False):
-                value = state.pop(f"{prefix}.{name}", None)
-                if value is None or value.shape != parameter.shape:
+                value, shape = own.pop(name, None), list(getattr(module, "shape", parameter.shape))
+                if value is None or list(value.shape) != shape:
                     found = "nothing" if value is None else list(value.shape)
-                    raise UserError(f"{path}: {prefix}.{name} needs shape {list(parameter.shape)}; found {found}")
-                setattr(part, name, torch.nn.Parameter(placed(prefix, {name: value})[name], requires_grad=False))
-    if state:
-        raise UserError(f"{path}: unexpected tensors: {abridged(sorted(state))}")
+                    raise UserError(f"{path}: {prefix}.{name} needs shape {shape}; found {found}")
+                value = module.shard(value) if isinstance(module, Embedding) else value
+                setattr(module, name, torch.nn.Parameter(placed({name: value})[name], requires_grad=False))
+            if own:
+                modules[prefix] = own
+    if unexpected := sorted(f"{prefix}.{key}".lstrip(".") for prefix, own in modules.items() for key in own):
+        raise UserError(f"{path}: unexpected tensors: {abridged(unexpected)}")
     model.pack(dtype)
     return model.eval()
-
-
-def quantized(mode: str, tensors: dict[str, Tensor], name: str, device: torch.device | str) -> dict[str, Tensor]:
-    """quantize_linear's result, made on `device` some rows at a time: fp32 copies of a large output would not fit."""
-    weight = tensors["weight"]
-    out = {key: torch.empty_like(t, device=device) for key, t in quantizer(mode)(weight.to("meta")).items()}
-    step = max(1, CHUNK // weight.shape[1])
-    for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
-        piece = quantize_linear(mode, {**tensors, "weight": weight[rows].to(device)}, name)
-        for key, tensor in out.items():
-            tensor[rows] = piece[key]
-    return tensors | out

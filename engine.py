@@ -2,108 +2,140 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+import ops
 from errors import UserError
-from model import Transformer
+from model import KVCache, Transformer
 from sampling import Sampler
-from speculate import MAX_K, Speculator
-from tokenizer import Tokenizer
+from speculate import Speculator
+from state import RunState, feed, to_host
 
-PREFILL_CHUNK = 512  # tokens a row; bounds the score matrix of a long prompt
-SHORT_ROWS = 8  # tokens that a captured prefill takes at once: launching them one by one takes longer than running
+SHORT_ROWS = 8  # tokens that a captured prefill feeds at once: launching them one by one takes longer than running
 DECODE_BLOCK = 8  # steps a GPU takes at a time: the host reads the tokens of one block while the next runs
 MAX_DEFAULT_CONTEXT = 8192  # cache length of a chat when --max_seq_length does not say
 
 
+def compile_blocks(model: Transformer) -> Callable[[Tensor, Tensor, KVCache], Tensor]:
+    """model.hidden with its blocks compiled for symbolic sizes: one graph serves all layers and lengths, and all
+    numbers of rows but one. For more tokens than ops.row_limits: up to there kernels are as fast, and their choices
+    graphs of their own. The model stays as it is.
+    """
+    import torch.fx.experimental._config as symbolic  # with torch.compile, which takes seconds to import
+
+    blocks = [torch.compile(layer.forward, fullgraph=True, dynamic=True) for layer in model.layers]
+
+    def hidden(x: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
+        # Sizes that happen to be equal when a graph is made must not count as one; models share the limit.
+        with symbolic.patch(use_duck_shape=False), torch._dynamo.config.patch(recompile_limit=1000):
+            for block, k, v in zip(blocks, cache.k, cache.v):
+                x = block(x, input_pos, k, v, cache.rope)
+        return x
+
+    return hidden
+
+
 class Engine:
-    """A model with its run state: one cache of fixed size, the device-side position and token of each row, and the
+    """A model with its run state: one cache of fixed size, the device-side position and tokens of each row, and the
     decode step, compiled once. Prompts of any length up to the cache reuse all of it.
     """
 
     def __init__(
         self,
         model: Transformer,
-        tokenizer: Tokenizer | None = None,
         *,
+        stop_ids: Set[int] = frozenset(),
         batch_size: int = 1,
         max_seq_length: int | None = None,
         sampler: Sampler | None = None,
         compile: bool = False,
         compile_prefill: bool = False,
         draft: Transformer | str | None = None,
-        speculate_k: int | str = 5,
+        speculate_k: int | str | None = None,
     ):
-        """draft: a model that guesses speculate_k tokens a round, or "prompt_lookup"; see speculate.py."""
-        self.model, self.tokenizer, self.sampler = model, tokenizer, sampler or Sampler()
-        self.device, self.batch_size = model.norm.weight.device, batch_size
+        """stop_ids: what ends a row unless `generate` is told; draft, speculate_k: see Speculator."""
+        self.model, self.stop_ids, self.batch_size = model, stop_ids, batch_size
         length = max_seq_length or min(model.config.block_size, MAX_DEFAULT_CONTEXT)
-        self.cache = model.cache(batch_size, length)
-        self.pos = torch.zeros(batch_size, dtype=torch.int64, device=self.device)  # position of the token to feed
-        # Tokens by position; a full cache still has one to come, and a round there writes MAX_K + 1 behind it.
-        self.history = torch.zeros(batch_size, length + 2 + MAX_K, dtype=torch.int64, device=self.device)
-        self.rng = torch.zeros(2, dtype=torch.int64, device=self.device)  # seed and number of draws
-        self.compile_seconds = 0.0
-        self._step, self._prefill = self._eager_step, self._eager_prefill  # replaced by their compiled selves
-        self.block = DECODE_BLOCK if self.device.type == "cuda" else 1  # steps between two looks at the tokens
-        self._block = None  # so many in one CUDA graph, which saves the time between graphs
-        self.short, self._short_prefill = 0, None  # tokens a row of a captured prefill, where there is one
-        self.speculator = Speculator(self, draft, speculate_k) if draft is not None else None
-        if compile or compile_prefill:
-            start = time.perf_counter()
-            self._compile(compile, compile_prefill)
-            self.synchronize()
-            self.compile_seconds = time.perf_counter() - start
+        self.state = state = RunState.new(model, batch_size, length, sampler or Sampler())
+        self.device = state.pos.device
+        self.few = max(ops.row_limits(self.device, model.norm.weight.dtype), default=0)  # rows that kernels serve
 
-    def _compile(self, decode: bool, prefill: bool) -> None:
-        # Where every hot operation is a kernel of ours, the CUDA graph alone is what torch.compile would add.
-        inductor = not (self.device.type == "cuda" and kernels.fits(self.model.norm.weight[None]))
-        # Engines share the limit on compilations of a function, each of which is wanted.
-        limit = torch._dynamo.config.patch(recompile_limit=1000) if inductor or prefill else nullcontext()
-        with torch.inference_mode(), limit:
+        def step() -> None:
+            state.step(model, state.cache, state.pos)
+
+        self._step = self._eager_step = step  # the former is replaced by its compiled self
+        self.block = DECODE_BLOCK if self.device.type == "cuda" else 1  # steps between two looks at the tokens
+        self._block: Callable | None = None  # so many in one CUDA graph, which saves the time between graphs
+        self.short = 0  # tokens a row of a captured prefill,
+        self._short: Callable | None = None  # and that
+        self._long: Callable | None = None  # compile_blocks'
+        self.speculator = Speculator(model, state, step, draft, speculate_k) if draft is not None else None
+        self.compile_seconds = 0.0
+        if compile or compile_prefill:
+            self.compile(compile, compile_prefill)
+
+    def compile(self, decode: bool = True, prefill: bool = False) -> None:
+        """Compile the decode step, the blocks of long prompts, or both. Starts the random numbers anew."""
+        begin = time.perf_counter()
+        with torch.inference_mode():
             if prefill:
-                self._prefill = torch.compile(self._eager_prefill, fullgraph=True, dynamic=True)
-                for n in (2, 5, 10, 20, 40):  # layers choose by the number of rows: visit each choice
-                    tokens = self.history[:, : min(n, self.cache.length)].clone()
-                    self._prefill(tokens, torch.zeros_like(self.pos), torch.zeros_like(self.pos))
-            capture = _cuda_graph if self.device.type == "cuda" else None
+                self._compile_prefill()
             if decode:
-                # Static: automatic dynamic shapes, as a second model would set off, break nested regions.
-                step = torch.compile(self._eager_step, fullgraph=True, dynamic=False) if inductor else self._eager_step
-                step()
-                self._step = capture(step) if capture else step
-                if capture:
-                    self._block = None if self.speculator else capture(lambda: _repeat(step, self.block), warm_up=0)
-                    self.short = max(1, SHORT_ROWS // self.batch_size)
-                    tokens = torch.zeros(self.batch_size, self.short, dtype=torch.int64, device=self.device)
-                    zeros = torch.zeros_like(self.pos)
-                    self._short_prefill = capture(self._eager_prefill, tokens, zeros, zeros.clone())
-                if self.speculator:
-                    self.speculator.compile(step, inductor, capture)
+                # Where every hot operation is a kernel of ours, the CUDA graph alone is what torch.compile would add.
+                inductor = not ops.has_kernels(self.device, self.model.norm.weight.dtype)
+                # Engines share the limit on compilations of a function, each of which is wanted.
+                with torch._dynamo.config.patch(recompile_limit=1000) if inductor else nullcontext():
+                    self._compile_decode(inductor)
         self.seed(0)
+        self.state.synchronize()
+        self.compile_seconds += time.perf_counter() - begin
+
+    def _compile_prefill(self) -> None:
+        self._long, state = compile_blocks(self.model), self.state
+        for n in sorted({self.few // self.batch_size + 1, self.few + 1}):  # attention counts the tokens of one row
+            if n <= state.cache.length:
+                x = self.model.tok_embeddings(state.history[:, :n])
+                self._long(x, torch.zeros_like(state.pos), state.cache)
+
+    def _compile_decode(self, inductor: bool) -> None:
+        # Static: automatic dynamic shapes, as a second model would set off, break nested regions.
+        step = torch.compile(self._eager_step, fullgraph=True, dynamic=False) if inductor else self._eager_step
+        step()
+        graphs, state = self.device.type == "cuda", self.state
+        self._step = ops.capture(step) if graphs else step
+        if graphs:
+            self._block = None if self.speculator else ops.capture(lambda: _repeat(step, self.block), warm_up=0)
+            self.short = max(1, SHORT_ROWS // self.batch_size)
+            tokens = torch.zeros(self.batch_size, self.short, dtype=torch.int64, device=self.device)
+            self._short = ops.capture(self._few_tokens, tokens, torch.zeros_like(state.pos))
+        if self.speculator:
+            self.speculator.compile(step, inductor, ops.capture if graphs else None)
 
     def seed(self, seed: int) -> None:
         """Start the random numbers anew: the same seed and calls give the same tokens."""
         if not -(2**63) <= seed < 2**63:
             raise UserError(f"the seed is {seed}; accepted: 64-bit integers")
-        self.rng.copy_(torch.tensor([seed, 0]))
+        self.state.rng.copy_(torch.tensor([seed, 0]))
 
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def _hidden(self, tokens: Tensor, start: Tensor, end: int) -> Tensor:
+        """What the output layer reads of a chunk (B, S) of prompts, and perhaps of padding, by the fastest way."""
+        S = tokens.shape[1]
+        if 2 * self.short >= S:  # may reach past the prompt: padding like any other
+            parts = enumerate(F.pad(tokens, (0, -S % self.short)).split(self.short, 1))
+            return torch.cat([self._short(part, start + i * self.short).clone() for i, part in parts], 1)
+        if self._long and tokens.numel() > self.few:
+            return self._long(self.model.tok_embeddings(tokens), start, self.state.cache)
+        if self.few >= S:  # kernels read what is used anyway, and are compiled for the cache's length
+            return self._few_tokens(tokens, start)
+        return self.model.hidden(self.model.tok_embeddings(tokens), start, self.state.cache.first(end))
 
-    def _eager_step(self) -> None:
-        """Feed each row's token at its position, sample the next one, advance. Everything stays on the device."""
-        logits = self.model(self.history, self.pos, self.cache, new=1)[:, -1]
-        self.sampler(logits, self.history, self.pos, self.rng)
-
-    def _eager_prefill(self, tokens: Tensor, start: Tensor, last: Tensor, context: int = 0) -> Tensor:
-        return self.model(tokens, start, self.cache, last=last, context=context)[:, -1]
+    def _few_tokens(self, tokens: Tensor, start: Tensor) -> Tensor:
+        return self.model.hidden(self.model.tok_embeddings(tokens), start, self.state.cache)
 
     @torch.inference_mode()
     def prefill(self, prompts: list[list[int]], start: int = 0) -> None:
@@ -112,56 +144,47 @@ class Engine:
         prompts: one list of token ids a row, each with at least start + 1 ids; shorter rows are padded, and what
         padding leaves in the cache is overwritten before it can be seen.
         """
-        lengths = [len(prompt) for prompt in prompts]
+        state, lengths = self.state, [len(prompt) for prompt in prompts]
         longest = max(lengths)
-        if longest > self.cache.length:
-            raise UserError(f"the prompt has {longest} tokens; the cache holds {self.cache.length} (--max_seq_length)")
+        if longest > state.cache.length:
+            raise UserError(f"the prompt has {longest} tokens; the cache holds {state.cache.length} (--max_seq_length)")
         padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-        self.history[:, :longest] = padded.to(self.device)
-        end = torch.tensor(lengths, device=self.device)
-        logits = None
-        a = start
-        while a < longest:
-            left = longest - a
-            size = self.short if left <= 2 * self.short else min(left, PREFILL_CHUNK)
-            if size == self.short:
-                prefill, context = self._short_prefill, ()
-            elif self._prefill == self._eager_prefill or size == 1:
-                prefill, context = self._eager_prefill, (a + size,)
-            else:  # torch.compile would make a graph of its own for each bound of the context, and for one token
-                prefill, context = self._prefill, ()
-            # A captured prefill may reach past the prompt, where it repeats the last token: padding like any other.
-            tokens = self.history[:, torch.arange(a, a + size, device=self.device).clamp(max=longest - 1)]
-            chunk = prefill(tokens, torch.full_like(self.pos, a), (end - 1 - a).clamp(0, size - 1), *context)
-            logits = chunk.clone() if logits is None else torch.where((end > a)[:, None], chunk, logits)
-            a += size
+        state.history[:, :longest] = padded.to(self.device)
+        last = torch.tensor(lengths, device=self.device) - 1
+        rows, x = torch.arange(self.batch_size, device=self.device), None
+        tokens, begin = state.history[:, start:longest], torch.full_like(state.pos, start)
+        for a, chunk in feed(self._hidden, tokens, begin, longest):
+            at = last - start - a  # of each row's last token in this chunk
+            chunk = chunk[rows, at.clamp(0, chunk.shape[1] - 1)]
+            x = chunk if x is None else torch.where((at >= 0)[:, None], chunk, x)
         if self.speculator:
             self.speculator.prefill(start, longest)
-        self.pos.copy_(end - 1)
-        self.sampler(logits, self.history, self.pos, self.rng)
+        state.pos.copy_(last)
+        state.sampler(self.model.logits(x), state.history, state.pos, state.rng)
 
     @torch.inference_mode()
-    def decode(self, steps: int, live: list[bool]) -> Iterator[list[int]]:
-        """The token that prefill sampled, then `steps` more: yields each step's tokens, one a row. Rows that the caller
-        marks as not live any more may yield anything.
+    def decode(self, steps: int) -> Iterator[list[list[int]]]:
+        """The token that prefill sampled, then `steps` more: yields what each row has got since, as often as asked.
+        With speculation rows get different numbers of tokens, none among them, and there is no end.
 
         On a GPU the tokens of a block of steps are fetched while the next block runs, so the device never waits for
         the host, and stopping early throws away at most two blocks.
         """
         if self.speculator:
-            yield from self.speculator.decode(steps, live)
+            yield from self.speculator.decode(steps)
             return
-        begin = self.pos.clone()
-        pending: deque[tuple[Tensor, Callable[[], None]]] = deque()
+        history, begin = self.state.history, self.state.pos.clone()
+        pending: deque[Callable[[], list]] = deque()
 
         def fetch(first: int, count: int) -> None:
             index = begin[:, None] + torch.arange(first, first + count, device=self.device)
-            pending.append(self.to_host(self.history.gather(1, index)))
+            pending.append(to_host(history.gather(1, index)))
 
         fetch(0, 1)
         done = 0
         while done < steps:
-            yield from _drain(pending, keep=1 if self.block > 1 else 0)
+            if len(pending) > (self.block > 1):
+                yield pending.popleft()()
             count = (steps - done) % self.block or self.block  # single steps come first: they start sooner
             if self._block and count == self.block:
                 self._block()
@@ -169,50 +192,10 @@ class Engine:
                 _repeat(self._step, count)
             fetch(done + 1, count)
             done += count
-        yield from _drain(pending, keep=0)
-
-    @staticmethod
-    def to_host(tokens: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """Start copying tokens to the host; the callable waits until they are there."""
-        if tokens.device.type != "cuda":
-            return tokens.cpu(), lambda: None
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return host, event.synchronize
+        while pending:
+            yield pending.popleft()()
 
 
 def _repeat(step: Callable[[], None], count: int) -> None:
     for _ in range(count):
         step()
-
-
-def _drain(pending: deque, keep: int) -> Iterator[list[list[int]]]:
-    while len(pending) > keep:
-        host, wait = pending.popleft()
-        wait()
-        yield from host.t().tolist()
-
-
-def _cuda_graph(function: Callable[..., Tensor | None], *inputs: Tensor, warm_up=2) -> Callable[..., Tensor | None]:
-    """Capture a function that reads `inputs` and otherwise only fixed tensors. The result copies its arguments there,
-    replays, and returns the captured output, which the next call overwrites.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warm_up):  # compiles kernels and makes library handles, which capturing must not do
-            function(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = function(*inputs)
-
-    def replay(*values: Tensor) -> Tensor | None:
-        for fixed, value in zip(inputs, values):
-            fixed.copy_(value)
-        graph.replay()
-        return output
-
-    return replay

@@ -5,36 +5,34 @@ python eval.py --checkpoint_path checkpoints/$MODEL_REPO/model_int8.pth --perple
 """
 
 import argparse
-import difflib
 import json
 import math
 import platform
-import random
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-import cpu
-import kernels
+import ops
 from checkpoint import DTYPES, load_model
-from engine import MAX_DEFAULT_CONTEXT, Engine
+from cli import add_model_arguments, natural, pick_device, positive
+from engine import MAX_DEFAULT_CONTEXT, compile_blocks
 from errors import UserError, run_cli
-from generate import DEFAULT_CHECKPOINT, answer, pick_device, positive
+from generate import LLM, answer
 from model import KVCache, Transformer
+from ranks import session
 from sampling import Sampler
+from state import CHUNK, feed
+from texts import load_tasks, read_text
 from tokenizer import Tokenizer, load_tokenizer
-from tp import TensorParallel, session
+from tp import TensorParallel
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -45,8 +43,6 @@ except ImportError:  # perplexity does without lm-eval; load_tasks says that it 
 
 MAX_BATCH_TOKENS = 32768  # cache positions of a batch, all rows together: long texts make small batches
 MAX_LOGITS = 2**26  # fp32 logits held at a time, 256 MiB: long continuations are scored in slices
-MAX_SLICE = 512  # tokens a row and forward pass: bounds the score matrix of attention
-BUILTIN_CHARACTERS = 100_000  # of the built-in text: some 25,000 tokens
 TEXT_WINDOW = 2048  # the most tokens of context for a text's perplexity
 
 
@@ -67,10 +63,7 @@ class LanguageModel(TemplateLM or object):
         self.batch_size, self.compile = batch_size, compile
         self.max_length = max_length or min(model.config.block_size, MAX_DEFAULT_CONTEXT)
         self._device = model.norm.weight.device
-        if compile:  # with symbolic sizes: one graph serves all layers and lengths, and all numbers of rows but one
-            for layer in model.layers:
-                layer.attention.entry = True  # which always works, and makes all layers alike
-                layer.compile(fullgraph=True, dynamic=True)
+        self.hidden = compile_blocks(model) if compile else model.hidden
 
     @property
     def eot_token_id(self) -> int:
@@ -156,22 +149,20 @@ class LanguageModel(TemplateLM or object):
         return [(logprobs[row, :n].sum().item(), bool(greedy[row, :n].all())) for row, n in enumerate(lengths)]
 
     def _feed(
-        self, rows: list[tuple[int, ...]], start: list[int], cache: KVCache, size: int = MAX_SLICE
+        self, rows: list[tuple[int, ...]], start: list[int], cache: KVCache, size: int = CHUNK
     ) -> Iterator[tuple[int, Tensor]]:
         """Feed each row's tokens from its start position on, in slices: yields (offset, hidden states (B, s, C))."""
         tokens, pos = self._padded(rows), torch.tensor(start, device=self._device)
-        # A few tokens would go to the kernels for decoding, and be graphs of their own.
-        most = cpu.MAX_ROWS if self.compile and self._device.type == "cpu" else kernels.MAX_ROWS
-        least = max(2, 1 + most // len(rows))
-        size = min(size, MAX_SLICE)
-        for a in range(0, tokens.shape[1], size):
-            part = tokens[:, a : a + size]
-            n = part.shape[1]
-            end = 0 if self.compile else min(max(start) + a + n, cache.length)  # one more size to compile for
-            # Sizes that happen to be equal when a graph is made must not count as one.
-            with torch.fx.experimental._config.patch(use_duck_shape=False):
-                x = self.model.hidden(F.pad(part, (0, max(0, least - n))), pos + a, cache, context=end)
-            yield a, x[:, :n]
+        # A few tokens would go to the kernels for decoding, each choice of which is compiled for itself.
+        few = max(ops.row_limits(self._device, self.model.norm.weight.dtype), default=0)
+        least = 1 + max(1, few // len(rows)) if self.compile or self._device.type != "cpu" else 1
+
+        def hidden(part: Tensor, begin: Tensor, end: int) -> Tensor:
+            x = self.model.tok_embeddings(F.pad(part, (0, max(0, least - part.shape[1]))))
+            used = cache if self.compile else cache.first(end)  # a bound would be one more size to compile for
+            return self.hidden(x, begin, used)[:, : part.shape[1]]
+
+        return feed(hidden, tokens, pos, max(start) + tokens.shape[1], min(size, CHUNK))
 
     def _padded(self, rows: list[tuple[int, ...]]) -> Tensor:
         """Token ids (B, longest), shorter rows padded at their end."""
@@ -202,7 +193,7 @@ class LanguageModel(TemplateLM or object):
         prompts = [prompt[-(self.max_length - budget) :] for prompt in prompts]
         length = len(prompts[0]) + budget
         size = max(1, min(self.batch_size, len(prompts), MAX_BATCH_TOKENS // length))
-        llm = Engine(
+        llm = LLM(
             self.model,
             replace(tokenizer, stop_ids=tokenizer.eos_ids or tokenizer.stop_ids),
             batch_size=size,
@@ -232,21 +223,6 @@ def rolling_windows(tokens: list[int], prefix: int, length: int) -> list[tuple[l
 # --- perplexity -------------------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path | None = None) -> str:
-    """A UTF-8 text file, or what every Python brings: the start of its language reference."""
-    if path is None:
-        from pydoc_data.topics import topics  # half a megabyte that nothing else needs
-
-        return "\n\n".join(topics[name] for name in sorted(topics))[:BUILTIN_CHARACTERS]
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as UTF-8 text: {error}") from None
-    if not text:
-        raise UserError(f"{path} is empty; a text of at least one token is needed")
-    return text
-
-
 def perplexity(lm: LanguageModel, text: str, *, window: int = TEXT_WINDOW, max_tokens: int | None = None) -> dict:
     """Predict every token of a text, or its first max_tokens, from at most `window` tokens (and lm.max_length).
 
@@ -269,52 +245,6 @@ def perplexity(lm: LanguageModel, text: str, *, window: int = TEXT_WINDOW, max_t
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def load_tasks(names: list[str], include_path: Path | None = None) -> dict:
-    """lm-eval's tasks of these names (tasks, groups, tags, patterns), as lm_eval.evaluate takes them.
-
-    include_path: a directory of YAML files, whose tasks hide lm-eval's own of the same name. Data files that they name
-    are looked for beside them, and then, as lm-eval does, in the working directory.
-    Raises UserError for an unknown name, and for data that cannot be read or downloaded.
-    """
-    if TemplateLM is None:
-        raise UserError("--tasks needs lm-eval: pip install 'lm-eval>=0.4.13'; --perplexity does without")
-    if include_path and not include_path.is_dir():
-        raise UserError(f"--include_path {include_path} is not a directory")
-    from lm_eval.tasks import TaskManager  # brings datasets and pandas, for which perplexity need not wait
-
-    # Indexing lm-eval's own 15,000 tasks takes a quarter of a minute, so only where one of them is wanted.
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    if not set(names) <= set(manager.all_subtasks):
-        manager = TaskManager(include_path=include_path)
-    for name in names:
-        if not manager.match_tasks([name]):
-            close = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=5)) or "none"
-            raise UserError(f"lm-eval has no task {name!r}; close names: {close}")
-    random.seed(0)  # lm-eval's own seeds, for tasks that shuffle what they load
-    np.random.seed(1234)  # noqa: NPY002
-    try:
-        if include_path:
-            _anchor_data_files(manager, include_path.resolve())
-        return manager.load(manager.match_tasks(names))
-    except Exception as error:  # a task is YAML, code and data of others, and can raise anything
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"cannot load lm-eval's {', '.join(names)}: {reason}") from error
-
-
-def _anchor_data_files(manager, root: Path) -> None:
-    """In the manager's index, make data files absolute that lie beside the YAML which names them."""
-    from lm_eval.tasks._yaml_loader import load_yaml  # the index holds functions unresolved
-
-    for entry in manager.task_index.values():
-        options = (entry.cfg or {}).get("dataset_kwargs") or {}
-        if "data_files" in options and entry.yaml_path and root in entry.yaml_path.resolve().parents:
-            folder = entry.yaml_path.resolve().parent
-            beside = lambda file, folder=folder: str(folder / file) if (folder / file).exists() else file  # noqa: E731
-            data_files = tree_map(beside, options["data_files"])  # a name, a list, or such for each split
-            entry.cfg = {**load_yaml(entry.yaml_path), "dataset_kwargs": {**options, "data_files": data_files}}
-            entry.yaml_path = None  # so that the config in the index counts
-
-
 def evaluate(lm, tasks: dict, *, limit: int | None = None, num_fewshot: int | None = None, chat: bool = False) -> dict:
     """Run a model of lm-eval's on tasks from load_tasks, with its chat template if asked; returns lm-eval's results."""
     import lm_eval.evaluator  # brings transformers
@@ -332,15 +262,9 @@ def evaluate(lm, tasks: dict, *, limit: int | None = None, num_fewshot: int | No
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of examples")
-    return int(text)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure a checkpoint's accuracy: lm-eval tasks, or perplexity.")
-    parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
+    add_model_arguments(parser)
     parser.add_argument("--tasks", nargs="+", default=[], help="lm-eval tasks, groups, tags or patterns")
     parser.add_argument("--perplexity", nargs="?", const="", metavar="FILE", help="of a text file, or a built-in text")
     parser.add_argument("--limit", type=positive, help="documents of each task, or tokens of the text, to stop after")
@@ -349,11 +273,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--include_path", type=Path, help="a directory of your own tasks' YAML files")
     parser.add_argument("--max_seq_length", type=positive, help="longest input in tokens; text is cut on the left")
     parser.add_argument("--batch_size", type=positive, default=16, help="rows at most; long texts make fewer")
-    parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of activations and plain weights")
-    parser.add_argument("--quantize", metavar="KIND", help="quantise on load: int8, fp8, int4 or int4:GROUP")
     parser.add_argument("--compile", action="store_true", help="compile the model")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON line, last")
-    parser.add_argument("--device", help="cpu, cuda, cuda:N, mps; by default a GPU where there is one")
     args = parser.parse_args(argv)
     if not args.tasks and args.perplexity is None:
         args.tasks = ["hellaswag"]  # gpt-fast's default

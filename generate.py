@@ -8,51 +8,41 @@ As a library, two lines:
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-import kernels
 from checkpoint import DTYPES, load_model, read_config
+from cli import DEFAULT_CHECKPOINT, add_model_arguments, pick_device, positive
 from engine import Engine
 from errors import UserError, run_cli
+from measure import Measure, print_measures
 from model import ModelConfig, Transformer
+from ranks import session
 from sampling import Sampler
-from speculate import PROMPT_LOOKUP, summary
+from speculate import LOOKUP_K, MODEL_K, PROMPT_LOOKUP
 from tokenizer import StopStrings, StreamDecoder, Tokenizer, load_tokenizer
-from tp import TensorParallel, session
+from tp import TensorParallel
 
+K_HELP = f"draft tokens of a step, or auto; {MODEL_K}, or {LOOKUP_K} by prompt lookup"
 PROBES = ("The quick brown fox, 1984!", " naïve\n\tdéjà vu", "def f(x):\n    return x")  # tell tokenizers apart
-DEFAULT_CHECKPOINT = Path("checkpoints/SmolLM2-135M-Instruct/model.pth")
 
 
 # --- library interface ------------------------------------------------------------------------------------------------
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device asked for, by default a GPU where there is one, and under torchrun the GPU that is this rank's.
-    Raises UserError when it is not there.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"device {name!r} is not known; accepted: cpu, cuda, cuda:N, mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device {name!r} is not supported; accepted: cpu, cuda, cuda:N, mps")
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise UserError(f"device '{device}' was asked for, but this machine has {count} CUDA devices")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device 'mps' was asked for, but this machine has none")
-    return device
+class LLM(Engine):
+    """An Engine with its model's tokenizer."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, **engine):
+        super().__init__(model, stop_ids=tokenizer.stop_ids, **engine)
+        self.tokenizer = tokenizer
 
 
 def load(
@@ -64,18 +54,18 @@ def load(
     tp: TensorParallel | None = None,
     draft: str | Path | Transformer | None = None,
     **engine,
-) -> Engine:
-    """Load a checkpoint, its tokenizer and perhaps a draft's checkpoint (or "prompt_lookup"), and make an Engine;
-    `engine` takes its options (compile, sampler, ...).
+) -> LLM:
+    """Load a checkpoint, its tokenizer and perhaps a draft's checkpoint (or "prompt_lookup"); `engine` takes what
+    an Engine can be told (compile, sampler, ...).
     """
     model, tokenizer, draft = load_parts(checkpoint_path, device, precision, quantize, tp, draft)
-    return Engine(model, tokenizer, draft=draft, **engine)
+    return LLM(model, tokenizer, draft=draft, **engine)
 
 
 def load_parts(
     checkpoint_path, device, precision, quantize, tp, draft
 ) -> tuple[Transformer, Tokenizer, Transformer | str | None]:
-    """What `load`, whose arguments these are, makes an Engine of: the model, its tokenizer, and the draft."""
+    """What `load`, whose arguments these are, makes an LLM of: the model, its tokenizer, and the draft."""
     path, options = Path(checkpoint_path), {"device": pick_device(device), "dtype": DTYPES[precision]}
     model, tokenizer = load_model(path, quantize=quantize, tp=tp, **options), load_tokenizer(path.parent)
     if draft in (None, PROMPT_LOOKUP) or isinstance(draft, Transformer):
@@ -102,7 +92,7 @@ def generate(
     """Generate from token ids, yielding each token id as it comes; for a list of prompts, one list a step with a row's
     token or None once it has ended.
 
-    A row ends after the token for which is_stop(row, token) is true (by default: any of the model's stop ids), which
+    A row ends after the token for which is_stop(row, token) is true (by default: any of the engine's stop ids), which
     is yielded too. Generation ends when every row has, after max_new_tokens, or when the cache is full.
     start: keep what the cache holds before this position, which must be the same tokens.
     """
@@ -113,90 +103,23 @@ def generate(
     if len(prompts) != llm.batch_size:
         raise UserError(f"{len(prompts)} prompts were given to an engine whose batch_size is {llm.batch_size}")
     llm.model.config.check_tokens(prompts)
-    stop_ids = llm.tokenizer.stop_ids if llm.tokenizer else ()
-    is_stop = is_stop or (lambda row, token: token in stop_ids)
-    longest = max(map(len, prompts))
+    is_stop = is_stop or (lambda row, token: token in llm.stop_ids)
     if max_new_tokens < 1:
         return
     llm.prefill(prompts, start)
-    live = [True] * len(prompts)
-    for tokens in llm.decode(min(max_new_tokens - 1, llm.cache.length - longest), live):
-        step = [token if alive else None for token, alive in zip(tokens, live)]
-        live[:] = [token is not None and not is_stop(row, token) for row, token in enumerate(step)]
+    steps = min(max_new_tokens - 1, llm.state.cache.length - max(map(len, prompts)))
+    rows, queues = llm.decode(steps), [deque() for _ in prompts]  # of tokens to yield; None where a row has ended
+    for _ in range(steps + 1):
+        while any(queue is not None and not queue for queue in queues):
+            for queue, tokens in zip(queues, next(rows)):
+                if queue is not None:
+                    queue.extend(tokens)
+        step = [queue.popleft() if queue else None for queue in queues]
+        ended = [token is None or is_stop(row, token) for row, token in enumerate(step)]
+        queues = [None if end else queue for queue, end in zip(queues, ended)]
         yield step[0] if single else step
-        if not any(live):
+        if all(ended):
             return
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Measure:
-    """What one generation took. Times in seconds, rates per second."""
-
-    prompt_tokens: int  # all rows together, padding not counted
-    new_tokens: int  # all rows together
-    steps: int  # decode steps after the first token
-    time_to_first_token: float
-    decode_seconds: float
-
-    @property
-    def seconds(self) -> float:
-        return self.time_to_first_token + self.decode_seconds
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.new_tokens / self.seconds
-
-    @property
-    def decode_rate(self) -> float:
-        """Tokens a second of each row, after the first."""
-        return self.steps / self.decode_seconds if self.steps else 0.0
-
-
-def weight_bytes(model: Transformer) -> int:
-    """Bytes of the weights that a decode step reads: all but the embedding table, unless it is the output as well."""
-    embedding = model.tok_embeddings.weight
-    unread = 0 if model.output.weight is embedding else embedding.nbytes
-    return sum(p.nbytes for p in model.parameters()) - unread
-
-
-def report(llm: Engine, measure: Measure) -> dict:
-    """Rates, bytes per token, and the share of the device's read bandwidth, measured now, that they make."""
-    memory = torch.cuda.max_memory_reserved() if llm.device.type == "cuda" else peak_memory()
-    read_bandwidth = kernels.read_bandwidth(llm.device)  # after that, as it takes memory
-    weights, rate = weight_bytes(llm.model), measure.decode_rate
-    positions = measure.prompt_tokens / llm.batch_size + (measure.steps + 1) / 2  # of a row, in an average step
-    windows = llm.model.config.windows or (0,)
-    seen = sum(min(positions, window or positions) for window in windows) / len(windows)
-    kv = llm.batch_size * seen * llm.cache.bytes_per_position
-    read = weights + kv  # for a token
-    if llm.speculator:
-        passes, guesses = llm.speculator.work_per_token()
-        read = read * passes + (weight_bytes(llm.speculator.model) * guesses if llm.speculator.model else 0)
-    return {
-        **asdict(measure),
-        "seconds": measure.seconds,
-        "tokens_per_second": measure.tokens_per_second,
-        "prefill_tokens_per_second": measure.prompt_tokens / measure.time_to_first_token,
-        "decode_tokens_per_second": rate,
-        "decode_tokens_per_second_total": rate * llm.batch_size,
-        "weight_bytes_per_step": weights,
-        "kv_bytes_per_step": round(kv),
-        "bytes_per_second": read * rate,
-        "read_bandwidth": read_bandwidth,
-        "bandwidth_fraction": read * rate / read_bandwidth,
-        "compile_seconds": llm.compile_seconds,
-        "memory_bytes": memory,
-    }
-
-
-def peak_memory() -> int:
-    """The most bytes of main memory that this process has held at once."""
-    import resource  # Unix only; a GPU machine of another kind does not need it
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -242,7 +165,7 @@ class Answer:
 
 
 def answer(
-    llm: Engine,
+    llm: LLM,
     prompts: list[list[int]],
     max_new_tokens: int,
     *,
@@ -268,7 +191,7 @@ def answer(
     return answers, Measure(sum(map(len, prompts)), new, len(times) - 2, first, decode)
 
 
-def chat(llm: Engine, args: argparse.Namespace) -> None:
+def chat(llm: LLM, args: argparse.Namespace) -> None:
     """A conversation on the terminal. The cache keeps earlier turns: only tokens it has not seen are prefilled."""
     sys.stdin.reconfigure(errors="replace")
     messages: list[dict] = []
@@ -289,10 +212,10 @@ def chat(llm: Engine, args: argparse.Namespace) -> None:
             continue
         messages.append({"role": "user", "content": text})
         prompt = llm.tokenizer.encode_chat(messages)
-        room = llm.cache.length - len(prompt)
+        room = llm.state.cache.length - len(prompt)
         if room < 1:
             messages.pop()
-            print(f"[the context is full: {len(prompt)} of {llm.cache.length} tokens; /clear starts anew]")
+            print(f"[the context is full: {len(prompt)} of {llm.state.cache.length} tokens; /clear starts anew]")
             continue
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(cached, prompt)))
         start = min(same, len(prompt) - 1)  # at least one token must be fed to get logits
@@ -304,7 +227,7 @@ def chat(llm: Engine, args: argparse.Namespace) -> None:
             reply.finish()
             print()
             if len(reply.tokens) == room and not reply.stopped:
-                print(f"[the context is full: {llm.cache.length} tokens; /clear starts anew]")
+                print(f"[the context is full: {llm.state.cache.length} tokens; /clear starts anew]")
         except KeyboardInterrupt:
             print(" [interrupted]")
         messages.append({"role": "assistant", "content": reply.text})
@@ -326,6 +249,7 @@ def _emit(text: str) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generate text from a transformer checkpoint, fast.")
+    add_model_arguments(parser)
     parser.add_argument("--prompt", type=_int_or_str, default="Hello, my name is", help="text, or a number of tokens")
     parser.add_argument("--prompt_file", type=Path, help="a prompt a line, generated as one ragged batch")
     parser.add_argument("--interactive", action="store_true", help="chat on the terminal")
@@ -340,30 +264,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repetition_penalty", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--stop", action="append", default=[], help="end an answer at this string (may be repeated)")
-    parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--max_seq_length", type=positive, help="length of the KV cache in tokens")
-    parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of activations and plain weights")
-    parser.add_argument("--quantize", metavar="KIND", help="quantise on load: int8, fp8, int4 or int4:GROUP")
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
     parser.add_argument("--compile_prefill", action="store_true", help="compile the prefill, too (for long prompts)")
-    parser.add_argument("--draft_checkpoint_path", type=Path, metavar="PATH", help="speculate by this model's guesses")
+    parser.add_argument("--draft_checkpoint_path", type=Path, metavar="PATH", help="speculate with this model as draft")
     parser.add_argument("--speculate", choices=[PROMPT_LOOKUP], help="speculate by copying from the text so far")
-    parser.add_argument("--speculate_k", type=_int_or_str, help="guesses a round, or auto; 5, or 7 by lookup")
+    parser.add_argument("--speculate_k", type=_int_or_str, help=K_HELP)
     parser.add_argument("--profile", type=Path, help="write a Chrome trace of the last sample to PROFILE.json")
     parser.add_argument("--stream", action="store_true", help="print text as it comes")
     parser.add_argument("--json", action="store_true", help="print the measures as one JSON line, last")
-    parser.add_argument("--device", help="cpu, cuda, cuda:N, mps; by default a GPU where there is one")
     return parser.parse_args()
 
 
 def _int_or_str(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[list[int]]:
@@ -405,9 +319,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     draft = args.draft_checkpoint_path or args.speculate
     if args.draft_checkpoint_path and args.speculate:
         raise UserError("--draft_checkpoint_path and --speculate are two ways to speculate; give one of them")
-    if args.speculate_k is None:
-        args.speculate_k = 7 if args.speculate else 5
-    elif not draft:
+    if args.speculate_k is not None and not draft:
         raise UserError("--speculate_k needs --draft_checkpoint_path PATH or --speculate prompt_lookup")
     if args.profile and not os.access(args.profile.parent, os.W_OK):
         raise UserError(f"--profile {args.profile}: its directory does not exist or cannot be written to")
@@ -419,7 +331,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     print(f"Time to load model: {load_seconds:.02f} seconds", file=sys.stderr)
     reads = tp.rank == 0 and not args.interactive
     prompts = tp.share(read_prompts(args, tokenizer, model.config) if reads else [])
-    llm = Engine(
+    llm = LLM(
         model,
         tokenizer,
         batch_size=max(len(prompts), 1),
@@ -436,7 +348,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     if args.interactive:
         chat(llm, args)
     else:
-        _print_measures(llm, _samples(llm, prompts, args), args.json, load_seconds)
+        print_measures(llm, _samples(llm, prompts, args), args.json, load_seconds)
 
 
 def _cache_length(args: argparse.Namespace, config: ModelConfig, longest: int) -> int | None:
@@ -452,7 +364,7 @@ def _cache_length(args: argparse.Namespace, config: ModelConfig, longest: int) -
     return length
 
 
-def _samples(llm: Engine, prompts: list[list[int]], args: argparse.Namespace) -> list[Measure]:
+def _samples(llm: LLM, prompts: list[list[int]], args: argparse.Namespace) -> list[Measure]:
     measures = []
     options = {"stop_strings": args.stop, "emit": _emit if args.stream else None, "continues": not args.chat}
     for sample in range(1, args.num_samples + 1):
@@ -461,7 +373,7 @@ def _samples(llm: Engine, prompts: list[list[int]], args: argparse.Namespace) ->
         profiled = args.profile and sample == args.num_samples
         with torch.profiler.profile() if profiled else nullcontext() as profiler:
             answers, measure = answer(llm, prompts, args.max_new_tokens, **options)
-            llm.synchronize()
+            llm.state.synchronize()
         texts = [llm.tokenizer.decode(prompt) + reply.text for prompt, reply in zip(prompts, answers)]
         if args.stream:
             texts[0] = ""  # it is there already, but for the end of its line
@@ -475,31 +387,6 @@ def _samples(llm: Engine, prompts: list[list[int]], args: argparse.Namespace) ->
         )
         measures.append(measure)
     return measures
-
-
-def _print_measures(llm: Engine, measures: list[Measure], as_json: bool, load_seconds: float) -> None:
-    """gpt-fast's closing lines and what they leave out, from the sample of median speed."""
-    median = sorted(measures, key=lambda m: m.tokens_per_second)[len(measures) // 2]
-    r = report(llm, median) | {"load_seconds": load_seconds}
-    r["tokens_per_second_of_samples"] = rates = [m.tokens_per_second for m in measures]
-    total = f" ({r['decode_tokens_per_second_total']:.2f} in total)" if llm.batch_size > 1 else ""
-    megabytes = (r["weight_bytes_per_step"] + r["kv_bytes_per_step"]) / 1e6
-    lines = [
-        "==========",
-        f"Batch Size: {llm.batch_size}",
-        f"Time to first token: {r['time_to_first_token']:.3f} seconds",
-        f"Prefill: {r['prefill_tokens_per_second']:.2f} tokens/sec",
-        f"Decode: {r['decode_tokens_per_second']:.2f} tokens/sec{total}",
-        f"Bandwidth achieved: {r['bytes_per_second'] / 1e9:.02f} GB/s ({megabytes:.1f} MB a step), "
-        f"{r['bandwidth_fraction']:.3f} of the {r['read_bandwidth'] / 1e9:.1f} GB/s this device reads",
-    ]
-    if llm.speculator:
-        r["speculation"] = llm.speculator.report(measures[-1].decode_rate)
-        lines.append(summary(r["speculation"]))
-    lines += [f"Average tokens/sec: {sum(rates) / len(rates):.2f}", f"Memory used: {r['memory_bytes'] / 1e9:.02f} GB"]
-    print("\n".join(lines), file=sys.stderr)
-    if as_json:
-        print(json.dumps(r))
 
 
 if __name__ == "__main__":

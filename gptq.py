@@ -1,6 +1,6 @@
 """GPTQ (arXiv 2210.17323): quantise a weight so that the layer's output, not the weight itself, changes least.
 
-Knows nothing of models: a Hessian and a weight go in, integers, scales and zeros on Int4Linear's grid come out.
+Knows nothing of models: a Hessian and a weight go in, integers, scales and zeros on Int4's grid come out.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+import ops
 from errors import UserError
-from linear import Int4Linear
+from linear import Int4
 
 SHRINKS = 21  # ranges that the search tries for a group: from the whole span of its weights down to 0.6 of it
 CHUNK = 1 << 25  # elements of a tensor that the search works on
@@ -89,8 +90,8 @@ def _grid(columns: Tensor, importance: Tensor, candidates: int) -> tuple[Tensor,
     shrinks, best = torch.linspace(1, 0.6, candidates, device=columns.device)[:, None, None], []
     for part in columns.split(max(1, CHUNK // (candidates * len(columns))), 1):
         groups = part.t().contiguous()  # (n, G)
-        scales, zeros = Int4Linear.grid(torch.stack(groups.aminmax(dim=1), 1) * shrinks)  # (candidates, n, 1)
-        error = (Int4Linear.round(groups, scales, zeros) - 8) * scales + zeros - groups  # (candidates, n, G)
+        scales, zeros = Int4.grid(torch.stack(groups.aminmax(dim=1), 1) * shrinks)  # (candidates, n, 1)
+        error = (Int4.round(groups, scales, zeros) - 8) * scales + zeros - groups  # (candidates, n, G)
         index = (error.square() @ importance).argmin(0)[None, :, None]
         best.append(torch.cat((scales, zeros), 2).take_along_dim(index, 0)[0])
     return torch.cat(best).unbind(1)
@@ -99,27 +100,18 @@ def _grid(columns: Tensor, importance: Tensor, candidates: int) -> tuple[Tensor,
 @lru_cache(maxsize=8)  # a model has no more shapes
 def _rounder(n: int, N: int, device: torch.device) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(columns (n, N) in units of the grid's step and from its start, u (n, n)) -> codes 0..15 and errors, fp32 (n, N),
-    valid until the next call: rounds a column after the other, each moving those after it by its error and u."""
-    columns, codes, errors = torch.zeros(3, n, N, device=device)
-    u = torch.zeros(n, n, device=device)
+    valid until the next call: rounds a column after the other, each moving those after it by its error and u. Columns
+    are overwritten."""
+    codes, errors = torch.zeros(2, n, N, device=device)
 
-    def run() -> None:
+    def rounded(columns: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         for k in range(n):
             torch.round(columns[k], out=codes[k]).clamp_(0, 15)
             torch.sub(columns[k], codes[k], out=errors[k])
             columns[k + 1 :].addr_(u[k, k + 1 :], errors[k], alpha=-1)
-
-    if device.type == "cuda":  # where each of these kernels takes less time than launching it
-        run()  # loads the kernels, which capturing must not do
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph):
-            run()
-        run = graph.replay
-
-    def rounded(given: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        columns.copy_(given)
-        u.copy_(weights)
-        run()
         return codes, errors
 
+    if device.type == "cuda":  # where each of these kernels takes less time than launching it
+        with torch.cuda.device(device):
+            return ops.capture(rounded, torch.zeros_like(codes), torch.zeros(n, n, device=device))
     return rounded

@@ -1,14 +1,16 @@
-"""Linear layers for every kind of weight, behind one signature: y = [residual +] W norm(x) [+ bias].
+"""Linear layers for every kind of weight, split over ranks or not, and the kinds themselves. On disk, for every device:
 
-A few rows (decoding) on an NVIDIA GPU go to the fused kernels; all else is plain PyTorch. On disk, for every device:
-
+    plain  weight bf16, fp16 or fp32 (N, K)
     int8   weight int8 (N, K), scales bf16 (N,):           w = q * scale             (gpt-fast's file)
     fp8    weight float8_e4m3fn (N, K), scales bf16 (N,):  w = q * scale
     int4   weight uint8 (N, K'/2), low nibble first, scales and zeros bf16 (N, K'/G): w = (q - 8) * scale + zero,
            where K' is K padded up to a multiple of the group G
+
+How a layer is computed is ops' business.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -16,87 +18,33 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import cpu
-import gemv
+import ops
 from errors import UserError
+from tp import TensorParallel, cut
 
 GROUPS = (32, 64, 128, 256)
-PIECE = 2**20  # weights widened to fp32 at a time
+CHUNK = 1 << 20  # weights quantised at a time: fp32 copies of a large output would not fit
 
 
-class Linear(nn.Module):
-    """A linear layer with a bf16, fp16 or fp32 weight (N, K), and the base of the quantised ones.
+class Plain:
+    """A weight in floating point."""
 
-    `norm` is an RMSNorm to apply to x first, `residual` a tensor to add to the result: a kernel does both on the way.
-    """
+    @staticmethod
+    def matches(weight: Tensor, shapes: dict[str, tuple], N: int, K: int) -> bool:
+        return weight.dtype in (torch.float32, torch.float16, torch.bfloat16) and shapes == {"weight": (N, K)}
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self.register_parameter("scales", None)
-        self.register_parameter("zeros", None)
-        self.widen = False  # whether to multiply in fp32, for a CPU without half-precision arithmetic
-        self.on_cpu = False  # whether the CPU's kernels take this weight
-
-    @classmethod
-    def from_tensors(cls, in_features: int, out_features: int, tensors: dict[str, Tensor]) -> "Linear":
-        """The layer that these tensors (weight; scales, zeros, bias where there are any) make up. Nothing is copied."""
-        with torch.device("meta"):
-            layer = cls(in_features, out_features)
-        for name, tensor in tensors.items():
-            setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
-        return layer
-
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight as the matrix (N, K) it stands for."""
-        return gemv.dequantize(self.weight, self.scales, self.zeros, dtype)[:, : self.in_features]
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """W x for x (..., K), in plain PyTorch."""
-        if self.widen and x.numel() > 6 * x.shape[-1]:  # in pieces: fresh memory for all of an output layer is slow
-            pieces = self.dequantized(x.dtype).split(max(1, PIECE // self.in_features))
-            return torch.cat([F.linear(x.float(), piece.float()) for piece in pieces], -1).to(x.dtype)
-        return F.linear(x, self.dequantized(x.dtype))
-
-    def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Lay the weight out for the device it is on and activations of `dtype`. Called once, after loading."""
-        self.widen = _half_is_slow(self.weight.device, dtype)
-        self.on_cpu = cpu.takes(self.weight, self.scales, self.bias, dtype)
-
-    def forward(
-        self, x: Tensor, norm=None, residual: Tensor | None = None, fp32: bool = False, gates: bool = False
-    ) -> Tensor:
-        """x (..., K) -> (..., N) in x's dtype, or fp32 if asked; with `gates`, if `interleaved`, (..., N / 2)."""
-        gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        if gemv.takes(x, self.weight, gain):
-            dtype = torch.float32 if fp32 else x.dtype
-            return gemv.linear(x, self.weight, self.scales, self.bias, gain, eps, residual, dtype, gates)
-        if self.on_cpu and x.numel() <= cpu.MAX_ROWS * x.shape[-1]:
-            return cpu.linear(x, self.weight, self.scales, self.zeros, self.bias, gain, eps, residual, fp32, gates)
-        y = self.matmul(x if norm is None else norm(x))
-        if self.bias is not None:
-            y = y + self.bias
-        if gates:
-            y = gemv.gated(y)
-        if residual is not None:
-            y = residual + y
-        return y.float() if fp32 else y
+    @staticmethod
+    def columns(tensors: dict[str, Tensor], part: range) -> dict[str, Tensor]:
+        """The columns `part` of a weight, with zeros where they reach past its end."""
+        return {**tensors, "weight": cut(tensors["weight"], 1, part)}
 
 
-def interleaved(gate: Linear, up: Linear) -> Linear | None:
-    """One layer with the rows of both by turns of 8, for `gates`, if they are of one kind. Neither may be packed."""
-    ours, theirs = dict(gate.named_parameters()), dict(up.named_parameters())
-    kinds = [{name: (t.dtype, t.shape) for name, t in own.items()} for own in (ours, theirs)]
-    if gate.out_features % 8 or kinds[0] != kinds[1]:
-        return None
-    turns = {k: torch.stack([t.unflatten(0, (-1, 8)) for t in (ours[k], theirs[k])], 1).flatten(0, 2) for k in ours}
-    return type(gate).from_tensors(gate.in_features, 2 * gate.out_features, turns)
-
-
-class Int8Linear(Linear):
+class Int8(Plain):
     """Symmetric int8, one scale per output row."""
+
+    @staticmethod
+    def matches(weight: Tensor, shapes: dict[str, tuple], N: int, K: int) -> bool:
+        return weight.dtype is torch.int8 and shapes == {"weight": (N, K), "scales": (N,)}
 
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
@@ -108,8 +56,12 @@ class Int8Linear(Linear):
         return {"weight": q.to(torch.int8), "scales": scales}
 
 
-class FP8Linear(Linear):
+class FP8(Plain):
     """8-bit floating point (e4m3, arXiv 2209.05433), one scale per output row."""
+
+    @staticmethod
+    def matches(weight: Tensor, shapes: dict[str, tuple], N: int, K: int) -> bool:
+        return weight.dtype is torch.float8_e4m3fn and shapes == {"weight": (N, K), "scales": (N,)}
 
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
@@ -119,14 +71,29 @@ class FP8Linear(Linear):
         q = (weight / scales.float()[:, None]).clamp(-top, top)  # the scale may have been rounded down
         return {"weight": q.to(torch.float8_e4m3fn), "scales": scales}
 
-    def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        if self.weight.is_cpu:  # CPUs convert e4m3 more slowly than they would read the wider weight
-            self.weight, self.scales = nn.Parameter(self.dequantized(dtype), requires_grad=False), None
-        super().pack(dtype)
 
-
-class Int4Linear(Linear):
+class Int4(Plain):
     """Asymmetric int4 in groups of G = 32, 64, 128 or 256 along K (padded to K'): w = (q - 8) * scale + zero."""
+
+    @staticmethod
+    def matches(weight: Tensor, shapes: dict[str, tuple], N: int, K: int) -> bool:
+        groups = ((G, math.ceil(K / G)) for G in GROUPS)
+        fitting = ({"weight": (N, n * G // 2), "scales": (N, n), "zeros": (N, n)} for G, n in groups)
+        return weight.dtype is torch.uint8 and shapes in fitting
+
+    @staticmethod
+    def columns(tensors: dict[str, Tensor], part: range) -> dict[str, Tensor]:
+        """A group that straddles two ranks becomes smaller ones of the same scale, on both of them."""
+        weight, scales = tensors["weight"], tensors["scales"]
+        old = 2 * weight.shape[1] // scales.shape[1]
+        new = math.gcd(old, part.start)
+        if new not in GROUPS:  # heads of an odd size: keep the values, give up the format
+            plain = ops.dequantize(weight, scales, tensors["zeros"], torch.float32)
+            return {k: t for k, t in tensors.items() if k == "bias"} | {"weight": cut(plain, 1, part)}
+        n = math.ceil(len(part) / new)
+        group = ((part.start + torch.arange(n) * new) // old).clamp(max=scales.shape[1] - 1)  # of old, for each new one
+        piece = cut(weight, 1, range(part.start // 2, (part.start + n * new) // 2))
+        return {**tensors, "weight": piece, "scales": scales[:, group], "zeros": tensors["zeros"][:, group]}
 
     @staticmethod
     def grid(groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,8 +112,8 @@ class Int4Linear(Linear):
         """Round to nearest."""
         weight = F.pad(weight.float()[None], (0, -weight.shape[1] % group), mode="replicate")[0]  # widens no range
         groups = weight.unflatten(1, (-1, group))
-        scales, zeros = Int4Linear.grid(groups)
-        return Int4Linear.tensors(Int4Linear.round(groups, scales, zeros).flatten(1), scales[..., 0], zeros[..., 0])
+        scales, zeros = Int4.grid(groups)
+        return Int4.tensors(Int4.round(groups, scales, zeros).flatten(1), scales[..., 0], zeros[..., 0])
 
     @staticmethod
     def tensors(q: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
@@ -154,12 +121,101 @@ class Int4Linear(Linear):
         q = q.to(torch.uint8)
         return {"weight": q[:, ::2] | q[:, 1::2] << 4, "scales": scales.bfloat16(), "zeros": zeros.bfloat16()}
 
+
+KINDS = (Plain, Int8, FP8, Int4)
+
+
+def kind_of(N: int, K: int, tensors: dict[str, Tensor], name: str) -> type[Plain]:
+    """The kind that dtypes and shapes tell. Raises UserError where they tell of no (N, K) linear layer."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if shapes.pop("bias", (N,)) == (N,) and "weight" in shapes:
+        for kind in KINDS:
+            if kind.matches(tensors["weight"], shapes, N, K):
+                return kind
+    found = ", ".join(f"{key} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for key, t in tensors.items())
+    raise UserError(
+        f"{name or 'a linear layer'} needs a plain, int8, fp8 or int4 weight for {[N, K]}; found {found or 'none'}"
+    )
+
+
+class Linear(nn.Module):
+    """A linear layer (N, K), or a rank's part of it, of any kind of weight. Build it under torch.device("meta").
+
+    rows: the rows of the weight that this rank holds (column-parallel, in Megatron-LM's words), all by default; its
+    result has these features only, or with `gather` those of all ranks. columns: the columns that it holds
+    (row-parallel), which meet that part of x; the result is the sum over the ranks. fp32: the result's dtype, else x's.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        tp: TensorParallel | None = None,
+        rows: Sequence[range] = (),
+        columns: range | None = None,
+        gather: bool = False,
+        fp32: bool = False,
+    ):
+        super().__init__()
+        tp = tp or TensorParallel()
+        self.shape = (out_features, in_features)  # of the whole weight
+        self.rank, self.world, self.rows, self.columns = tp.rank, tp.world, rows, columns
+        self.in_features = in_features if columns is None else len(columns)
+        self.out_features = sum(map(len, rows)) if rows else out_features
+        self.reduce = "" if tp.world == 1 else "gather" if gather else "sum" if columns is not None else ""
+        self.fp32, self.swiglu = fp32, False
+        self.kind: type[Plain] = Plain
+        for name in ("weight", "bias", "scales", "zeros"):
+            self.register_parameter(name, None)
+        weight = {"weight": torch.empty(self.out_features, self.in_features)}
+        self.assign(weight | ({"bias": torch.empty(self.out_features)} if bias else {}))
+        self.backends: tuple[Callable, ...] = (ops.plain,)
+
+    def assign(self, tensors: dict[str, Tensor], name: str = "") -> "Linear":
+        """Take these tensors (weight; scales, zeros, bias where there are any), as on disk, of this rank's part.
+        Nothing is copied. Raises UserError where they make up no such layer."""
+        self.kind = kind_of(self.out_features, self.in_features, tensors, name)
+        for key in ("weight", "bias", "scales", "zeros"):
+            setattr(self, key, nn.Parameter(tensors[key], requires_grad=False) if key in tensors else None)
+        return self
+
+    def shard(self, tensors: dict[str, Tensor], name: str = "") -> dict[str, Tensor]:
+        """This rank's part of the whole layer's tensors. Only that part of a mapped file is read. Raises UserError
+        where they make up no such layer."""
+        kind = kind_of(*self.shape, tensors, name)
+        if self.world == 1:
+            return tensors
+        if self.columns is None:
+            return {key: cut(t, 0, *self.rows) if self.rows else t for key, t in tensors.items()}
+        return kind.columns({k: t for k, t in tensors.items() if k != "bias" or self.rank == 0}, self.columns)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight as the matrix (N, K) it stands for."""
+        return ops.dequantize(self.weight, self.scales, self.zeros, dtype)[:, : self.in_features]
+
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        super().pack(dtype)
-        if dtype.itemsize == 2 and self.weight.is_cuda and self.out_features % 8 == 0:
-            weight, scales = gemv.pack_int4(self.weight, self.scales, self.zeros)
-            self.weight = nn.Parameter(weight, requires_grad=False)
-            self.scales, self.zeros = nn.Parameter(scales, requires_grad=False), None
+        """Lay the weight out for the device it is on and activations of `dtype`. Called once, after loading."""
+        ops.prepare_linear(self, dtype)
+
+    def forward(self, x: Tensor, norm: nn.RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        """[residual +] W norm(x) [+ bias]: x (..., K) -> (..., N) in x's dtype, or fp32 if the layer is such."""
+        y = ops.linear(self, x, norm, residual)
+        return y[..., : self.shape[0]] if self.reduce == "gather" else y  # the last rank may end in padding
+
+
+def interleaved(gate: Linear, up: Linear) -> Linear | None:
+    """SwiGLU's two layers as one that makes silu(gate x) * up x, if they are of one kind: rows interleaved by 8."""
+    ours, theirs = dict(gate.named_parameters()), dict(up.named_parameters())
+    kinds = [{name: (t.dtype, t.shape) for name, t in own.items()} for own in (ours, theirs)]
+    if gate.out_features % 8 or kinds[0] != kinds[1]:
+        return None
+    blocks = {k: torch.stack([t.unflatten(0, (-1, 8)) for t in (ours[k], theirs[k])], 1).flatten(0, 2) for k in ours}
+    with torch.device("meta"):
+        both = Linear(gate.in_features, 2 * gate.out_features).assign(blocks)
+    both.swiglu = True
+    return both
 
 
 def quantizer(mode: str) -> Callable[[Tensor], dict[str, Tensor]]:
@@ -167,50 +223,32 @@ def quantizer(mode: str) -> Callable[[Tensor], dict[str, Tensor]]:
     32) or "int4:GROUP". Raises UserError for any other mode or group."""
     kind, _, group = mode.partition(":")
     if kind == "int4" and (group or "32") in map(str, GROUPS):
-        return partial(Int4Linear.quantize, group=int(group or 32))
+        return partial(Int4.quantize, group=int(group or 32))
     if mode in ("int8", "fp8"):
-        return Int8Linear.quantize if mode == "int8" else FP8Linear.quantize
+        return Int8.quantize if mode == "int8" else FP8.quantize
     raise UserError(f"cannot quantise to {mode!r}; accepted: int8, fp8, int4, int4:32, int4:64, int4:128, int4:256")
 
 
-def quantize_linear(mode: str, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """A linear layer's tensors (weight (N, K) and perhaps bias) with the weight quantised; the bias stays as it is.
+def quantize_linear(
+    mode: str, tensors: dict[str, Tensor], name: str, device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """A linear layer's tensors (weight (N, K) and perhaps bias) with the weight quantised on `device` (by default where
+    it is), some rows at a time; the bias stays as it is.
 
     Raises UserError for an unknown mode, and for a weight that is absent, quantised already or not finite.
     """
-    weight = tensors.get("weight")
+    quantize, weight = quantizer(mode), tensors.get("weight")
     if weight is None:
         raise UserError(f"{name} has no weight")
     if "scales" in tensors or weight.dtype.itemsize < 2:
         raise UserError(f"{name} is quantised already ({weight.dtype}); give the full-precision checkpoint")
-    if not weight.isfinite().all():
-        raise UserError(f"{name} holds NaN or infinite weights")
-    return {**tensors, **quantizer(mode)(weight)}
-
-
-def linear_from_tensors(in_features: int, out_features: int, tensors: dict[str, Tensor], name: str = "") -> Linear:
-    """The layer of the kind that dtypes and shapes tell. Raises UserError where they tell of no (N, K) linear layer."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    N, K = out_features, in_features
-    dtype = tensors["weight"].dtype if "weight" in tensors else None
-    if shapes.pop("bias", (N,)) != (N,):
-        dtype = None
-    if dtype in (torch.float32, torch.float16, torch.bfloat16) and shapes == {"weight": (N, K)}:
-        return Linear.from_tensors(K, N, tensors)
-    if dtype in (torch.int8, torch.float8_e4m3fn) and shapes == {"weight": (N, K), "scales": (N,)}:
-        return (Int8Linear if dtype is torch.int8 else FP8Linear).from_tensors(K, N, tensors)
-    if dtype is torch.uint8 and any(
-        shapes == {"weight": (N, n * G // 2), "scales": (N, n), "zeros": (N, n)} for G in GROUPS for n in (-(-K // G),)
-    ):
-        return Int4Linear.from_tensors(K, N, tensors)
-    found = ", ".join(f"{key} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for key, t in tensors.items())
-    raise UserError(
-        f"{name or 'a linear layer'} needs a plain, int8, fp8 or int4 weight for {[N, K]}; found {found or 'none'}"
-    )
-
-
-def _half_is_slow(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether fp32 multiplies faster than `dtype`: half precision on an x86 CPU without AVX-512."""
-    if device.type != "cpu" or dtype.itemsize != 2 or not torch.backends.mkldnn.is_available():
-        return False
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    device = weight.device if device is None else device
+    out = {key: torch.empty_like(t, device=device) for key, t in quantize(weight.to("meta")).items()}
+    step = max(1, CHUNK // weight.shape[1])
+    for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
+        piece = weight[rows].to(device)
+        if not piece.isfinite().all():
+            raise UserError(f"{name} holds NaN or infinite weights")
+        for key, tensor in quantize(piece).items():
+            out[key][rows] = tensor
+    return tensors | out

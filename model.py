@@ -4,6 +4,7 @@ Letters in shape comments: B batch, S new tokens, T cache length, H query heads,
 C model dim.
 """
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -15,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import RMSNorm
 
-from attention import attend
+import ops
 from errors import UserError
 from formats.config import builtin, config_fields
 from linear import Linear, interleaved
-from tp import TensorParallel
+from tp import TensorParallel, cut
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ModelConfig:
         return cls.from_hf(builtin(name))
 
 
-def _alike(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _repeated(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Let torch.compile compile a method for the first layer and reuse it for the others, when decoding a token a row
     (these regions do not take the dynamic lengths of a prefill)."""
     region = torch.compiler.nested_compile_region(method)
@@ -79,52 +80,31 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel):
         super().__init__()
-        H, Hkv = map(len, tp.heads(config.n_head, config.n_local_heads))
-        D = config.head_dim
-        self.tp, self.n_head, self.eps = tp, H, config.norm_eps
+        H, Hkv, D = config.n_head, config.n_local_heads, config.head_dim
+        queries, keys = tp.heads(H, Hkv)
+        parts = ((0, queries), (H, keys), (H + Hkv, keys))  # of wqkv's heads, this rank's
+        rows = [range((first + own.start) * D, (first + own.stop) * D) for first, own in parts]
+        self.n_head = len(queries)
         self.window = config.windows[layer] if config.windows else 0
-        self.entry = layer == 0
         self.rotates = not config.rope_layers or config.rope_layers[layer]
-        self.wqkv = Linear(config.dim, (H + 2 * Hkv) * D, bias=config.qkv_bias)
-        self.wo = Linear(H * D, config.dim, bias=config.o_bias)
+        self.wqkv = Linear(config.dim, (H + 2 * Hkv) * D, config.qkv_bias, tp=tp, rows=rows)
+        self.wo = Linear(H * D, config.dim, config.o_bias, tp=tp, columns=rows[0])
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        ops.prepare_attention(self)
 
-    def forward(
-        self,
-        x: Tensor,
-        norm: RMSNorm,
-        input_pos: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rope: Tensor,
-        context: int,
-        ahead: Tensor | None = None,
-    ) -> Tensor:
-        y = attend(
-            self.project_in(x, norm),
-            k,
-            v,
-            input_pos,
-            rope if self.rotates else None,
-            self.q_norm.weight if self.q_norm else None,
-            self.k_norm.weight if self.k_norm else None,
-            eps=self.eps,
-            n_head=self.n_head,
-            window=self.window,
-            context=context,
-            ahead=ahead,
-            entry=self.entry,
-        )
-        return self.project_out(y, x)
+    def forward(self, x: Tensor, norm: RMSNorm, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
+        """x + attention(norm(x))"""
+        qkv = self.project_in(x, norm)
+        return self.project_out(ops.attention(self, qkv, k, v, input_pos, rope if self.rotates else None), x)
 
-    @_alike
+    @_repeated
     def project_in(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        return self.wqkv(x, norm=norm)
+        return self.wqkv(x, norm)
 
-    @_alike
+    @_repeated
     def project_out(self, y: Tensor, x: Tensor) -> Tensor:
-        return self.tp.project(self.wo, y, residual=x)
+        return self.wo(y, residual=x)
 
 
 class FeedForward(nn.Module):
@@ -132,25 +112,23 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel):
         super().__init__()
-        self.tp, hidden = tp, len(tp.part(config.intermediate_size, 32))
-        self.w1 = Linear(config.dim, hidden, bias=config.mlp_bias)
-        self.w3 = Linear(config.dim, hidden, bias=config.mlp_bias)
-        self.w2 = Linear(hidden, config.dim, bias=config.mlp_bias)
+        size, hidden = config.intermediate_size, tp.part(config.intermediate_size, 32)
+        self.w1 = Linear(config.dim, size, config.mlp_bias, tp=tp, rows=[hidden])
+        self.w3 = Linear(config.dim, size, config.mlp_bias, tp=tp, rows=[hidden])
+        self.w2 = Linear(size, config.dim, config.mlp_bias, tp=tp, columns=hidden)
         self.w13: Linear | None = None  # what `merge` makes of w1 and w3
 
     def merge(self) -> None:
-        """Make w1 and w3 one layer, if they are of one kind, as the kernel that gates wants them."""
+        """Make w1 and w3 one layer, if they are of one kind."""
         self.w13 = interleaved(self.w1, self.w3)
         if self.w13:
             self.w1 = self.w3 = None
 
-    @_alike
+    @_repeated
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        if self.w13:
-            hidden = self.w13(x, norm=norm, gates=True)
-        else:
-            hidden = F.silu(self.w1(x, norm=norm)) * self.w3(x, norm=norm)
-        return self.tp.project(self.w2, hidden, residual=x)
+        """x + feed_forward(norm(x))"""
+        hidden = self.w13(x, norm) if self.w13 else F.silu(self.w1(x, norm)) * self.w3(x, norm)
+        return self.w2(hidden, residual=x)
 
 
 class TransformerBlock(nn.Module):
@@ -161,12 +139,32 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor, context: int = 0) -> Tensor:
+    def forward(self, x: Tensor, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
         """x: (B, S, C); k, v: this layer's caches (B, Hkv, T, D), written in place."""
-        # Norm and residual belong to the linears beside them, so that a kernel can fuse them.
-        ahead = self.feed_forward.w13.weight if self.feed_forward.w13 else None
-        x = self.attention(x, self.attention_norm, input_pos, k, v, rope, context, ahead)
+        # Each part takes its norm and returns x plus its result, so that the linears beside them can fuse both.
+        x = self.attention(x, self.attention_norm, input_pos, k, v, rope)
         return self.feed_forward(x, self.ffn_norm)
+
+
+class Embedding(nn.Module):
+    """Token ids to features; a rank holds some rows of the table (V, C)."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel):
+        super().__init__()
+        self.shape = (config.vocab_size, config.dim)  # of the whole table
+        self.tp, self.rows = tp, tp.part(config.vocab_size, 16)
+        self.weight = nn.Parameter(torch.empty(len(self.rows), config.dim), requires_grad=False)
+
+    def shard(self, table: Tensor) -> Tensor:
+        """This rank's part of the whole table."""
+        return cut(table, 0, self.rows) if self.tp.world > 1 else table
+
+    def forward(self, tokens: Tensor, start: Tensor | None = None, length: int = 0) -> Tensor:
+        """tokens int64 (B, S) -> (B, S, C). With start int64 (B,): tokens hold one for each position, of which
+        those from start on are wanted, `length` a row."""
+        alone = self.tp.world == 1
+        x = ops.embed(self.weight, tokens, start, length or tokens.shape[1], None if alone else self.rows.start)
+        return x if alone else ops.all_reduce(x, False, self.tp.rank, self.tp.world)
 
 
 class Transformer(nn.Module):
@@ -175,25 +173,27 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, tp: TensorParallel | None = None):
         super().__init__()
         self.config, self.tp = config, tp or TensorParallel()
-        rows = len(self.tp.part(config.vocab_size, 16))
-        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(rows, config.dim))
+        self.tok_embeddings = Embedding(config, self.tp)
         self.layers = nn.ModuleList(TransformerBlock(config, layer, self.tp) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Linear(config.dim, rows)
+        rows = [self.tok_embeddings.rows]
+        self.output = Linear(config.dim, config.vocab_size, tp=self.tp, rows=rows, gather=True, fp32=True)
         if config.tied:
             self.output.weight = self.tok_embeddings.weight
         self.requires_grad_(False)
 
     def pack(self, dtype: torch.dtype) -> None:
         """Lay the weights out for the device they are on and activations of `dtype`. Called once, after loading."""
-        device = self.norm.weight.device.type
-        for layer in self.layers:
-            if device == "cpu" or (device == "cuda" and dtype.itemsize == 2):  # where kernels gate
-                layer.feed_forward.merge()
+        if self.norm.weight.is_meta:
+            return
+        for i, layer in enumerate(self.layers):
+            layer.feed_forward.merge()
             for module in layer.modules():
                 if isinstance(module, Linear):
                     module.pack(dtype)
-            if device == "cuda":
+            following = layer.feed_forward.w13 or layer.feed_forward.w1
+            ops.prepare_attention(layer.attention, first_layer=i == 0, following=following.weight)
+            if self.norm.weight.is_cuda:
                 torch.cuda.empty_cache()  # the tensors replaced leave holes that none of the new ones fits
         self.output.pack(dtype)
 
@@ -202,24 +202,19 @@ class Transformer(nn.Module):
         like = {"dtype": self.norm.weight.dtype, "device": self.norm.weight.device}
         return KVCache(self.config, batch_size, length, shards=self.tp.world, **like)
 
-    def hidden(self, tokens: Tensor, input_pos: Tensor, cache: "KVCache", *, new: int = 0, context: int = 0) -> Tensor:
-        """What the output layer reads of new tokens (before the last norm), whose keys and values enter the cache.
+    def hidden(self, x: Tensor, input_pos: Tensor, cache: "KVCache") -> Tensor:
+        """What the output layer reads (before the last norm) of new tokens' embeddings x (B, S, C), whose keys and
+        values enter the cache: (B, S, C). input_pos: (B,) int, the position of each row's first new token.
 
         Positions past a row's end may hold padding: what it writes is overwritten before a real token can see it.
-
-        tokens: (B, S) int, the new tokens of each row; input_pos: (B,) int, the position of each row's first new token;
-        new: if not 0, tokens (B, ..) holds a token for each position, of which S = new from input_pos on are new;
-        context: an upper bound of the positions in use after this call when the host knows one (0: it does not),
-        which spares reading it from the device. Returns (B, S, C).
         """
-        x = self.tp.embed(self.tok_embeddings.weight, tokens, input_pos if new else None, new or tokens.shape[1])
         for layer, k, v in zip(self.layers, cache.k, cache.v):
-            x = layer(x, input_pos, k, v, cache.rope, context)
+            x = layer(x, input_pos, k, v, cache.rope)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
         """The output layer: (..., C) -> fp32 (..., V)."""
-        return self.tp.gather(self.output, x, self.norm, self.config.vocab_size)
+        return self.output(x, self.norm)
 
     def forward(
         self,
@@ -229,14 +224,12 @@ class Transformer(nn.Module):
         *,
         last: Tensor | None = None,
         all_logits: bool = False,
-        new: int = 0,
-        context: int = 0,
     ) -> Tensor:
-        """Logits of new tokens, arguments as `hidden`'s: fp32 (B, 1, V), or (B, S, V) with all_logits.
+        """Logits of new tokens int64 (B, S) at input_pos (see `hidden`): fp32 (B, 1, V), or (B, S, V) with all_logits.
 
         last: (B,) int, the index in S whose logits are wanted, by default the last.
         """
-        x = self.hidden(tokens, input_pos, cache, new=new, context=context)
+        x = self.hidden(self.tok_embeddings(tokens), input_pos, cache)
         if not all_logits:
             x = x[:, -1:] if last is None else x[torch.arange(len(x), device=x.device), last].unsqueeze(1)
         return self.logits(x)
@@ -256,6 +249,13 @@ class KVCache:
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.rope = rope_table(config, length).to(device)
+
+    def first(self, length: int) -> "KVCache":
+        """The first positions of it, sharing memory: what lies beyond costs nothing then."""
+        part = copy.copy(self)
+        part.length = min(length, self.length)
+        part.k, part.v = ([t[:, :, : part.length] for t in own] for own in (self.k, self.v))
+        return part
 
     @property
     def bytes_per_position(self) -> int:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import load_model, new_state_dict, quantized, torch_load
+import ops
+from checkpoint import load_model, new_state_dict, torch_load
+from cli import DEFAULT_CHECKPOINT, peak_memory, pick_device, positive
 from errors import UserError, run_cli
-from eval import load_tasks, read_text
-from generate import DEFAULT_CHECKPOINT, peak_memory, pick_device, positive
 from gptq import Hessian, gptq
-from linear import GROUPS, Int4Linear, Linear, quantizer
+from linear import GROUPS, Int4, Linear, Plain, quantize_linear, quantizer
 from model import KVCache, ModelConfig, RMSNorm, Transformer, TransformerBlock
+from texts import read_text, task_documents
 from tokenizer import load_tokenizer
 
 SHORTEST = 32  # tokens of a calibration sequence
@@ -31,7 +32,7 @@ def open_model(path: Path) -> tuple[Transformer, dict[str, Tensor], list[str]]:
     """
     state, model = dict(torch_load(path)), load_model(path, device="meta")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    if quantised := [name for name, linear in linears.items() if type(linear) is not Linear]:
+    if quantised := [name for name, linear in linears.items() if linear.kind is not Plain]:
         raise UserError(f"{path} is quantised already ({quantised[0]}); give the full-precision checkpoint")
     state.setdefault("output.weight", state["tok_embeddings.weight"])
     return model, state, list(linears)
@@ -60,7 +61,7 @@ def quantize_checkpoint(source: Path, target: Path, mode: str, device: torch.dev
     """
     _, state, linears = open_model(source)
     tensors = ((name, {"weight": state[f"{name}.weight"]}) for name in linears)
-    results = ((name, quantized(mode, own, f"{source}: {name}", device)) for name, own in tensors)
+    results = ((name, quantize_linear(mode, own, f"{source}: {name}", device)) for name, own in tensors)
     write_checkpoint(target, state, linears, mode, results)
 
 
@@ -93,9 +94,8 @@ def gptq_checkpoint(
         for name, linear, hessian in calibrated(model, state, activations, device):
             if not linear.weight.isfinite().all():
                 raise UserError(f"{source}: {name} holds NaN or infinite weights")
-            own = Int4Linear.tensors(*gptq(linear.weight, hessian.mean, group, **options))
-            int4 = Int4Linear.from_tensors(linear.in_features, linear.out_features, own)
-            linear.weight.data = int4.dequantized(linear.weight.dtype)
+            own = Int4.tensors(*gptq(linear.weight, hessian.mean, group, **options))
+            linear.weight.data = ops.dequantize(*own.values(), linear.weight.dtype)[:, : linear.in_features]
             yield name, own
 
     write_checkpoint(target, state, linears, f"int4:{group}", results())
@@ -129,7 +129,7 @@ def calibrated_block(
     def attention(x: Tensor) -> Tensor:
         cache = KVCache(replace(config, n_layer=1), *x.shape[:2], dtype=x.dtype, device=device)
         start = torch.zeros(len(x), dtype=torch.int32, device=device)
-        return block.attention(x, block.attention_norm, start, cache.k[0], cache.v[0], cache.rope, x.shape[1])
+        return block.attention(x, block.attention_norm, start, cache.k[0], cache.v[0], cache.rope)
 
     def feed_forward(x: Tensor) -> Tensor:
         return block.feed_forward(x, block.ffn_norm)
@@ -161,23 +161,6 @@ def input_hessian(activations: list[Tensor], norm: RMSNorm) -> Hessian:
 
 
 # --- calibration text -------------------------------------------------------------------------------------------------
-
-
-def task_documents(tasks: list[str], include_path: Path | None = None) -> Iterator[str]:
-    """The text of each document of lm-eval tasks: what a model would read, and the answer it should give."""
-    try:
-        loaded = load_tasks(tasks, include_path)["tasks"].values()
-    except UserError as error:
-        raise UserError(f"{error}; any text serves as well, with --calibration_file") from None
-    for task in loaded:
-        split = next(s for s in ("training", "validation", "test") if getattr(task, f"has_{s}_docs")())
-        for doc in getattr(task, f"{split}_docs")():
-            prompt, target = task.doc_to_text(doc), task.doc_to_target(doc)
-            if isinstance(prompt, int):  # the option that completes it, as in winogrande
-                prompt = task.doc_to_choice(doc)[prompt]
-            if isinstance(target, int):
-                target = task.doc_to_choice(doc)[target]
-            yield task.config.target_delimiter.join(t for t in (prompt, target) if isinstance(t, str) and t)
 
 
 def calibration_sequences(

@@ -1,6 +1,6 @@
 """Measure whole generations against the device's read bandwidth: a table, JSON, and a plot of speed against the limit.
 
-    python scripts/bench.py                                        # the shapes and modes of the README's table
+    python scripts/bench.py                                        # shapes and modes of benchmarks/README.md
     python scripts/bench.py --models 7B --modes bf16 int4 --rows 1 8 16
     python scripts/bench.py --checkpoint_path checkpoints/$MODEL_REPO/model_int8.pth
 
@@ -25,15 +25,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
-import kernels
+import ops
 from checkpoint import DTYPES, load_model
+from cli import pick_device
+from engine import Engine
 from errors import UserError, read_json, run_cli
 from formats.config import BUILTIN
-from generate import Engine, generate, pick_device, weight_bytes
-from linear import GROUPS, Linear, linear_from_tensors
+from generate import generate
+from linear import GROUPS, Linear
+from measure import weight_bytes
 from model import ModelConfig, Transformer
+from ranks import session
 from sampling import Sampler
-from tp import TensorParallel, session
+from tp import TensorParallel
 
 MODELS = ("7B", "Llama-3.1-8B", "Llama-3.2-1B")
 MODES = ("bf16", "int8", "int4")
@@ -71,7 +75,7 @@ def random_model(
             if name == "output" and config.tied and mode == "bf16":
                 continue
             tensors = random_tensors(mode, module.out_features, module.in_features, device, dtype)
-            model.set_submodule(name, linear_from_tensors(module.in_features, module.out_features, tensors, name))
+            module.assign(tensors, name)
         elif name == "tok_embeddings":
             module.weight = torch.nn.Parameter(
                 torch.randn(module.weight.shape, dtype=dtype, device=device) * config.dim**-0.5, requires_grad=False
@@ -116,7 +120,7 @@ def measure(name: str, mode: str, model: Transformer, args: argparse.Namespace, 
     first = time.perf_counter() - start
     rates, prefills = [], []
     for _ in range(args.runs + 1):  # the first warms up
-        llm.synchronize()
+        llm.state.synchronize()
         begin = time.perf_counter()
         for count, _ in enumerate(generate(llm, prompt, args.max_new_tokens), 1):
             if count == 1:
@@ -236,7 +240,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         raise UserError(f"--json {args.json}: its directory does not exist")
     device, dtype = pick_device(args.device), DTYPES[args.precision]
     configs = {name: ModelConfig.from_name(name) for name in args.models}
-    bandwidth = kernels.read_bandwidth(device)
+    bandwidth = ops.read_bandwidth(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: reads {bandwidth / 1e9:.1f} GB/s")
     about = {"device": name, **provenance(), "read_bandwidth": bandwidth}

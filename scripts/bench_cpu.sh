@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's CPU figures: SmolLM2 decoding with --compile, one and two threads, into benchmarks/cpu_*.json.
+# The CPU figures of benchmarks/README.md: SmolLM2 decoding with --compile, one and two threads, into benchmarks/cpu_*.json.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 find_python

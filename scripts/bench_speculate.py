@@ -1,13 +1,13 @@
 """What speculation costs and what it brings, as JSON: sections, one after the other.
 
-    python scripts/bench_speculate.py OUT.json --sections rounds big speed      # on a GPU
+    python scripts/bench_speculate.py OUT.json --sections steps big speed      # on a GPU
     python scripts/bench_speculate.py OUT.json --sections equality --together --device cpu --precision fp32
 
-rounds    a verify pass of 6 rows against a plain step, and a round's overhead beyond draft and verify (random weights)
+steps     a verify pass of 6 rows against a plain step, and a step's overhead beyond draft and verify (random weights)
 equality  greedy text of a real checkpoint, with and without speculation, token for token up to float ties
 speed     speed-up over plain decoding, in turns with it, on the real checkpoint and tasks of benchmarks/prompts.json
-big       a 70B int4 target with a 7B int4 draft. Random weights agree on nothing, so guesses hold with the chances of
-          --profile; everything is computed as if it were needed
+big       a 70B int4 target with a 7B int4 draft. Random weights agree on nothing, so draft tokens are accepted with
+          the chances of --profile; everything is computed as if it were needed
 """
 
 import argparse
@@ -20,14 +20,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
 from bench import KINDS, MODES, provenance, random_model
 
+import ops
 from checkpoint import DTYPES, load_model
+from cli import DEFAULT_CHECKPOINT, pick_device
+from engine import Engine
 from errors import read_json, run_cli
-from generate import DEFAULT_CHECKPOINT, Engine, generate, pick_device
-from kernels import read_bandwidth
+from generate import generate
 from model import ModelConfig, Transformer
-from sampling import Sampler, sample
+from sampling import Sampler
 from speculate import PROMPT_LOOKUP
 from tokenizer import load_tokenizer
 
@@ -55,8 +60,8 @@ def timed(llm: Engine, prompt: list[int], tokens: int, stops=frozenset()) -> tup
     return out, (len(out) - 1) / max(times[-1] - times[0], 1e-9)
 
 
-def rounds(args: argparse.Namespace, result: dict) -> None:
-    """Milliseconds of the parts of a round with k = 5, behind 200 tokens, for each kind of weights."""
+def steps(args: argparse.Namespace, result: dict) -> None:
+    """Milliseconds of the parts of a speculation step with k = 5, behind 200 tokens, for each kind of weights."""
     args.length = 256
     draft = random_model(args.draft_shape, "int4", args.device, args.dtype)
     for mode in args.modes:
@@ -99,7 +104,7 @@ def equality(args: argparse.Namespace, result: dict) -> None:
     model, prompts, _ = real(args)
     prompts = list(prompts.values())[: args.prompts]
     batches = [prompts] if args.together else [[prompt] for prompt in prompts]  # rows accept different lengths
-    judge = engine(args, load_model(args.checkpoint_path, device=args.device, dtype=torch.float32), compile=False)
+    oracle = engine(args, load_model(args.checkpoint_path, device=args.device, dtype=torch.float32), compile=False)
 
     def texts(draft=None, k=1) -> list[tuple[int, ...]]:
         llm = engine(args, model, draft, k, batch_size=len(batches[0]))
@@ -109,7 +114,7 @@ def equality(args: argparse.Namespace, result: dict) -> None:
     expected = texts()
     for name, draft, k in drafts(args):
         pairs = zip(prompts, expected, texts(draft, k))
-        parted = [divergence(judge, *triple) for triple in pairs if triple[1] != triple[2]]
+        parted = [divergence(oracle, *triple) for triple in pairs if triple[1] != triple[2]]
         ties = sum(abs(d["margin"]) < TIE[args.precision] for d in parted)
         equal = len(prompts) - len(parted)
         result[name] = {"k": k, "equal": equal, "ties": ties, "faults": len(parted) - ties, "parted": parted}
@@ -117,11 +122,11 @@ def equality(args: argparse.Namespace, result: dict) -> None:
 
 
 @torch.inference_mode()
-def divergence(judge: Engine, prompt: list[int], expected: tuple[int, ...], got: tuple[int, ...]) -> dict:
+def divergence(oracle: Engine, prompt: list[int], expected: tuple[int, ...], got: tuple[int, ...]) -> dict:
     """Where two texts part, and by how much the fp32 logits there prefer plain decoding's token."""
     at = next(i for i, (a, b) in enumerate(zip(expected, got)) if a != b)
-    ids = torch.tensor([[*prompt, *expected[:at]]], device=judge.device)
-    logits = judge.model(ids, torch.zeros_like(judge.pos), judge.cache)[0, -1]
+    ids = torch.tensor([[*prompt, *expected[:at]]], device=oracle.device)
+    logits = oracle.model(ids, torch.zeros_like(oracle.state.pos), oracle.state.cache)[0, -1]
     return {"position": at, "margin": (logits[expected[at]] - logits[got[at]]).item()}
 
 
@@ -155,7 +160,7 @@ def big(args: argparse.Namespace, result: dict) -> None:
     for k in (2, 3, 4, 5, 7):
         llm = engine(args, target, draft, k, compile=False)
         force(llm, [*args.profile, *args.profile[-1:] * k][:k])
-        llm._compile(decode=True, prefill=False)
+        llm.compile()
         _, rate = timed(llm, list(range(1, 6)), args.tokens)
         report = llm.speculator.report(rate)
         result[f"k {k}"] = {"plain_tokens_per_second": base, "speedup": rate / base, "report": report}
@@ -163,21 +168,21 @@ def big(args: argparse.Namespace, result: dict) -> None:
 
 
 def force(llm: Engine, profile: list[float]) -> None:
-    """Let guesses hold with these chances, each given the one before, after judging them as usual."""
+    """Let draft tokens be accepted with these chances, each given the one before, after verifying them as usual."""
     chances = torch.tensor(profile, device=llm.device).clamp(1e-6, 1 - 1e-6)
-    coins, judge = torch.stack((chances, 1 - chances), 1).log(), llm.speculator.accept
+    coins, verify = torch.stack((chances, 1 - chances), 1).log(), llm.speculator.verify
 
-    def accept(logits, guesses, draft_logits):
-        _, following = judge(logits, guesses, draft_logits)
-        holds = sample(coins, 1.0, 0, 0.0, llm.rng) == 0
-        return holds.long().cumprod(0).sum(0, keepdim=True), following
+    def forced(logits, draft_tokens, draft_logits):
+        _, following = verify(logits, draft_tokens, draft_logits)
+        accepted = ops.sample(coins, 1.0, 0, 0.0, llm.state.rng) == 0
+        return accepted.long().cumprod(0).sum(0, keepdim=True), following
 
-    llm.speculator.accept = accept
+    llm.speculator.verify = forced
 
 
 def main() -> None:
     tasks = read_json(REPO / "benchmarks" / "prompts.json")
-    sections = {"rounds": rounds, "equality": equality, "speed": speed, "big": big}
+    sections = {"steps": steps, "equality": equality, "speed": speed, "big": big}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="JSON file to write; what it holds of other sections stays")
     parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
@@ -186,7 +191,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--shapes", nargs=3, default=["stories110M", "7B", "70B"], help="small, middling and big model")
-    parser.add_argument("--modes", nargs="+", default=MODES, choices=KINDS, metavar="MODE", help="weights in `rounds`")
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=KINDS, metavar="MODE", help="weights in `steps`")
     parser.add_argument("--profile", type=float, nargs="+", default=[0.75], help="in `big`, each given the one before")
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--drafts", nargs="+", metavar="NAME@K", default=DRAFTS)
@@ -206,7 +211,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         **provenance(),
         "precision": args.precision,
-        "read_bandwidth": read_bandwidth(args.device),
+        "read_bandwidth": ops.read_bandwidth(args.device),
     }
     args.save = lambda: args.out.write_text(json.dumps(result, indent=1) + "\n")
     for name in args.sections:

@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run f
 
 import bench
 
-import gemv
-import kernels
+import ops
+from cli import pick_device
 from errors import UserError, run_cli
-from exchange import exchange
-from generate import pick_device
 from model import ModelConfig
-from tp import TensorParallel, session
+from ops import linear_triton
+from ranks import session
+from tp import TensorParallel
 
 LARGE = "70B"  # only on the largest number of GPUs
 
@@ -98,7 +98,7 @@ def _finish(process: subprocess.Popen, timeout: float) -> dict:
 def _rank(args: argparse.Namespace, tp: TensorParallel) -> None:
     """Measure, and print a line of JSON for whatever is found as soon as it is."""
     device = pick_device("cuda")
-    bandwidth = kernels.read_bandwidth(device)
+    bandwidth = ops.read_bandwidth(device)
     name = torch.cuda.get_device_name(device)
     print(json.dumps({"device": name, "torch": torch.__version__, "read_bandwidth": bandwidth}), flush=True)
     if tp.world > 1 and not args.layers:
@@ -128,7 +128,7 @@ def all_reduce_times(tp: TensorParallel, device: torch.device) -> dict[str, dict
     for size in sizes:
         x, buffer = torch.zeros(size // 2, dtype=torch.bfloat16, device=device), place[: size // 2]
         ways = {
-            "exchange kernel": partial(exchange, x, False, tp.rank, tp.world),
+            "all-reduce kernel": partial(ops.all_reduce, x, False, tp.rank, tp.world),
             "torch one-shot": partial(one_shot, buffer),
             "torch one-shot, copied in": lambda x=x, buffer=buffer: one_shot(buffer.copy_(x)),
             "NCCL": partial(dist.all_reduce, x),
@@ -137,11 +137,11 @@ def all_reduce_times(tp: TensorParallel, device: torch.device) -> dict[str, dict
     K = 4096 // tp.world
     weight, x = (torch.zeros(n, K, dtype=torch.bfloat16, device=device) for n in (4096, 1))
     y = torch.zeros(1, 4096, dtype=torch.bfloat16, device=device)
-    alone = partial(gemv.linear, x, weight, residual=y)
+    alone = partial(linear_triton.linear, x, weight, residual=y)
     ways = {
         "alone": alone,
         "summed in its kernel": partial(alone, rank=tp.rank, world=tp.world),
-        "exchange kernel": lambda: exchange(alone(), False, tp.rank, tp.world),
+        "all-reduce kernel": lambda: ops.all_reduce(alone(), False, tp.rank, tp.world),
     }
     times["8192 bytes after a linear layer"] = {name: _graph_time(way) for name, way in ways.items()}
     return times

@@ -24,15 +24,16 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from bench import provenance
-from tables import quant
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
+from bench import provenance
+from tables import quant
 
 from checkpoint import load_model, new_state_dict
+from cli import pick_device
 from errors import UserError, read_json, run_cli
-from generate import pick_device
 from linear import GROUPS, Linear
 from quantize import open_model
 from tokenizer import load_tokenizer
@@ -81,14 +82,13 @@ def to_generic_basis(source: Path, folder: Path, dtype: torch.dtype = torch.bflo
 def perplexity(path: Path, tokens: Tensor, device: torch.device) -> float:
     """exp of the mean negative log-likelihood in windows; activations fp32, so that only the weights count."""
     model = load_model(path, dtype=torch.float32, device=device)
-    for name, layer in list(model.named_modules()):
+    for layer in model.modules():
         if isinstance(layer, Linear):  # dequantise once, not in each window
-            tensors = {"weight": layer.dequantized(torch.float32)}
-            model.set_submodule(name, Linear.from_tensors(layer.in_features, layer.out_features, tensors))
+            layer.assign({"weight": layer.dequantized(torch.float32)})
     cache = model.cache(1, WINDOW)
     start, total, count = torch.zeros(1, dtype=torch.int32, device=device), 0.0, 0
     for window in tokens.to(device).split(WINDOW):
-        logits = model(window[None], start, cache, all_logits=True, context=len(window))[0]
+        logits = model(window[None], start, cache.first(len(window)), all_logits=True)[0]
         total += torch.nn.functional.cross_entropy(logits[:-1], window[1:].long(), reduction="sum").item()
         count += len(window) - 1
     return torch.tensor(total / count, dtype=torch.float64).exp().item()
@@ -137,8 +137,8 @@ def main() -> None:
         source = generic / "model.pth" if basis == "generic" else own / args.checkpoint_path.name
         path = source if kind == "bf16" else source.with_name(f"{source.stem}_{kind}.pth")
         timed = args.samples and basis == "own" and "tokens_per_second" not in entry
-        judged = args.tokens and "perplexity" not in entry
-        if kind != "bf16" and (timed or judged):
+        scored = args.tokens and "perplexity" not in entry
+        if kind != "bf16" and (timed or scored):
             mode, _, group = kind.partition(".g")
             more = ["--mode", mode, "--groupsize", group or 32, *options]
             _, seconds, memory = run("quantize.py", "--checkpoint_path", source, *more)
@@ -147,9 +147,9 @@ def main() -> None:
             how = "--device cpu --compile --prompt 5 --max_new_tokens 100 --temperature 0 --json --num_samples"
             out, _, _ = run("generate.py", "--checkpoint_path", path, *how.split(), args.samples)
             entry["tokens_per_second"] = json.loads(out.splitlines()[-1])["decode_tokens_per_second"]
-        if judged:
+        if scored:
             entry |= {"tokens": len(tokens), "perplexity": perplexity(path, tokens, pick_device(args.device))}
-        if timed or judged:
+        if timed or scored:
             entry["bytes"] = path.stat().st_size
         args.output.write_text(json.dumps(results, indent=1) + "\n")
         print(basis, kind, json.dumps(entry), flush=True)

@@ -1,4 +1,4 @@
-"""Find configurations of the linear kernel for a model's layers on the GPUs at hand, as gemv.TUNED wants them.
+"""Find configurations of the linear kernel for a model's layers on the GPUs at hand, and write them to ops/tuned/.
 
     python scripts/tune.py --model Llama-3.2-1B --mode int8 --rows 8
     torchrun --standalone --nproc_per_node=4 scripts/tune.py --model 7B --mode int4
@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,14 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run f
 
 import bench
 
-import exchange
-import gemv
+from cli import pick_device
 from errors import UserError, run_cli
-from generate import pick_device
-from kernels import MAX_ROWS
 from linear import Linear
 from model import ModelConfig, Transformer
-from tp import TensorParallel, session
+from ops import linear_triton, symmetric, tuning
+from ops.common import MAX_ROWS
+from ops.tuning import Configuration
+from ranks import session
+from tp import TensorParallel
 
 REGISTERS = 2**16  # of a multiprocessor
 LAYERS = ("wqkv", "wo", "w13", "w2", "output")
@@ -61,7 +63,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     config = replace(config, n_layer=args.layers or config.n_layer)
     model = bench.random_model(config, args.mode, device, torch.bfloat16, tp)
     found = {name: layer for name, layer in layers(model).items() if name in args.only}
-    processors = gemv._processors(device)
+    processors = tuning.processors(device)
     choices = {name: candidates(layer.weight, layer.in_features, processors) for name, layer in found.items()}
     jobs = [
         partial(compile_layer, name, _like(layer.weight), _like(layer.scales), layer.in_features, args.rows, tp, choice)
@@ -73,19 +75,22 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         list(tqdm(pool.map(_call, jobs, chunksize=4), total=len(jobs), desc="compile"))
     tp.share(None)  # every rank's share is in the cache
 
-    table, kept = gemv.TUNED[gemv._table(gemv._kind(model.output.weight), args.rows)], {}
+    own, _ = tuning.tables(device)
+    key = tuning.key(linear_triton.kind_of(model.output.weight), args.rows)
+    table, kept = own.setdefault(key, {}), {}
 
-    def step_time(name: str | None = None, choice: tuple | None = None) -> float:
+    def step_time(name: str | None = None, choice: Configuration | None = None) -> float:
         """Microseconds of a step with what is kept, and perhaps another choice for a layer."""
-        own = kept | ({name: choice} if name else {})
-        with patch.dict(table, {(found[n].out_features, found[n].in_features): c for n, c in own.items()}):
+        tried = kept | ({name: choice} if name else {})
+        with patch.dict(table, {(found[n].out_features, found[n].in_features): c for n, c in tried.items()}):
             return tp.share(bench.step_time(model, args.rows, 205) * 1e6)
 
     best = first = step_time()
     turns, since = itertools.cycle(found), 0
     while since < len(found):  # until no layer has a better one
         name, since = next(turns), since + 1
-        times = sorted((step_time(name, c), c) for c in tqdm(choices[name], desc=f"{name}, {best:.1f} us"))
+        times = [(step_time(name, c), c) for c in tqdm(choices[name], desc=f"{name}, {best:.1f} us")]
+        times.sort(key=itemgetter(0))
         for us, choice in times[:3]:
             us = max(us, step_time(name, choice))  # it may have been lucky
             if us < best * GAIN:
@@ -94,7 +99,10 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     print(f"{args.model} {args.mode}, {args.rows} rows, {torch.cuda.get_device_name(device)}, {tp.world} GPUs:")
     print(f"a step takes {best:.1f} us instead of {first:.1f}")
     for name, choice in kept.items():
-        print(f"{name}: ({found[name].out_features}, {found[name].in_features}): {choice},")
+        print(f"{name} ({found[name].out_features}, {found[name].in_features}): {choice}")
+        table[found[name].out_features, found[name].in_features] = choice
+    if kept and tp.rank == 0:
+        print(f"wrote {tuning.write(device)}")
 
 
 def layers(model: Transformer) -> dict[str, Linear]:
@@ -103,35 +111,36 @@ def layers(model: Transformer) -> dict[str, Linear]:
     return dict(zip(LAYERS, (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2, model.output)))
 
 
-def candidates(weight: torch.Tensor, K: int, processors: int) -> list[tuple[int, int, int, int, int]]:
-    """Configurations R, C, W, registers and programs (see gemv.CONFIGURATIONS) that may be good for a weight, as the
-    kernel takes it, of K columns: a step is shorter than 2 K, and weights in flight fit, and fill, the registers."""
-    kind, tiles = gemv._kind(weight), gemv._out_features(weight) // 8
+def candidates(weight: torch.Tensor, K: int, processors: int) -> list[Configuration]:
+    """Configurations that may be good for a weight, as the kernel reads it, of K columns: a step is shorter than 2 K,
+    and weights in flight fit, and fill, the registers."""
+    kind, tiles = linear_triton.kind_of(weight), linear_triton.out_features(weight) // 8
     result = {}  # a set in order
     for R, C, W, programs in itertools.product((2, 4, 8), (1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 3, 4, 6)):
         registers, words = min(240, REGISTERS // (32 * W * programs) // 8 * 8), 4 * R * C
         in_flight = min(programs, -(-tiles // R // processors) or 1) * 32 * W * words * 4  # bytes
-        if gemv.CHUNK[kind] * W * C < 2 * K and words + 32 <= registers and in_flight >= 12 * 1024:
-            result[R, C, W, registers, programs] = None
+        if tuning.CHUNK[kind] * W * C < 2 * K and words + 32 <= registers and in_flight >= 12 * 1024:
+            result[Configuration(8 * R, C, W, registers, programs)] = None
             if tiles // R > programs * processors:
-                result[R, C, W, registers, 0] = None
+                result[Configuration(8 * R, C, W, registers, 0)] = None
     return list(result)
 
 
 def compile_layer(
-    name: str, weight: tuple, scales: tuple | None, K: int, rows: int, tp: TensorParallel, choice: tuple
+    name: str, weight: tuple, scales: tuple | None, K: int, rows: int, tp: TensorParallel, choice: Configuration
 ) -> None:
     """Compile what a layer's call would, in a process of `_call`'s, from shapes and dtypes."""
     w, s = (None if of is None else torch.empty(of[0], dtype=of[1]) for of in (weight, scales))
     x, gain = torch.empty(rows, K, dtype=torch.bfloat16), torch.empty(K, dtype=torch.bfloat16)
-    N, ranks = gemv._out_features(w), {"rank": tp.rank, "world": tp.world}
-    gemv.TUNED[gemv._table(gemv._kind(w), rows)][N, K] = choice
+    N, ranks = linear_triton.out_features(w), {"rank": tp.rank, "world": tp.world}
+    own, _ = tuning.tables(x.device)
+    own.setdefault(tuning.key(linear_triton.kind_of(w), rows), {})[N, K] = choice
     if name in ("wo", "w2"):
-        gemv.linear(x, w, s, residual=torch.empty(rows, N, dtype=torch.bfloat16), **ranks)
+        linear_triton.linear(x, w, s, residual=torch.empty(rows, N, dtype=torch.bfloat16), **ranks)
     elif name == "output":
-        gemv.linear(x, w, s, None, gain, 1e-5, None, torch.float32, gather=True, **ranks)
+        linear_triton.linear(x, w, s, None, gain, 1e-5, None, torch.float32, gather=True, **ranks)
     else:
-        gemv.linear(x, w, s, None, gain, 1e-5, gates=name == "w13")
+        linear_triton.linear(x, w, s, None, gain, 1e-5, swiglu=name == "w13")
 
 
 def _like(tensor: torch.Tensor | None) -> tuple | None:
@@ -143,7 +152,7 @@ def _call(job: partial) -> None:
 
     compile_only()
     counts = torch.zeros(2, dtype=torch.int64)
-    exchange.mailbox = lambda device: ((counts, counts), (counts, counts))
+    symmetric.symmetric_buffers = lambda device: ((counts, counts), (counts, counts))
     job()
 
 

@@ -16,12 +16,12 @@ from conftest import REPO
 from safetensors.torch import load_file, save_file
 from test_model import build
 
-import checkpoint
+import linear
 from checkpoint import load_model, new_state_dict, read_config, torch_load
 from errors import UserError
 from formats.config import BUILTIN, llama3_scaling
 from formats.convert import convert
-from linear import quantizer
+from linear import Int8
 from model import ModelConfig, rope_table
 from quantize import quantize_checkpoint
 
@@ -396,7 +396,7 @@ def test_quantising_on_load_gives_what_the_quantised_file_holds(tmp_path, monkey
     build(tmp_path, "llama3.2-tied" if tied else "llama3")
     source, target = convert(tmp_path, torch.float32), tmp_path / "quantised.pth"
     quantize_checkpoint(source, target, mode, torch.device("cpu"))
-    monkeypatch.setattr(checkpoint, "CHUNK", 100)  # several chunks a tensor
+    monkeypatch.setattr(linear, "CHUNK", 100)  # several chunks a tensor
     found = load_model(source, quantize=mode, dtype=torch.float32).state_dict()
     expected = load_model(target, dtype=torch.float32).state_dict()
     assert found.keys() == expected.keys()
@@ -408,13 +408,14 @@ def test_weights_are_quantised_on_the_device_they_are_for(tmp_path, monkeypatch)
     build(tmp_path, "llama3")
     seen = []
 
-    def spy(mode, tensors, name):
-        seen.append(tensors["weight"].device.type)
-        return quantizer(mode)(tensors["weight"])
+    def spy(weight):
+        seen.append(weight.device.type)
+        return Int8.quantize(weight)
 
-    monkeypatch.setattr(checkpoint, "quantize_linear", spy)
-    load_model(convert(tmp_path, torch.float32), quantize="int8", device="meta")
-    assert set(seen) == {"meta"}
+    monkeypatch.setattr(linear, "quantizer", lambda mode: spy)
+    layer = {"weight": torch.randn(8, 32)}
+    linear.quantize_linear("int8", layer, "w", "cpu")
+    assert set(seen) == {"meta", "cpu"}  # shapes, then rows
 
 
 PEAK = """

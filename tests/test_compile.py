@@ -28,15 +28,15 @@ def compiled(tmp_path_factory) -> list[dict]:
 def test_all_kernels_compile_for_hopper(compiled):
     assert {row["kernel"] for row in compiled} == {
         "_linear_kernel",
-        "_attend_kernel",
+        "_attention_kernel",
         "_maxima_kernel",
         "_sample_kernel",
-        "_judge_kernel",
+        "_verify_kernel",
         "_copy_match_kernel",
         "_embedding_kernel",
-        "_exchange_kernel",
+        "_all_reduce_kernel",
     }
-    assert all(row["waits"] == row["launches"] > 0 for row in compiled if "_attend" not in row["kernel"])
+    assert all(row["waits"] == row["launches"] > 0 for row in compiled if "_attention" not in row["kernel"])
 
 
 def test_fragments_are_loaded_as_they_are(compiled):
@@ -47,9 +47,9 @@ def test_fragments_are_loaded_as_they_are(compiled):
 
 
 def test_every_thread_waits_for_its_own_message(compiled):
-    """See kernels.receive: a tile of messages whose elements several threads hold."""
+    """See messages.receive: a tile of messages whose elements several threads hold."""
     messages = [row for row in compiled if row["messages"]]
-    assert {row["kernel"] for row in messages} == {"_attend_kernel", "_exchange_kernel", "_linear_kernel"}
+    assert {row["kernel"] for row in messages} == {"_attention_kernel", "_all_reduce_kernel", "_linear_kernel"}
     for row in messages:
         for shape, *layout in row["messages"]:
             assert all(n >= math.prod(spans) for n, *spans in zip(shape, *layout)), row["case"]
@@ -57,21 +57,22 @@ def test_every_thread_waits_for_its_own_message(compiled):
 
 @pytest.mark.parametrize("shape", [(16384, 2048), (4096, 11008), (4096, 1024), (5504, 4096), (32000, 4096)])
 @pytest.mark.parametrize("kind", ["fp", "int8", "int4"])
-def test_tune_tries_what_the_kernel_takes_as_it_is(kind, shape, monkeypatch):
+def test_tune_tries_what_the_kernel_uses_as_it_is(kind, shape, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
     import tune
 
-    import gemv
+    from ops import tuning
 
-    assert all(gemv._table(any_kind, M) in gemv.TUNED for any_kind in gemv.CHUNK for M in (1, 8, 9))
+    cpu = torch.device("cpu")
     N, K = shape
     shape, dtype = {"int4": ((N // 8, K // 128, 8, 4, 4), "int32"), "int8": (shape, "int8")}.get(kind, (shape, "half"))
     weight = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     choices = tune.candidates(weight, K, 132)
     assert 20 < len(set(choices)) == len(choices) < 250
+    own, _ = tuning.tables(cpu)
     for choice in choices:
-        monkeypatch.setitem(gemv.TUNED[kind, 1], (N, K), choice)
-        assert gemv._configuration(kind, N, K, 1, 132) == choice
+        monkeypatch.setitem(own, tuning.key(kind, 1), {(N, K): choice})
+        assert tuning.configuration(kind, N, K, 1, cpu) == choice
 
 
 def volatile_loads(ttgir: str) -> list[list[list[int]]]:
@@ -84,12 +85,13 @@ def volatile_loads(ttgir: str) -> list[list[list[int]]]:
 
 def main() -> None:
     """Compile each kernel for sm_90 by its own launcher, with a driver that only says so, and print what came out."""
-    import attention
-    import exchange
-    import gemv
-    import lookup
-    import sampling
-    import tp
+    from ops import linear_triton, ngram, sampling, symmetric
+    from ops.attention import attention_triton
+    from ops.embedding import embedding_triton
+    from ops.packing import pack_int4
+    from ops.tuning import Configuration
+    from ops.verify import verify_triton
+    from tp import TensorParallel
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
     import tune
@@ -120,53 +122,55 @@ def main() -> None:
             group = int(kind[5:])
             K4 = -(-K // group) * group
             scales = torch.ones(N, K4 // group, dtype=dtype)
-            w, s = gemv.pack_int4(torch.zeros(N, K4 // 2, dtype=torch.uint8), scales, scales)
+            w, s = pack_int4(torch.zeros(N, K4 // 2, dtype=torch.uint8), scales, scales)
         for rows in (1, 6) if kind in ("int8", "fp8") else (1, 6, 16):
             x, gain, residual = (torch.empty(*shape, dtype=dtype) for shape in ((rows, K), (K,), (rows, N)))
             case = f"{kind}, {rows} rows, a residual"
-            gemv.linear(x, w, s, residual=residual)
-            case = f"{kind}, {rows} rows, a norm and gates"
-            gemv.linear(x, w, s, None, gain, 1e-5, gates=True)
+            linear_triton.linear(x, w, s, residual=residual)
+            case = f"{kind}, {rows} rows, a norm and SwiGLU"
+            linear_triton.linear(x, w, s, None, gain, 1e-5, swiglu=True)
     w, x, gain = (
         torch.empty(32000, 4096, dtype=dtype),
         torch.empty(1, 4096, dtype=dtype),
         torch.empty(4096, dtype=dtype),
     )
     case = "programs of several tiles"
-    gemv.linear(x, w, None, None, gain, 1e-5, out_dtype=torch.float32)
+    linear_triton.linear(x, w, None, None, gain, 1e-5, out_dtype=torch.float32)
     case = "programs of several tiles, a step for all of K"
-    gemv.linear(x[:, :2048], w[:, :2048].to(torch.int8).contiguous(), torch.empty(32000, dtype=dtype))
+    linear_triton.linear(x[:, :2048], w[:, :2048].to(torch.int8).contiguous(), torch.empty(32000, dtype=dtype))
 
-    boxes = counts = torch.zeros(2, dtype=torch.int64)
-    exchange.mailbox = lambda device: (None, (boxes, counts))
+    buffers = counts = torch.zeros(2, dtype=torch.int64)
+    symmetric.symmetric_buffers = lambda device: (None, (buffers, counts))
     for rows, world in ((1, 2), (6, 4)):
         case = f"a sum over ranks, {rows} rows"
         x = torch.empty(rows, 2048, dtype=dtype)
-        gemv.linear(x, w[:4096, :2048].contiguous(), residual=torch.empty(rows, 4096, dtype=dtype), world=world)
+        linear_triton.linear(
+            x, w[:4096, :2048].contiguous(), residual=torch.empty(rows, 4096, dtype=dtype), world=world
+        )
         case = f"ranks' parts side by side, {rows} rows"
-        gemv.linear(x, w[:4096, :2048].contiguous(), norm=gain[:2048], eps=1e-5, world=world, gather=True)
+        linear_triton.linear(x, w[:4096, :2048].contiguous(), norm=gain[:2048], eps=1e-5, world=world, gather=True)
     for name in ("wqkv", "wo", "w13", "w2", "output"):
         case, of = f"tune.py's {name}", ((256, 2048), dtype)
-        tune.compile_layer(name, of, None, 2048, 6, tp.TensorParallel(0, 2), (2, 2, 4, 128, 0))
-    exchange.exchange_triton(x, False, 0, 2, boxes, counts)
-    exchange.exchange_triton(x, True, 1, 4, boxes, counts)
+        tune.compile_layer(name, of, None, 2048, 6, TensorParallel(0, 2), Configuration(16, 2, 4, 128, 0))
+    symmetric.all_reduce_triton(x, False, 0, 2, buffers, counts)
+    symmetric.all_reduce_triton(x, True, 1, 4, buffers, counts)
 
     pos = torch.zeros(1, dtype=torch.int64)
     for S, H, Hkv, D, rotary in ((1, 4, 4, 128, True), (1, 8, 2, 64, True), (6, 4, 2, 128, True), (4, 4, 2, 16, False)):
         case = f"{S} tokens, {H} heads of {D}, {Hkv} keys{', rope' if rotary else ''}"
         qkv, cache = torch.empty(1, S, (H + 2 * Hkv) * D, dtype=dtype), torch.empty(2, 1, Hkv, 1024, D, dtype=dtype)
         rope, norm = (torch.empty(1024, D // 2, 2), torch.empty(D, dtype=dtype)) if rotary else (None, None)
-        attention.attend_triton(qkv, *cache, pos, rope, norm, norm, 1e-5, H, 0, 1.0, None if rotary else qkv)
+        attention_triton(qkv, *cache, pos, rope, norm, norm, 1e-5, H, 0, None if rotary else qkv)
 
     case, rng, history = "", torch.zeros(2, dtype=torch.int64), torch.zeros(1, 64, dtype=torch.int64)
     logits = torch.zeros(12, 32000)
     sampling.sample_triton(logits[:1], 0.8, 200, 0.0, rng, history, pos)
     sampling.sample_triton(logits[:1], 0.8, 0, 0.0, rng)
-    sampling.floor_triton(logits, 0.8, 200, 0.1)
-    sampling.judge_triton(logits[:11], logits[:11, :1], history[:, :5].contiguous(), 0.8, rng)
-    lookup.copy_match_triton(history, pos, 5)
-    tp.embedding_triton(torch.empty(40, 72, dtype=dtype), history, pos, 1)
-    tp.embedding_triton(torch.empty(40, 72, dtype=dtype), history, None, 8, 20)
+    sampling.logit_threshold_triton(logits, 0.8, 200, 0.1)
+    verify_triton(logits[:11], logits[:11, :1], history[:, :5].contiguous(), 0.8, rng)
+    ngram.copy_match_triton(history, pos, 5)
+    embedding_triton(torch.empty(40, 72, dtype=dtype), history, pos, 1)
+    embedding_triton(torch.empty(40, 72, dtype=dtype), history, None, 8, 20)
 
 
 if __name__ == "__main__":

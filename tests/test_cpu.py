@@ -7,11 +7,11 @@ import torch
 from tiny import write_checkpoint
 from torch.nn.functional import linear
 
-import cpu
-from attention import attend_reference
-from gemv import gated
-from linear import GROUPS, Linear, linear_from_tensors, quantize_linear
+from linear import GROUPS, Linear, quantize_linear
 from model import RMSNorm
+from ops import cpu
+from ops.attention import attention_plain
+from ops.linear import swiglu
 
 KINDS = ["plain", "int8", *(f"int4:{G}" for G in GROUPS)]
 # (N, K): whole blocks and parts of them, groups that reach past K
@@ -24,11 +24,11 @@ def compiled():
 
 
 def packed(kind: str, N: int, K: int, dtype: torch.dtype) -> tuple[Linear, torch.Tensor]:
-    """A layer that the kernels take, and its weight in float64."""
+    """A layer that the kernels support, and its weight in float64."""
     tensors = {"weight": torch.randn(N, K).to(dtype), "bias": torch.randn(N).to(dtype)}
-    layer = linear_from_tensors(K, N, tensors if kind == "plain" else quantize_linear(kind, tensors, "w"))
+    layer = Linear(K, N).assign(tensors if kind == "plain" else quantize_linear(kind, tensors, "w"))
     layer.pack(dtype)
-    assert layer.on_cpu
+    assert len(layer.backends) > 1
     return layer, layer.dequantized(torch.float64)
 
 
@@ -45,30 +45,33 @@ def test_linear_agrees_with_float64(kind, dtype, N, K):
     norm.weight.data = (torch.rand(K) + 0.5).to(dtype)
     for rows in (1, 2, 3, 5, 8, 15, 16, 37, 64):
         x, residual = torch.randn(1, rows, K).to(dtype), torch.randn(1, rows, N).to(dtype)
-        y = layer(x, fp32=True)
+        layer.fp32, layer.swiglu = True, False
+        y = layer(x)
         assert y.shape == (1, rows, N) and y.dtype is torch.float32
         bound = 1e-6 if dtype is torch.float32 else 1e-4
         assert relative(y, linear(x.double(), weight, layer.bias.double())) < bound, rows
         normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
         expected = residual.double() + linear(normed, weight, layer.bias.double())
         if N % 16 == 0:
-            y = layer(x, norm=norm, residual=residual[..., : N // 2], fp32=True, gates=True)
-            own = residual[..., : N // 2].double() + gated(expected - residual.double())
+            layer.swiglu = True
+            y = layer(x, norm, residual[..., : N // 2])
+            own = residual[..., : N // 2].double() + swiglu(expected - residual.double())
             assert relative(y, own) < 4 * bound  # a product of two, of which the gate's slope reaches 1.1
-        assert relative(layer(x, norm=norm, residual=residual), expected) < (4e-3 if dtype is torch.bfloat16 else 1e-6)
+        layer.fp32 = layer.swiglu = False
+        assert relative(layer(x, norm, residual), expected) < (4e-3 if dtype is torch.bfloat16 else 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4:32", "int4:128"])
 def test_an_outlier_costs_its_neighbours_alone(kind):
     """Activations become integers with a scale for each 64: one of 10,000 times the others' size spoils 64 of them."""
     layer, weight = packed(kind, 64, 1024, torch.bfloat16)
-    layer.bias = None
+    layer.bias, layer.fp32 = None, True
     x = torch.randn(2, 1024).bfloat16()
     x[:, 100] = 1e4
     weight[:, 64:128] = 0
     alone = torch.zeros_like(x)
     alone[:, 64:128] = x[:, 64:128]
-    y = layer(x, fp32=True).double() - layer(alone, fp32=True)
+    y = layer(x).double() - layer(alone)
     assert (
         relative(y, linear(x.double(), weight)) < 1e-3
     )  # a difference of large numbers in fp32; one scale makes it 0.2
@@ -112,9 +115,9 @@ def test_attention_agrees_with_the_reference(B, S, H, Hkv, D, T, window, rotary,
     angles = torch.rand(T, rotary // 2) * 6
     rope = torch.stack((angles.cos(), angles.sin()), -1) if rotary else None
     gains = [torch.rand(D).to(dtype) for _ in range(2)] if norms else [None, None]
-    assert cpu.attends(qkv, *ours, pos)
-    y = cpu.attend(qkv, *ours, pos, rope, *gains, 1e-5, H, window, D**-0.5)
-    expected = attend_reference(qkv, *plain, pos, rope, *gains, 1e-5, H, window, 0, D**-0.5)
+    assert cpu.supports_attention(qkv, *ours, pos)
+    y = cpu.attention(qkv, *ours, pos, rope, *gains, 1e-5, H, window)
+    expected = attention_plain(qkv, *plain, pos, rope, *gains, 1e-5, H, window)
     bound = 2e-6 if dtype is torch.float32 else 6e-3  # the reference rounds more often in bf16
     inside = (pos[:, None] + torch.arange(S) < T)[..., None]  # what lies past the cache may be anything, but finite
     assert y.isfinite().all()
@@ -127,13 +130,13 @@ def test_ops_have_the_shapes_that_compilation_assumes():
     layer, _ = packed("int4:32", 32, 64, torch.bfloat16)
     x, none = torch.randn(3, 64, dtype=torch.bfloat16), None
     args = (x, layer.weight, layer.scales, layer.zeros, layer.bias, none, 0.0, none)
-    for wide, gates in ((False, False), (True, False), (False, True)):
-        own = (*args, wide, gates)
+    for wide, gate_up in ((False, False), (True, False), (False, True)):
+        own = (*args, wide, gate_up)
         torch.library.opcheck(torch.ops.gptfast.cpu_linear.default, own, test_utils=("test_faketensor",))
     qkv, caches = torch.randn(1, 2, 64), [torch.zeros(1, 1, 8, 16) for _ in range(2)]
-    args = (qkv, *caches, torch.zeros(1, dtype=torch.int64), none, none, none, 0.0, 2, 0, 0.25)
+    args = (qkv, *caches, torch.zeros(1, dtype=torch.int64), none, none, none, 0.0, 2, 0)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.gptfast.cpu_attend.default, args, test_utils=checks)
+    torch.library.opcheck(torch.ops.gptfast.cpu_attention.default, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("env", [{"CXX": "/nowhere/c++"}, {"CXX": "false"}, {"XDG_CACHE_HOME": "/proc/nowhere"}])

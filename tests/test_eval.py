@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +23,9 @@ import eval as evaluation
 import generate
 from checkpoint import load_model, read_config, torch_load
 from errors import UserError, run_cli
-from eval import LanguageModel, evaluate, load_tasks, perplexity, read_text, rolling_windows
+from eval import LanguageModel, evaluate, perplexity, rolling_windows
 from quantize import gptq_checkpoint
+from texts import load_tasks, read_text
 from tokenizer import load_tokenizer
 
 DATA = Path(__file__).parent / "data" / "eval"
@@ -232,7 +234,7 @@ def test_scores_equal_transformers(tiny, batch_size):
 
 def test_long_continuations_are_scored_in_slices(tiny, monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_LOGITS", 3 * 400 * 5)
-    monkeypatch.setattr(evaluation, "MAX_SLICE", 7)
+    monkeypatch.setattr(evaluation, "CHUNK", 7)
     monkeypatch.setattr(evaluation, "MAX_BATCH_TOKENS", 160)
     pairs = random_pairs()
     scores = ours(tiny.directory).score(pairs)
@@ -259,8 +261,8 @@ def test_continuation_longer_than_the_context_is_refused(tiny):
 
 def test_shared_context_is_read_once(tiny):
     lm = ours(tiny.directory)
-    fed, hidden = [], lm.model.hidden
-    lm.model.hidden = lambda tokens, *rest, **more: fed.append(tuple(tokens.shape)) or hidden(tokens, *rest, **more)
+    fed, hidden = [], lm.hidden
+    lm.hidden = lambda x, *rest: fed.append(tuple(x.shape[:2])) or hidden(x, *rest)
     lm.score(random_pairs(contexts=[50], continuations=[20, 20, 20, 20]))
     assert fed == [(1, 49), (4, 20)]
 
@@ -460,7 +462,7 @@ def test_command_line(tiny, cli, tmp_path):
     [
         (["--limit", "0"], "argument --limit: '0' is not a positive integer"),
         (["--batch_size", "-1"], "argument --batch_size: '-1' is not a positive integer"),
-        (["--num_fewshot", "-1"], "argument --num_fewshot: '-1' is not a number of examples"),
+        (["--num_fewshot", "-1"], "argument --num_fewshot: '-1' is not a natural number"),
         (["--precision", "int3"], "argument --precision: invalid choice: 'int3'"),
         (["--device", "abacus"], "device 'abacus' is not known"),
         (["--perplexity", "nowhere.txt"], "cannot read nowhere.txt as UTF-8 text"),
@@ -496,7 +498,7 @@ def test_unknown_task_lists_close_names(capsys, monkeypatch):
 
 def test_without_lm_eval(tiny, capsys, monkeypatch):
     """Perplexity does without lm-eval; tasks say that it is missing."""
-    monkeypatch.setattr(evaluation, "TemplateLM", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     status, _, err = run(capsys, monkeypatch, "--tasks", "hellaswag")
     assert status == 2
     assert err == "error: --tasks needs lm-eval: pip install 'lm-eval>=0.4.13'; --perplexity does without\n"

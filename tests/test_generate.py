@@ -12,9 +12,13 @@ from chance import chi_square, filtered
 from conftest import REPO, SMOLLM2
 from tiny import never, write_checkpoint
 
-import engine
+import ops
+import state
+from cli import peak_memory
+from engine import Engine
 from errors import UserError
-from generate import Engine, answer, generate, load, peak_memory, report
+from generate import answer, generate, load
+from measure import report
 from sampling import Sampler
 
 GREEDY = Sampler(temperature=0.0)
@@ -28,7 +32,7 @@ def tiny(tmp_path_factory):
 
 
 def tiny_engine(tiny, **options):
-    return load(tiny[0] / "model.pth", device="cpu", precision="fp32", **{"sampler": GREEDY, **options})
+    return load(tiny[0] / "model.pth", device="cpu", **{"precision": "fp32", "sampler": GREEDY, **options})
 
 
 def reference_greedy(model, prompt, n):
@@ -45,7 +49,7 @@ def test_greedy_equals_transformers(tiny):
 
 
 def test_ragged_batch_equals_single_rows(tiny, monkeypatch):
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(state.feed, "__defaults__", (0, 8))
     prompts = [list(range(5, 30)), [7, 8, 9], list(range(40, 52))]
     llm = tiny_engine(tiny, batch_size=3, max_seq_length=60)
     rows = list(zip(*generate(llm, prompts, 20, is_stop=never)))
@@ -68,7 +72,7 @@ def test_rows_stop_each_on_their_own(tiny):
 def test_default_stop_ids_end_generation(tiny):
     llm = tiny_engine(tiny)
     tokens = list(generate(llm, [20, 21, 22], 200, is_stop=never))
-    llm.tokenizer.stop_ids = frozenset({tokens[6]})
+    llm.stop_ids = frozenset({tokens[6]})
     assert list(generate(llm, [20, 21, 22], 200)) == tokens[: tokens.index(tokens[6]) + 1]
 
 
@@ -85,17 +89,17 @@ def test_the_first_token_comes_before_the_first_step(tiny):
 
 def test_measures_are_of_the_run_and_not_of_the_measuring(tiny, monkeypatch):
     order = []
-    monkeypatch.setattr("generate.peak_memory", lambda: order.append("memory") or 1)
-    monkeypatch.setattr("kernels.read_bandwidth", lambda device: order.append("bandwidth") or 1e9)
+    monkeypatch.setattr("measure.peak_memory", lambda: order.append("memory") or 1)
+    monkeypatch.setattr("ops.read_bandwidth", lambda device: order.append("bandwidth") or 1e9)
     llm = tiny_engine(tiny)
     _, measure = answer(llm, [[30, 31, 32]], 20)
     plain = report(llm, measure)
     assert order == ["memory", "bandwidth"] and plain["memory_bytes"] == 1
     positions = 3 + (measure.steps + 1) / 2
-    assert plain["kv_bytes_per_step"] == round(positions * llm.cache.bytes_per_position)
+    assert plain["kv_bytes_per_step"] == round(positions * llm.state.cache.bytes_per_position)
     llm.model.config = replace(llm.model.config, windows=(2,) + (0,) * (llm.model.config.n_layer - 1))
-    saved = (positions - 2) * llm.cache.bytes_per_position / llm.model.config.n_layer
-    assert report(llm, measure)["kv_bytes_per_step"] == round(positions * llm.cache.bytes_per_position - saved)
+    saved = (positions - 2) * llm.state.cache.bytes_per_position / llm.model.config.n_layer
+    assert report(llm, measure)["kv_bytes_per_step"] == round(positions * llm.state.cache.bytes_per_position - saved)
 
 
 def test_generation_ends_when_the_cache_is_full(tiny):
@@ -134,6 +138,22 @@ def test_compiled_equals_eager_and_never_recompiles(tiny, prefill):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_prompt_of_every_length_is_read_without_compiling_again(tiny, batch_size, precision):
+    """Over the numbers of rows beyond which ops take another path, of one sequence and of all of them."""
+    torch._dynamo.reset()
+    options = {"max_seq_length": 150, "batch_size": batch_size, "precision": precision}
+    eager, llm = tiny_engine(tiny, **options), tiny_engine(tiny, **options, compile=True, compile_prefill=True)
+    assert all(limit < 149 for limit in ops.row_limits(llm.device, torch.float32))
+    torch._dynamo.utils.counters.clear()
+    for length in range(1, 150):
+        prompts = torch.randint(3, 259, (batch_size, length)).tolist()
+        found, expected = (list(generate(one, prompts, 2, is_stop=never)) for one in (llm, eager))
+        assert found == expected or precision == "bf16"  # where rounding may part them
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
 def test_steps_are_taken_in_blocks_where_they_are_whole(tiny):
     llm, blocks = tiny_engine(tiny, max_seq_length=32), []
     llm.block = 4
@@ -166,9 +186,9 @@ def test_compiled_equals_eager_for_quantised_weights(tiny, kind):
         llm.prefill([[9, 8, 7]])
     for _ in range(9):
         eager._step()
-        compiled.history.copy_(eager.history)  # equal but for rounding: keep to the same text
+        compiled.state.history.copy_(eager.state.history)  # equal but for rounding: keep to the same text
         compiled._step()
-        for a, b in zip(eager.cache.k + eager.cache.v, compiled.cache.k + compiled.cache.v):
+        for a, b in zip(eager.state.cache.k + eager.state.cache.v, compiled.state.cache.k + compiled.state.cache.v):
             assert (a - b).float().norm() < 0.03 * b.float().norm()
 
 
@@ -299,7 +319,7 @@ def test_golden_tokens(smollm2, case):
 def test_golden_nll(smollm2):
     ids = torch.tensor([ORACLE["nll"]["token_ids"]], device=smollm2.device)
     zero = torch.zeros(1, dtype=torch.int64, device=smollm2.device)
-    logits = smollm2.model(ids, zero, smollm2.cache, all_logits=True, context=ids.shape[1])
+    logits = smollm2.model(ids, zero, smollm2.state.cache.first(ids.shape[1]), all_logits=True)
     nll = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
     assert nll == pytest.approx(ORACLE["nll"]["mean_nll"], abs=0.002)
 

@@ -3,7 +3,7 @@ import torch
 
 from errors import UserError
 from gptq import Hessian, gptq, inverse_factor
-from linear import Int4Linear
+from linear import Int4, Linear
 
 
 def correlated(tokens: int, features: int, seed: int = 0) -> torch.Tensor:
@@ -68,8 +68,8 @@ def output_error(weight, x, q, scales, zeros):
 @pytest.mark.parametrize("group,K", [(32, 128), (128, 192), (256, 100)])
 def test_output_error_is_far_below_rounding(group, K, options):
     weight, x, hessian = problem(32, K)
-    rtn = Int4Linear.quantize(weight, group)
-    layer = Int4Linear.from_tensors(K, 32, rtn)
+    rtn = Int4.quantize(weight, group)
+    layer = Linear(K, 32).assign(rtn)
     rounded = ((layer.dequantized(torch.float64) - weight.double()) @ x.double().t()).square().sum().item()
     assert output_error(weight, x, *gptq(weight, hessian, group, **options)) < 0.5 * rounded
 
@@ -84,8 +84,8 @@ def test_the_range_search_loses_less(group):
 def test_a_hessian_without_correlation_gives_round_to_nearest():
     weight, _, _ = problem(16, 128)
     q, scales, zeros = gptq(weight, torch.eye(128), 32, mse=False)
-    rtn = Int4Linear.quantize(weight, 32)
-    ours = Int4Linear.tensors(q, scales, zeros)
+    rtn = Int4.quantize(weight, 32)
+    ours = Int4.tensors(q, scales, zeros)
     for key, tensor in rtn.items():
         assert torch.equal(ours[key], tensor), key
 

@@ -11,6 +11,9 @@ UNNEEDED = [  # a module, and what importing it must not load
     ("formats.config", ("torch", "numpy")),
     ("formats.convert", ("gguf", "safetensors", *TOKENIZER_LIBRARIES)),
     ("tokenizer", ("torch", "jinja2", *TOKENIZER_LIBRARIES)),
+    ("engine", ("tokenizer", "jinja2", *TOKENIZER_LIBRARIES)),
+    ("speculate", ("tokenizer", "jinja2", *TOKENIZER_LIBRARIES)),
+    ("quantize", ("lm_eval", "datasets", "transformers")),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # has to be set before Triton is imported
 
-import attention  # noqa: E402
-import gemv  # noqa: E402
-import kernels  # noqa: E402
-import lookup  # noqa: E402
-import sampling  # noqa: E402
-import tp  # noqa: E402
+import ops  # noqa: E402
+from linear import Linear  # noqa: E402
+from ops import embedding, linear_triton, ngram, philox, sampling, tuning  # noqa: E402
+from ops.attention import _write_cache, attention_plain, attention_triton  # noqa: E402
+from ops.linear import swiglu  # noqa: E402
+from ops.packing import dequantize, pack_int4, unpack_int4  # noqa: E402
+from ops.rms_norm import rms_norm  # noqa: E402
+from ops.verify import verify_plain, verify_triton  # noqa: E402
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 from triton.runtime import interpreter  # noqa: E402
@@ -40,7 +43,7 @@ DTYPES = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]  # the int
 
 
 def make_weight(kind, N, K, dtype, generator):
-    """A random weight (N, K) as `linear` takes it on CUDA, and the fp32 matrix it stands for."""
+    """A random weight (N, K) as `linear` reads it on CUDA, and the fp32 matrix it stands for."""
     w = torch.randn(N, K, generator=generator) / K**0.5
     if kind == "16-bit":
         return w.to(dtype), None, w.to(dtype).float()
@@ -60,8 +63,16 @@ def make_weight(kind, N, K, dtype, generator):
     q = torch.randint(0, 256, (N, K4 // 2), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(N, K4 // group, generator=generator) / K**0.5).bfloat16()
     zeros = (torch.randn(N, K4 // group, generator=generator) / K**0.5).bfloat16()
-    words, pairs = gemv.pack_int4(q, scales, zeros)
-    return words, pairs, gemv.dequantize(q, scales, zeros, torch.float32)[:, :K]
+    words, pairs = pack_int4(q, scales, zeros)
+    return words, pairs, dequantize(q, scales, zeros, torch.float32)[:, :K]
+
+
+def plain(x, weight, bias=None, gain=None, residual=None, gate_up=False):
+    """The reference, of a weight in x's dtype."""
+    tensors = {"weight": weight} | ({"bias": bias} if bias is not None else {})
+    layer = Linear(weight.shape[1], len(weight)).assign(tensors)
+    layer.swiglu = gate_up
+    return ops.plain(layer, x if gain is None else rms_norm(x, gain, 1e-5), None, residual)
 
 
 def error(out, expected):
@@ -81,7 +92,7 @@ def on_device(*tensors):
 def test_pack_int4_is_invertible(group, K):
     q = torch.randint(0, 256, (16, K // 2), dtype=torch.uint8)
     scales, zeros = torch.rand(2, 16, K // group).bfloat16()
-    back = gemv.unpack_int4(*gemv.pack_int4(q, scales, zeros))
+    back = unpack_int4(*pack_int4(q, scales, zeros))
     for a, b in zip(back, (q, scales, zeros)):
         torch.testing.assert_close(a[:, : b.shape[1]], b, rtol=0, atol=0)
         assert not a[:, b.shape[1] :].float().sub(136 if a.dtype == torch.uint8 else 0).any()  # q = 8, scale = zero = 0
@@ -98,14 +109,14 @@ def test_linear(kind, M, N, K, dtype):
     bias = torch.randn(N, generator=generator).to(dtype)
     residual = torch.randn(M, N, generator=generator).to(dtype)
     x, w, s, dense, gain, bias, residual = on_device(x, w, s, dense, gain, bias, residual)
-    out = gemv.linear(x, w, s, out_dtype=torch.float32)
+    out = linear_triton.linear(x, w, s, out_dtype=torch.float32)
     assert error(out, x.float() @ dense.T) < 1e-5  # 16-bit products are exact in fp32, whatever the kind of weight
-    out = gemv.linear(x, w, s, bias, gain, 1e-5, residual)
-    expected = gemv.linear_reference(x.float(), dense, None, bias, gain, 1e-5, residual)
+    out = linear_triton.linear(x, w, s, bias, gain, 1e-5, residual)
+    expected = plain(x.float(), dense, bias, gain, residual)
     assert out.dtype == dtype
     assert error(out, expected) < 6e-3
-    out = gemv.linear(x, w, s, None, gain, 1e-5, out_dtype=torch.float32)
-    assert error(out, gemv.linear_reference(x.float(), dense, norm=gain, eps=1e-5)) < 4e-3  # x * gain is rounded
+    out = linear_triton.linear(x, w, s, None, gain, 1e-5, out_dtype=torch.float32)
+    assert error(out, plain(x.float(), dense, None, gain)) < 4e-3  # x * gain is rounded
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4:32", "int4:128"])
@@ -118,19 +129,24 @@ def test_one_row_of_any_magnitudes(kind):
     x[0, 7] = 60000
     x = x.half()
     x, w, s, dense = on_device(x, w, s, dense)
-    assert error(gemv.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-4
+    assert error(linear_triton.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-4
     x[0, 100] = math.inf
-    assert not gemv.linear(x, w, s, out_dtype=torch.float32).isfinite().any()
+    assert not linear_triton.linear(x, w, s, out_dtype=torch.float32).isfinite().any()
 
 
-SHIPPED = [(*key, one) for key, table in gemv.CONFIGURATIONS.items() for one in table]
-SHIPPED += [(*key, one) for key, table in gemv.TUNED.items() for one in table.values()]
+SHIPPED = {  # of all files
+    (kind, columns, choice)
+    for path in tuning.FOLDER.glob("*.json")
+    for (kind, columns), own in tuning.read_file(path)[1].items()
+    for choice in own.values()
+}
 
 
-@pytest.mark.parametrize("kind,columns,configuration", sorted(set(SHIPPED)))
+@pytest.mark.parametrize("kind,columns,configuration", sorted(SHIPPED, key=repr))
 def test_configurations(kind, columns, configuration, monkeypatch):
-    monkeypatch.setitem(gemv.TUNED[kind, columns], (80, 2144), (*configuration[:4], min(configuration[4], 1)))
-    monkeypatch.setattr(gemv, "_processors", lambda _: 2)  # programs of several tiles
+    few = replace(configuration, ctas_per_sm=min(configuration.ctas_per_sm, 1))
+    monkeypatch.setitem(tuning.tables(torch.device(DEVICE))[0], (kind, columns), {(80, 2144): few})
+    monkeypatch.setattr(tuning, "processors", lambda _: 2)  # programs of several tiles
     kind, rows, dtype = {"fp": "16-bit", "int4": "int4:64"}.get(kind, kind), {1: 1, 8: 5, 16: 13}[columns], DTYPES[-1]
     generator = torch.Generator().manual_seed(3)
     w, s, dense = make_weight(kind, 80, 2144, dtype, generator)
@@ -138,41 +154,41 @@ def test_configurations(kind, columns, configuration, monkeypatch):
     gain = torch.rand(2144, generator=generator).to(dtype)
     residual = torch.randn(rows, 80, generator=generator).to(dtype)
     x, w, s, dense, gain, residual = on_device(x, w, s, dense, gain, residual)
-    assert error(gemv.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
-    expected = gemv.linear_reference(x.float(), dense, norm=gain, eps=1e-5, residual=residual)
+    assert error(linear_triton.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
+    expected = plain(x.float(), dense, None, gain, residual)
     bound = 4e-3 if dtype == torch.float16 else 6e-3  # x * gain is rounded, and the result
-    assert error(gemv.linear(x, w, s, None, gain, 1e-5, residual), expected) < bound
-    gated = gemv.linear(x, w, s, out_dtype=torch.float32, gates=True)
-    assert error(gated, gemv.gated(x.float() @ dense.T)) < 1e-5
+    assert error(linear_triton.linear(x, w, s, None, gain, 1e-5, residual), expected) < bound
+    y = linear_triton.linear(x, w, s, out_dtype=torch.float32, swiglu=True)
+    assert error(y, swiglu(x.float() @ dense.T)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["16-bit", "int8", "int4:32"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_programs_of_several_tiles_whose_step_is_all_of_K(kind, rows, monkeypatch):
     C = {"16-bit": 8, "int8": 4}.get(kind, 2)
-    monkeypatch.setattr(gemv, "_configuration", lambda *_: (2, C, 4, 128, 1))
-    monkeypatch.setattr(gemv, "_processors", lambda _: 2)
+    monkeypatch.setattr(tuning, "configuration", lambda *_: tuning.Configuration(16, C, 4, 128, 1))
+    monkeypatch.setattr(tuning, "processors", lambda _: 2)
     generator = torch.Generator().manual_seed(7)
     for K in (1024, 992):
         w, s, dense = make_weight(kind, 88, K, torch.float16, generator)
         x, gain = make_rows(rows, K, generator=generator).half(), torch.rand(K, generator=generator).half()
         x, w, s, dense, gain = on_device(x, w, s, dense, gain)
-        out = gemv.linear(x, w, s, None, gain, 1e-5, out_dtype=torch.float32)
-        assert error(out, gemv.linear_reference(x.float(), dense, norm=gain, eps=1e-5)) < 4e-3
+        out = linear_triton.linear(x, w, s, None, gain, 1e-5, out_dtype=torch.float32)
+        assert error(out, plain(x.float(), dense, None, gain)) < 4e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_gated_linear(kind, rows, dtype):
+def test_linear_with_swiglu(kind, rows, dtype):
     generator = torch.Generator().manual_seed(1)
-    w, s, dense = make_weight(kind, 48, 576, dtype, generator)  # gates and ups by turns of 8 rows
+    w, s, dense = make_weight(kind, 48, 576, dtype, generator)  # gate and up, interleaved by 8 rows
     x = torch.randn(rows, 576, generator=generator).to(dtype)
     gain = torch.rand(576, generator=generator).to(dtype)
     bias = torch.randn(48, generator=generator).to(dtype)
     x, w, s, dense, gain, bias = on_device(x, w, s, dense, gain, bias)
-    out = gemv.linear(x, w, s, bias, gain, 1e-5, gates=True)
-    expected = gemv.linear_reference(x.float(), dense, None, bias, gain, 1e-5, gates=True)
+    out = linear_triton.linear(x, w, s, bias, gain, 1e-5, swiglu=True)
+    expected = plain(x.float(), dense, bias, gain, gate_up=True)
     assert out.shape == expected.shape == (rows, 24)
     assert error(out, expected) < 1e-2
 
@@ -196,7 +212,7 @@ def make_attention(B, S, H, Hkv, D, T, rotary, dtype, generator):
         (1, 4, 2, 1, 16, 70, 0, 0, False, [68]),  # no rotation; the last tokens do not fit the cache
     ],
 )
-def test_attend(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
+def test_attention(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
     generator = torch.Generator().manual_seed(2)
     qkv, k_cache, v_cache, rope = make_attention(B, S, H, Hkv, D, T, rotary, dtype, generator)
     q_norm, k_norm = torch.rand(2, D, generator=generator).to(dtype) if norm else (None, None)
@@ -208,9 +224,9 @@ def test_attend(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
     qkv, k_cache, v_cache, rope, q_norm, k_norm, pos = on_device(qkv, k_cache, v_cache, rope, q_norm, k_norm, pos)
     k_expected, v_expected = (cache.float().nan_to_num(0) for cache in (k_cache, v_cache))
     arguments = (pos, rope, q_norm, k_norm, 1e-5, H, window)
-    expected = attention.attend_reference(qkv.float(), k_expected, v_expected, *arguments)
+    expected = attention_plain(qkv.float(), k_expected, v_expected, *arguments)
     for _ in range(2):  # the counters are left as they were found
-        out = attention.attend_triton(qkv, k_cache, v_cache, *arguments, D**-0.5, ahead=qkv)
+        out = attention_triton(qkv, k_cache, v_cache, *arguments, prefetch=qkv)
         fit = min(S, T - int(pos.max()))
         assert error(out[:, :fit], expected[:, :fit]) < 1e-2
     for cache, other in ((k_cache, k_expected), (v_cache, v_expected)):
@@ -230,14 +246,14 @@ def test_attention_gives_the_same_bits_every_time():
         outputs = [[], []]
         for _ in range(300):
             for (qkv, k, v, rope), own in zip(layers, outputs):
-                own.append(attention.attend_triton(qkv, k, v, pos, rope, None, None, 1e-5, 8, 0, 0.125))
+                own.append(attention_triton(qkv, k, v, pos, rope, None, None, 1e-5, 8, 0))
         assert all(torch.equal(out, own[0]) for own in outputs for out in own)
 
 
-def test_attend_reference_is_plain_attention():
+def test_attention_plain_is_scaled_dot_product_attention():
     generator = torch.Generator().manual_seed(3)
     qkv, k_cache, v_cache, _ = make_attention(1, 8, 4, 2, 16, 8, 16, torch.float32, generator)
-    out = attention.attend_reference(qkv, k_cache, v_cache, torch.zeros(1, dtype=torch.int64), None, n_head=4)
+    out = attention_plain(qkv, k_cache, v_cache, torch.zeros(1, dtype=torch.int64), None, None, None, 0.0, 4, 0)
     q, k, v = qkv.view(1, 8, 8, 16).transpose(1, 2).split((4, 2, 2), dim=1)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(out, expected.transpose(1, 2).reshape(1, 8, 64))
@@ -255,7 +271,7 @@ def test_sample_draws_what_the_reference_draws(B, V, temperature, top_k, min_p):
     states = [(rng, history, pos), (rng.clone(), history.clone(), pos.clone())]
     for step in range(2):
         drawn = sampling.sample_triton(logits, temperature, top_k, min_p, *states[0])
-        assert sampling.sample_reference(logits, temperature, top_k, min_p, *states[1]).tolist() == drawn.tolist()
+        assert sampling.sample_plain(logits, temperature, top_k, min_p, *states[1]).tolist() == drawn.tolist()
         assert all(map(torch.equal, *states))
         assert rng.tolist() == [1234567890123, 8 + step]
         assert history.gather(1, pos[:, None]).flatten().tolist() == drawn.tolist()
@@ -281,7 +297,7 @@ def test_sample_follows_softmax():
     counts = torch.zeros(6)
     for seed in range(2000):
         rng = torch.tensor([seed, 0])
-        counts[sampling.sample_reference(logits, 0.9, 4, 0.0, rng)] += 1
+        counts[sampling.sample_plain(logits, 0.9, 4, 0.0, rng)] += 1
     probs = torch.softmax(logits[0].masked_fill(logits[0] < 1, -math.inf) / 0.9, -1)
     assert (counts / 2000 - probs).abs().max() < 0.04
 
@@ -289,37 +305,37 @@ def test_sample_follows_softmax():
 @pytest.mark.parametrize(
     "top_k,min_p", [(0, 0.0), (1, 0.0), (200, 0.0), (50, 0.02), (0, 0.1), (5000, 0.0), (1000, 0.0), (313, 0.0)]
 )
-def test_floor_is_the_smallest_logit_kept(top_k, min_p):
+def test_logit_threshold_is_the_smallest_logit_kept(top_k, min_p):
     logits = 3 * torch.randn(3, 2500, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     logits[0, :1100] = 0.5  # more equals than a program holds
     logits[2] = logits[2] / 3 + 40  # bits that all have in common,
     logits[2, ::8] += 20  # and others that the maxima have
-    expected = sampling.floor_reference(logits, 0.9, top_k, min_p)
+    expected = sampling.logit_threshold_plain(logits, 0.9, top_k, min_p)
     kept = (logits >= expected).sum(1)
     assert (kept >= 1).all() and (not 0 < top_k < 2500 or kept[1] <= top_k)
     for _ in range(2):
-        floor = sampling.floor_triton(logits, 0.9, top_k, min_p)
-        assert ((logits >= floor) == (logits >= expected)).all()
+        threshold = sampling.logit_threshold_triton(logits, 0.9, top_k, min_p)
+        assert ((logits >= threshold) == (logits >= expected)).all()
 
 
 @pytest.mark.parametrize("V", [700, 9000])
-def test_judge_is_the_reference(V):
+def test_verify_is_the_reference(V):
     B, k, generator = 2, 3, torch.Generator().manual_seed(6)
     target = 2 * torch.randn(B * (k + 1), V, generator=generator)
     draft = target.view(B, k + 1, V)[:, :k].flatten(0, 1) + 0.5 * torch.randn(B * k, V, generator=generator)
-    draft[0] = target[0]  # equal: holds for sure
+    draft[0] = target[0]  # equal: accepted for sure
     logits = torch.cat((target, draft)).to(DEVICE)
-    floors = sampling.floor_reference(logits, 1.0, 40, 0.0)
-    guesses = logits[B * (k + 1) :].argmax(1).view(B, k)
-    judged = []
+    thresholds = sampling.logit_threshold_plain(logits, 1.0, 40, 0.0)
+    draft_tokens = logits[B * (k + 1) :].argmax(1).view(B, k)
+    verified = []
     for seed in range(20):
         rng = torch.tensor([seed, 3], device=DEVICE)
-        expected = sampling.judge_reference(logits, floors, guesses, 0.8, rng)
-        judged.append(sampling.judge_triton(logits, floors, guesses, 0.8, rng))
-        assert judged[-1].tolist() == expected.tolist()
+        expected = verify_plain(logits, thresholds, draft_tokens, 0.8, rng.clone())
+        verified.append(verify_triton(logits, thresholds, draft_tokens, 0.8, rng))
+        assert verified[-1].tolist() == expected.tolist()
         assert rng.tolist() == [seed, 4]
-    held = torch.stack(judged)[:, :, :k] == guesses
-    assert held[:, 0, 0].all() and 0.3 < held.float().mean() < 0.99
+    accepted = torch.stack(verified)[:, :, :k] == draft_tokens
+    assert accepted[:, 0, 0].all() and 0.3 < accepted.float().mean() < 0.99
 
 
 def test_gumbel_is_philox():
@@ -328,9 +344,9 @@ def test_gumbel_is_philox():
         return (1 - torch.exp(-torch.exp(-noise.double()))).item() * 2**32
 
     zero = torch.zeros(1, dtype=torch.int64)
-    assert word(sampling.gumbel(torch.tensor([0, 0]), zero, zero)) == pytest.approx(0x6627E8D5, rel=1e-5)
+    assert word(philox.gumbel(torch.tensor([0, 0]), zero, zero)) == pytest.approx(0x6627E8D5, rel=1e-5)
     ones = zero + 0xFFFFFFFF
-    assert word(sampling.gumbel(torch.tensor([-1, -1]), ones, ones)) == pytest.approx(0x408F276D, rel=1e-5)
+    assert word(philox.gumbel(torch.tensor([-1, -1]), ones, ones)) == pytest.approx(0x408F276D, rel=1e-5)
 
 
 def test_copy_match_writes_what_the_reference_writes():
@@ -338,8 +354,8 @@ def test_copy_match_writes_what_the_reference_writes():
     pos = torch.tensor([1, 4, 40, 1024, 1500, 2500], device=DEVICE)
     for k in (1, 5, 15):
         expected = history.clone()
-        lookup.copy_match_reference(expected, pos, k)
-        lookup.copy_match_triton(history, pos, k)
+        ngram.copy_match_plain(expected, pos, k)
+        ngram.copy_match_triton(history, pos, k)
         torch.testing.assert_close(history, expected, rtol=0, atol=0)
 
 
@@ -349,16 +365,16 @@ def test_embedding(C, first, dtype, monkeypatch):
     generator = torch.Generator().manual_seed(9)
     table = torch.randn(40, C, generator=generator).to(dtype).to(DEVICE)
     tokens = torch.randint(0, 40 if first is None else 80, (3, 21), generator=generator).to(DEVICE)
-    poisoned = tp.embedding_fake
-    monkeypatch.setattr(tp, "embedding_fake", lambda *rest: poisoned(*rest).fill_(math.nan))
+    poisoned = embedding.embedding_fake
+    monkeypatch.setattr(embedding, "embedding_fake", lambda *rest: poisoned(*rest).fill_(math.nan))
     for start, new in ((None, 21), ([0, 20, 7], 1), ([19, 0, 4], 2)):
         start = start and torch.tensor(start, device=DEVICE)
-        out = tp.embedding_triton(table, tokens, start, new, first)
+        out = embedding.embedding_triton(table, tokens, start, new, first)
         for row in range(3):
             begin = 0 if start is None else int(start[row])
             for i, token in enumerate((tokens[row, begin : begin + new] - (first or 0)).tolist()):
                 assert torch.equal(out[row, i], table[token] if 0 <= token < 40 else torch.zeros_like(table[0]))
-        assert torch.equal(tp.embedding_reference(table, tokens, start, new, first), out)
+        assert torch.equal(embedding.embedding_plain(table, tokens, start, new, first), out)
     assert first is None or 0 < (out == 0).all(2).sum() < 6
 
 
@@ -368,11 +384,11 @@ def test_ops_trace():
     rng, history, pos = (torch.tensor(t, device=DEVICE) for t in ([5, 0], [[1, 0, 0, 0], [7, 8, 9, 0]], [0, 2]))
 
     def step(k_cache, v_cache, rng, history, pos):
-        x = tp.embedding(table, history, pos, 1)
-        qkv = gemv.linear(x, w, norm=gain, eps=1e-5)
-        y = attention.attend(qkv, k_cache, v_cache, pos, None, n_head=1)
-        z = gemv.linear(x, w, norm=gain, eps=1e-5, out_dtype=torch.float32, gates=True)
-        return y, sampling.sample(z[:, -1], 0.9, 0, 0.0, rng, history, pos)
+        x = ops.embed(table, history, pos, 1)
+        qkv = linear_triton.linear(x, w, norm=gain, eps=1e-5)
+        y = attention_triton(qkv, k_cache, v_cache, pos, None, None, None, 0.0, 1, 0)
+        z = linear_triton.linear(x, w, norm=gain, eps=1e-5, out_dtype=torch.float32, swiglu=True)
+        return y, ops.sample(z[:, -1], 0.9, 0, 0.0, rng, history, pos)
 
     state = (*cache, rng, history, pos)
     compiled_state = [t.clone() for t in state]
@@ -383,9 +399,9 @@ def test_ops_trace():
 
 def test_cache_writes_stop_at_its_end():
     cache = torch.zeros(1, 1, 4, 2)
-    attention._write_cache(cache, torch.ones(1, 3, 1, 2), torch.tensor([2]))
+    _write_cache(cache, torch.ones(1, 3, 1, 2), torch.tensor([2]))
     assert cache[0, 0, :, 0].tolist() == [0, 0, 1, 1]
-    attention._write_cache(cache, torch.ones(1, 3, 1, 2), torch.tensor([9]))
+    _write_cache(cache, torch.ones(1, 3, 1, 2), torch.tensor([9]))
     assert cache[0, 0, :, 0].tolist() == [0, 0, 1, 1]
 
 
@@ -400,6 +416,6 @@ def test_linear_in_model_shapes(kind, M, dtype):
         x = torch.randn(M, K, generator=generator).to(dtype).to(DEVICE)
         gain = torch.rand(K, generator=generator).to(dtype).to(DEVICE)
         torch.empty(M, N, dtype=dtype, device=DEVICE).fill_(math.nan)  # poison what the output may be allocated from
-        out = gemv.linear(x, w, s, norm=gain, eps=1e-5)
-        expected = kernels.rms_norm(x, gain, 1e-5).double() @ dense.double().T
+        out = linear_triton.linear(x, w, s, norm=gain, eps=1e-5)
+        expected = rms_norm(x, gain, 1e-5).double() @ dense.double().T
         assert error(out, expected) < 8e-3

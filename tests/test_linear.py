@@ -4,13 +4,13 @@ import torch.nn.functional as F
 
 from errors import UserError
 from linear import (
+    FP8,
     GROUPS,
-    FP8Linear,
-    Int4Linear,
-    Int8Linear,
+    Int4,
+    Int8,
     Linear,
+    Plain,
     interleaved,
-    linear_from_tensors,
     quantize_linear,
     quantizer,
 )
@@ -23,7 +23,7 @@ SIZES = [(96, 256), (48, 576), (33, 65), (7, 31), (1, 1), (16, 40)]  # (N, K)
 def make(mode: str, N: int, K: int, seed: int = 0) -> tuple[torch.Tensor, Linear]:
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * 0.05
     tensors = {"weight": weight}
-    return weight, linear_from_tensors(K, N, tensors if mode == "plain" else quantize_linear(mode, tensors, "w"))
+    return weight, Linear(K, N).assign(tensors if mode == "plain" else quantize_linear(mode, tensors, "w"))
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -71,7 +71,7 @@ def test_matmul_is_dequantise_then_matmul(mode, dtype, N, K):
 @pytest.mark.parametrize("mode", KINDS)
 def test_fp16_holds_what_small_scales_make(mode):
     weight = torch.randn(8, 64) * 1e-3
-    layer = linear_from_tensors(64, 8, quantizer(mode)(weight))
+    layer = Linear(64, 8).assign(quantizer(mode)(weight))
     assert relative(layer.dequantized(torch.float16), layer.dequantized(torch.float64)) < 2e-3
     assert layer.dequantized(torch.float16).dtype is torch.float16
 
@@ -91,18 +91,18 @@ def test_norm_bias_and_residual_agree_with_the_plain_layer():
     norm.weight.data.uniform_(0.5, 2)
     x, residual = torch.randn(2, 3, 64), torch.randn(2, 3, 24)
     expected = residual + F.linear(norm(x), layer.dequantized(torch.float32), layer.bias)
-    torch.testing.assert_close(layer(x, norm=norm, residual=residual, fp32=True), expected)
+    torch.testing.assert_close(layer(x, norm, residual), expected)
 
 
 @pytest.mark.parametrize("mode", ["plain", *KINDS])
-def test_interleaved_layers_gate_each_other(mode):
+def test_interleaved_layers_make_swiglu(mode):
     gate, up = (make(mode, 24, 64, seed=seed)[1] for seed in (1, 2))
     for layer in (gate, up):
         layer.bias = torch.nn.Parameter(torch.randn(24))
     x = torch.randn(2, 3, 64)
     both = interleaved(gate, up)
-    assert type(both) is type(gate) and both.out_features == 48
-    torch.testing.assert_close(both(x, gates=True), F.silu(gate(x)) * up(x))
+    assert both.kind is gate.kind and both.out_features == 48
+    torch.testing.assert_close(both(x), F.silu(gate(x)) * up(x))
 
 
 def test_layers_of_two_kinds_stay_apart():
@@ -123,29 +123,29 @@ def test_int8_format_is_gpt_fasts():
     weight = torch.randn(40, 100)
     weight[3] = 0
     theirs = dict(zip(("weight", "scales"), gpt_fast_int8(weight)))
-    ours = Int8Linear.quantize(weight)
+    ours = Int8.quantize(weight)
     assert [(key, t.dtype, t.shape) for key, t in ours.items()] == [
         (key, t.dtype, t.shape) for key, t in theirs.items()
     ]
-    layers = [linear_from_tensors(100, 40, tensors) for tensors in (ours, theirs)]
-    assert all(type(layer) is Int8Linear for layer in layers)
+    layers = [Linear(100, 40).assign(tensors) for tensors in (ours, theirs)]
+    assert all(layer.kind is Int8 for layer in layers)
     errors = [(layer.dequantized(torch.float32) - weight).abs().max() for layer in layers]
     assert errors[0] < errors[1] < 0.05  # 127.5 clips the largest weights
 
 
 def test_int4_layout_on_disk():
     q = torch.arange(16).repeat(2, 4)[:, :64]
-    tensors = Int4Linear.tensors(q, torch.full((2, 2), 0.5), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensors = Int4.tensors(q, torch.full((2, 2), 0.5), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     assert tensors["weight"].dtype is torch.uint8 and tensors["weight"].shape == (2, 32)
     assert tensors["weight"][0, 0] == 0 | 1 << 4 and tensors["weight"][0, 1] == 2 | 3 << 4
-    w = linear_from_tensors(64, 2, tensors).dequantized(torch.float32)
+    w = Linear(64, 2).assign(tensors).dequantized(torch.float32)
     expected = (q - 8) * 0.5 + torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat_interleave(32, 1)
     assert torch.equal(w, expected)
 
 
 def test_padding_widens_no_range():
     weight = torch.rand(4, 40) + 5  # zeros as padding would stretch the second group of 32 from 1 to 6
-    layer = linear_from_tensors(40, 4, Int4Linear.quantize(weight, 32))
+    layer = Linear(40, 4).assign(Int4.quantize(weight, 32))
     assert (layer.dequantized(torch.float32) - weight).abs().max() < 0.07
 
 
@@ -153,7 +153,7 @@ def test_constant_rows_and_groups():
     weight = torch.full((2, 64), 0.25)
     weight[1] = 0
     for mode in KINDS:
-        layer = linear_from_tensors(64, 2, quantize_linear(mode, {"weight": weight}, "w"))
+        layer = Linear(64, 2).assign(quantize_linear(mode, {"weight": weight}, "w"))
         torch.testing.assert_close(layer.dequantized(torch.float32), weight, rtol=4e-3, atol=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_unknown_modes_are_named(mode, said):
 def test_weights_that_cannot_be_quantised_are_named():
     weight = torch.ones(2, 32)
     with pytest.raises(UserError, match=r"layers\.0\.wo is quantised already"):
-        quantize_linear("int8", Int8Linear.quantize(weight), "layers.0.wo")
+        quantize_linear("int8", Int8.quantize(weight), "layers.0.wo")
     with pytest.raises(UserError, match=r"layers\.0\.wo has no weight"):
         quantize_linear("int8", {}, "layers.0.wo")
     weight[1, 1] = float("nan")
@@ -186,10 +186,10 @@ def test_weights_that_cannot_be_quantised_are_named():
 
 def test_kind_is_told_from_tensors():
     weight = torch.randn(32, 64)
-    for mode, kind in (("int8", Int8Linear), ("fp8", FP8Linear), ("int4", Int4Linear), ("int4:256", Int4Linear)):
-        assert type(linear_from_tensors(64, 32, quantizer(mode)(weight))) is kind
-    plain = linear_from_tensors(64, 32, {"weight": weight.bfloat16(), "bias": torch.zeros(32)})
-    assert type(plain) is Linear and plain.bias is not None
+    for mode, kind in (("int8", Int8), ("fp8", FP8), ("int4", Int4), ("int4:256", Int4)):
+        assert Linear(64, 32).assign(quantizer(mode)(weight)).kind is kind
+    plain = Linear(64, 32).assign({"weight": weight.bfloat16(), "bias": torch.zeros(32)})
+    assert plain.kind is Plain and plain.bias is not None
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_kind_is_told_from_tensors():
 )
 def test_tensors_of_no_layer_are_an_error(tensors):
     with pytest.raises(UserError, match=r"layers\.1\.wo needs .*\[32, 64\]; found"):
-        linear_from_tensors(64, 32, tensors, "layers.1.wo")
+        Linear(64, 32).assign(tensors, "layers.1.wo")
 
 
 @pytest.mark.cuda

@@ -9,7 +9,7 @@ from checkpoint import load_model
 from errors import UserError
 from formats.config import BUILTIN
 from formats.convert import convert
-from linear import linear_from_tensors, quantize_linear
+from linear import Linear, quantize_linear
 from model import FeedForward, ModelConfig, RMSNorm, rope_table
 from tp import TensorParallel
 
@@ -122,10 +122,10 @@ def test_chunked_prefill_equals_one_shot(tmp_path):
     build(tmp_path, "mistral-window")
     model = converted(tmp_path)
     tokens = torch.randint(1, 97, (2, 30), generator=torch.Generator().manual_seed(3))
-    whole = model(tokens, torch.tensor([0, 0]), model.cache(2, 40), all_logits=True, context=30)
+    whole = model(tokens, torch.tensor([0, 0]), model.cache(2, 40), all_logits=True)
     cache, chunks = model.cache(2, 40), []
     for a, b in ((0, 1), (1, 14), (14, 22), (22, 30)):
-        chunks.append(model(tokens[:, a:b], torch.tensor([a, a]), cache, all_logits=True, context=b))
+        chunks.append(model(tokens[:, a:b], torch.tensor([a, a]), cache.first(b), all_logits=True))
     torch.testing.assert_close(torch.cat(chunks, 1), whole, atol=1e-5, rtol=0)
 
 
@@ -139,7 +139,7 @@ def test_merged_feed_forwards_compute_the_same(kind):
         layer = FeedForward(config, TensorParallel())
         for name, N, K in (("w1", 96, 64), ("w3", 96, 64), ("w2", 64, 96)):
             tensors, own = {"weight": torch.randn(N, K) / 8}, up_kind if name == "w3" else kind
-            setattr(layer, name, linear_from_tensors(K, N, quantize_linear(own, tensors, name) if own else tensors))
+            setattr(layer, name, Linear(K, N).assign(quantize_linear(own, tensors, name) if own else tensors))
         return layer
 
     norm = RMSNorm(64, 1e-5)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from tiny import write_checkpoint
 
-import checkpoint
 import quantize
 from checkpoint import load_model, new_state_dict, read_config
 from errors import UserError, run_cli
@@ -22,6 +21,7 @@ from linear import Linear, quantizer
 from model import Transformer
 from quantize import calibration_sequences, main
 from scripts.quant_table import to_generic_basis
+from texts import task_documents
 
 REPO = Path(quantize.__file__).parent
 TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs! " * 60
@@ -79,7 +79,7 @@ GPTQ = ("--mode", "int4-gptq", "--calibration_seq_length", "64", "--calibration_
     ],
 )
 def test_file_holds_every_linear_quantised_and_all_else_as_it_was(folder, monkeypatch, mode, args, name):
-    monkeypatch.setattr(checkpoint, "CHUNK", 1000)  # several chunks a tensor
+    monkeypatch.setattr("linear.CHUNK", 1000)  # several chunks a tensor
     run(folder, *args)
     source, found = torch.load(folder / "model.pth"), torch.load(folder / name, weights_only=True)
     expected = {n: t for n, t in source.items() if n.removesuffix(".weight") not in NAMES}
@@ -167,7 +167,7 @@ def test_calibration_sequences_join_and_cut_documents():
 def test_calibration_reads_the_whole_sentence_of_a_task_whose_options_are_beginnings(monkeypatch):
     own = partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)
-    first = next(iter(quantize.task_documents(["winogrande"], Path(__file__).parent / "data" / "eval")))
+    first = next(iter(task_documents(["winogrande"], Path(__file__).parent / "data" / "eval")))
     assert first.startswith("The cup did not fit into the box because the ") and first.endswith(" was too big.")
 
 
@@ -183,7 +183,7 @@ def test_calibration_on_a_local_lm_eval_task(folder, tmp_path, capsys, monkeypat
         'doc_to_text: "{{question}}"\ndoc_to_target: "{{reply}}"\n'
         "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
     )
-    assert next(iter(quantize.task_documents(["local_text"], tmp_path))) == f"{TEXT[:200].strip()} yes"
+    assert next(iter(task_documents(["local_text"], tmp_path))) == f"{TEXT[:200].strip()} yes"
     run(folder, "--mode", "int4-gptq", "--calibration_tasks", "local_text", "--include_path", str(tmp_path))
     assert (folder / "model_int4-gptq.g32.pth").exists()
     error = fails(folder, capsys, "--mode", "int4-gptq", "--groupsize", "64", "--calibration_tasks", "no_such_task")

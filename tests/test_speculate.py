@@ -11,10 +11,11 @@ from chance import chi_square, filtered
 from tiny import never, write_checkpoint
 
 from checkpoint import load_model
+from engine import Engine
 from errors import UserError
-from generate import Engine, answer, generate, load
-from lookup import find
+from generate import answer, generate, load
 from model import ModelConfig, Transformer
+from ops import find
 from sampling import Sampler
 from speculate import AUTO, MAX_K, Speculator, summary
 
@@ -101,7 +102,7 @@ def test_stop_strings_and_repetition_penalty(tiny, draft, penalty):
 
 
 @pytest.mark.parametrize("draft", ["same", "prompt_lookup"])
-def test_compiled_rounds_equal_eager_ones_and_never_recompile(tiny, draft):
+def test_compiled_steps_equal_eager_ones_and_never_recompile(tiny, draft):
     torch._dynamo.reset()
     plain = engine(tiny)
     llm = engine(tiny, draft=draft_of(tiny, draft), speculate_k=4, compile=True)
@@ -112,8 +113,8 @@ def test_compiled_rounds_equal_eager_ones_and_never_recompile(tiny, draft):
 
 
 @torch.inference_mode()
-def test_rounds_are_captured_where_a_draft_can_look_back(tiny):
-    """As engine._cuda_graph does: a round runs before it is captured, when no generation has set a limit."""
+def test_steps_are_captured_where_a_draft_can_look_back(tiny):
+    """As ops.capture does: a step runs before it is captured, when no generation has set a limit."""
     llm = engine(tiny, draft=draft_of(tiny, "same"), speculate_k=4)
 
     def capture(function):
@@ -131,10 +132,10 @@ def test_the_target_as_its_own_draft_is_always_right_and_leaves_plain_decodings_
     assert list(generate(llm, [5, 6, 7], 50, is_stop=never)) == tokens
     assert set(llm.speculator.outcomes) == {(5, 5)}
     fed = 3 + len(tokens) - 1  # the last token was sampled, not fed
-    for cache in (llm.cache, llm.speculator.draft.cache):
+    for cache in (llm.state.cache, llm.speculator.draft.cache):
         for name in ("k", "v"):
-            for expected, got in zip(getattr(plain.cache, name), getattr(cache, name)):
-                end = fed if cache is llm.cache else fed - 1
+            for expected, got in zip(getattr(plain.state.cache, name), getattr(cache, name)):
+                end = fed if cache is llm.state.cache else fed - 1
                 torch.testing.assert_close(got[:, :, :end], expected[:, :, :end], rtol=1e-4, atol=1e-5)
 
 
@@ -186,7 +187,7 @@ def exact(model, sampler, prompt, n):
         if len(tail) == n:
             result[tail] = probability
             continue
-        logits = model(torch.tensor([[*prompt, *tail]]), zero, llm.cache)[0, -1].double()
+        logits = model(torch.tensor([[*prompt, *tail]]), zero, llm.state.cache)[0, -1].double()
         if sampler.repetition_penalty != 1:
             for token in {*prompt, *tail}:
                 logits[token] *= sampler.repetition_penalty if logits[token] < 0 else 1 / sampler.repetition_penalty
@@ -220,22 +221,22 @@ def test_samples_follow_the_targets_distribution(draft, sampler):
     draft = small_model(1, 1) if draft == "model" else draft
     counts, speculator = drawn(draft, sampler, PROMPT, 2)
     accepted = Counter(accepted for k, accepted in speculator.outcomes if k)
-    assert min(accepted[0], accepted[1]) > 100  # refusing and accepting are both tried
+    assert min(accepted[0], accepted[1]) > 100  # rejecting and accepting are both tried
     assert abs(chi_square(counts, exact(small_model(0, 2), sampler, PROMPT, LENGTH))) < 5
 
 
 @torch.inference_mode()
 def test_the_distribution_test_catches_a_wrong_residual(monkeypatch):
-    """Redrawing a refused guess from p instead of max(0, p - q) is the classical mistake."""
-    right = Speculator.accept
+    """Redrawing a rejected draft token from p instead of max(0, p - q) is the classical mistake."""
+    right = Speculator.verify
 
-    def wrong(self, logits, guesses, draft_logits):
-        accepted, following = right(self, logits, guesses, draft_logits)
+    def wrong(self, logits, draft_tokens, draft_logits):
+        accepted, following = right(self, logits, draft_tokens, draft_logits)
         row = torch.arange(len(accepted))
-        following[row, accepted] = self.llm.sampler.draw(logits[row, accepted], self.llm.rng)
+        following[row, accepted] = self.state.sampler.draw(logits[row, accepted], self.state.rng)
         return accepted, following
 
-    monkeypatch.setattr(Speculator, "accept", wrong)
+    monkeypatch.setattr(Speculator, "verify", wrong)
     sampler = SAMPLERS["plain"]
     for draft in (small_model(1, 1), "prompt_lookup"):
         counts, _ = drawn(draft, sampler, PROMPT, 2)
@@ -258,19 +259,19 @@ def test_prompt_lookup_copies_what_followed_the_longest_match(tiny):
         [1, 2, 3, 4],
     ]
     for row, tokens in enumerate(rows):
-        llm.history[row, : len(tokens)] = torch.tensor(tokens)
-    llm.pos.copy_(torch.tensor([len(tokens) - 1 for tokens in rows]))
-    assert find(llm.history, llm.pos)[1].tolist() == [3, 1, 2, 0]
+        llm.state.history[row, : len(tokens)] = torch.tensor(tokens)
+    llm.state.pos.copy_(torch.tensor([len(tokens) - 1 for tokens in rows]))
+    assert find(llm.state.history, llm.state.pos)[1].tolist() == [3, 1, 2, 0]
     llm.speculator.draft.propose(4)
-    guesses = [llm.history[row, len(tokens) : len(tokens) + 4].tolist() for row, tokens in enumerate(rows)]
-    assert guesses[:3] == [[4, 9, 2, 3], [7, 5, 7, 5], [5, 6, 5, 6]]
+    copied = [llm.state.history[row, len(tokens) : len(tokens) + 4].tolist() for row, tokens in enumerate(rows)]
+    assert copied[:3] == [[4, 9, 2, 3], [7, 5, 7, 5], [5, 6, 5, 6]]
 
 
-def chosen(speculator, acceptance, rounds=300):
-    """The ks that `auto` takes when each guess holds with this probability."""
+def chosen(speculator, acceptance, steps=300):
+    """The ks that `auto` takes when each draft token is accepted with this probability."""
     torch.manual_seed(0)
     ks = Counter()
-    for _ in range(rounds):
+    for _ in range(steps):
         k = speculator._choose()
         ks[k] += 1
         speculator.outcomes.append((k, int((torch.rand(k) < acceptance).long().cumprod(0).sum())))
@@ -280,22 +281,22 @@ def chosen(speculator, acceptance, rounds=300):
 def test_auto_adapts_to_acceptance_and_costs(tiny):
     speculator = engine(tiny, draft="prompt_lookup", speculate_k="auto").speculator
     cheap = {k: 1 + 0.02 * k for k in AUTO}
-    speculator.rounds = dict.fromkeys(cheap, lambda: None)
+    speculator.steps = dict.fromkeys(cheap, lambda: None)
     speculator.seconds = cheap
     assert chosen(speculator, 0.95).most_common(1)[0][0] >= 8
     assert chosen(speculator, 0.5).most_common(1)[0][0] in (3, 5)
-    speculator.seconds = {k: 1 + 0.5 * k for k in cheap}  # a round of k yields (1 - a^(k+1)) / (1 - a) tokens
+    speculator.seconds = {k: 1 + 0.5 * k for k in cheap}  # a step of k yields (1 - a^(k+1)) / (1 - a) tokens
     assert chosen(speculator, 0.4)[0] > 240  # plain decoding, but for a trial now and then
     assert chosen(speculator, 0.97)[0] < 100
 
 
-def test_report_accounts_for_the_rounds(tiny):
+def test_report_accounts_for_the_steps(tiny):
     llm = engine(tiny, draft=draft_of(tiny, "same"), speculate_k=3)
     tokens = list(generate(llm, [5, 6, 7], 41, is_stop=never))
     report = llm.speculator.report(100.0)
-    assert report["rounds_by_k"] == {3: 10} and report["tokens_per_round"] == 4.0 and len(tokens) == 41
+    assert report["steps_by_k"] == {3: 10} and report["tokens_per_step"] == 4.0 and len(tokens) == 41
     assert report["acceptance_by_position"] == [1.0] * 3 and report["mean_accepted"] == 3.0
-    assert report["round_ms"] == pytest.approx(sum(report[f"{part}_ms"] for part in ("draft", "verify", "overhead")))
+    assert report["step_ms"] == pytest.approx(sum(report[f"{part}_ms"] for part in ("draft", "verify", "overhead")))
     assert report["speedup"] == pytest.approx(100.0 / report["plain_tokens_per_second"])
     assert llm.speculator.work_per_token() == (0.25, 0.75)
     assert json.loads(json.dumps(report))["timed_k"] == 3
@@ -333,8 +334,8 @@ def test_the_command(tiny, cli, refuses):
         *text, line = result.stdout.splitlines()
         assert text == plain.stdout.splitlines()[:-1]
         report = json.loads(line)["speculation"]
-        assert report["rounds_by_k"] and report["speedup"] > 0
-        assert "tokens a round" in result.stderr and "Speed-up over plain decoding" in result.stderr
+        assert report["steps_by_k"] and report["speedup"] > 0
+        assert "tokens a step" in result.stderr and "Speed-up over plain decoding" in result.stderr
     for options, message in (
         (("--speculate_k", "3"), "--speculate_k needs"),
         (("--speculate", "prompt_lookup", "--draft_checkpoint_path", other), "give one of them"),
@@ -370,7 +371,7 @@ def test_real_greedy_equality(smollm2_dir, draft):
 @pytest.mark.cuda
 @pytest.mark.parametrize("draft", ["same", "other", "prompt_lookup"])
 @pytest.mark.parametrize("k", [4, "auto"])
-def test_cuda_graphs_equal_eager_rounds(tiny, draft, k):
+def test_cuda_graphs_equal_eager_steps(tiny, draft, k):
     options = {"device": "cuda", "precision": "bf16", "max_seq_length": 128}
     model = draft_of(tiny, draft) if draft != "same" else load_model(tiny[0] / "model.pth", device="cuda")
     plain = load(tiny[0] / "model.pth", sampler=GREEDY, compile=True, **options)

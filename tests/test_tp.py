@@ -18,16 +18,19 @@ CUDA = torch.cuda.device_count() > 0  # does not start CUDA, after which no proc
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # has to be set before Triton is imported
 
-import exchange  # noqa: E402
-import gemv  # noqa: E402
+
 from checkpoint import load_model  # noqa: E402
+from engine import Engine  # noqa: E402
 from errors import UserError  # noqa: E402
-from generate import Engine, generate, load  # noqa: E402
+from generate import generate, load  # noqa: E402
 from gptq import Hessian, gptq  # noqa: E402
-from linear import Int4Linear, linear_from_tensors, quantize_linear  # noqa: E402
+from linear import Int4, Linear, quantize_linear  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
+from ops import linear_triton, packing, symmetric, tuning  # noqa: E402
+from ops.common import MAX_ROWS  # noqa: E402
+from ranks import session  # noqa: E402
 from sampling import Sampler  # noqa: E402
-from tp import TensorParallel, session  # noqa: E402
+from tp import TensorParallel  # noqa: E402
 
 REPO = Path(__file__).resolve().parent.parent
 KINDS = ["plain", "int8", "fp8", "int4:32", "int4:128"]
@@ -53,7 +56,7 @@ def write_model(path, config, kind):
         if kind == "int4-gptq" and hasattr(module, "in_features"):
             hessian = Hessian(module.in_features)
             hessian.add(torch.randn(200, module.in_features))
-            own |= Int4Linear.tensors(*gptq(own["weight"], hessian.mean, 32))
+            own |= Int4.tensors(*gptq(own["weight"], hessian.mean, 32))
         elif kind != "plain" and hasattr(module, "in_features"):
             own = quantize_linear(kind, own, name)
         state |= {f"{name}.{key}": t for key, t in own.items()}
@@ -69,30 +72,25 @@ def test_shards_of_a_weight_make_up_the_whole(world, kind):
     config = tiny_config(world, qkv_bias=True, o_bias=True)
     H, Hkv, D = config.n_head, config.n_local_heads, config.head_dim
     ranks = [TensorParallel(rank, world) for rank in range(world)]
-    inputs = {"wo": H * D, "w2": config.intermediate_size}
-    outputs = {"wqkv": (H + 2 * Hkv) * D, "w1": config.intermediate_size, "output": config.vocab_size}
-    for name in [*inputs, *outputs]:
-        N, K = outputs.get(name, 24), inputs.get(name, 64)
+    models = [Transformer(config, rank) for rank in ranks]
+    linears = {name: module for name, module in Transformer(config).named_modules() if isinstance(module, Linear)}
+    for name in ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "output"):
+        name = name if name == "output" else f"layers.0.{name}"
+        N, K = linears[name].shape
         tensors = {"weight": torch.randn(N, K), "bias": torch.randn(N)}
         if kind != "plain":
             tensors = quantize_linear(kind, tensors, name)
-        whole = linear_from_tensors(K, N, tensors)
-        x = torch.randn(3, K)
-        results = []
-        for rank in ranks:
-            part = rank.shard(f"layers.0.{name}", tensors, config)
-            queries, keys = rank.heads(H, Hkv)
-            hidden = rank.part(config.intermediate_size, 32)
-            columns = {"wo": range(queries.start * D, queries.stop * D), "w2": hidden}.get(name, range(K))
-            rows = {"wqkv": (len(queries) + 2 * len(keys)) * D, "w1": len(hidden)}.get(name, len(rank.part(259, 16)))
-            rows = N if name in inputs else rows
-            layer = linear_from_tensors(len(columns), rows, part, f"{name} of {rank}")
+        whole, x, results = Linear(K, N).assign(tensors), torch.randn(3, K), []
+        for model in models:
+            part = model.get_submodule(name)
+            part.assign(part.shard(tensors, name), f"{name} of {part.rank}").reduce = ""  # its share alone
+            columns = part.columns or range(K)
             own = torch.zeros(3, len(columns))
             own[:, : len(columns[: max(0, K - columns.start)])] = x[:, columns.start : columns.stop]
-            results.append(layer(own))
-        if name in inputs:
+            results.append(part(own))
+        if linears[name].columns:
             found = sum(results)
-        elif name == "wqkv":  # heads that are in several ranks must agree; take the last one's
+        elif name.endswith("wqkv"):  # heads that are in several ranks must agree; take the last one's
             found = torch.full((3, N), torch.nan)
             for rank, y in zip(ranks, results):
                 queries, keys = rank.heads(H, Hkv)
@@ -116,49 +114,50 @@ def test_a_draft_that_every_rank_holds_whole_is_compared_with_the_whole_target()
     assert Engine(target, max_seq_length=8, draft=draft).speculator.draft.model is draft
 
 
-def mailboxes(world, slots):
-    boxes = [torch.zeros(2, world, slots, dtype=torch.int64) for _ in range(world)]
-    return boxes, torch.tensor([box.data_ptr() for box in boxes])
+def symmetric_buffers(world, slots):
+    memory = [torch.zeros(2, world, slots, dtype=torch.int64) for _ in range(world)]
+    return memory, torch.tensor([buffer.data_ptr() for buffer in memory])
 
 
 @pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("mode", ["sum fp32", "sum fp16", "gather"])
-def test_exchange_kernel(world, mode):
-    """Rank 1's kernel, with what the other ranks send put into its mailbox beforehand."""
+def test_all_reduce_kernel(world, mode):
+    """Rank 1's kernel, with what the other ranks send put into its buffer beforehand."""
     pytest.importorskip("triton")
     rank = 1
-    memory, boxes = mailboxes(world, exchange.MAX_WORDS)
-    counts = torch.zeros(exchange.MAX_WORDS // exchange.BLOCK, dtype=torch.int64)
+    memory, buffers = symmetric_buffers(world, symmetric.MAX_WORDS)
+    counts = torch.zeros(symmetric.MAX_WORDS // symmetric.BLOCK, dtype=torch.int64)
     for number in (1, 2, 3):  # the two places take turns
         x = torch.randn(world, 2, 3, 130).to(torch.float16 if mode == "sum fp16" else torch.float32)
         for other in range(world):
             words = x[other].view(torch.int32).flatten().long()
             if other != rank:
                 memory[rank][number % 2, other, : len(words)] = words << 32 | number
-        out = exchange.exchange_triton(x[rank], mode == "gather", rank, world, boxes, counts)
+        out = symmetric.all_reduce_triton(x[rank], mode == "gather", rank, world, buffers, counts)
         expected = torch.cat(list(x), -1) if mode == "gather" else x.float().sum(0).to(x.dtype)
         torch.testing.assert_close(out, expected)
         mine = x[rank].view(torch.int32).flatten().long() << 32 | number
-        assert all(torch.equal(box[number % 2, rank, : len(mine)], mine) for box in memory)
+        assert all(torch.equal(buffer[number % 2, rank, : len(mine)], mine) for buffer in memory)
 
 
 @pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_kernel_sums_or_gathers_over_ranks(world, kind, monkeypatch):
-    """Rank 1's kernel, with the other ranks' products put into its mailbox beforehand: tiles and rows change, and
+    """Rank 1's kernel, with the other ranks' products put into its buffer beforehand: tiles and rows change, and
     weights are narrower in between, as a draft model's may be."""
     pytest.importorskip("triton")
-    rank, features = 1, exchange.MAX_FEATURES
-    memory, boxes = mailboxes(world, features * exchange.MAX_ROWS)
+    rank, features = 1, symmetric.MAX_FEATURES
+    memory, buffers = symmetric_buffers(world, features * MAX_ROWS)
     counts = torch.zeros(features // 8, dtype=torch.int64)
-    monkeypatch.setattr(exchange, "mailbox", lambda device: (None, (boxes, counts)))
+    monkeypatch.setattr(symmetric, "symmetric_buffers", lambda device: (None, (buffers, counts)))
     sent = [0, 0]  # so far, of the first 40 features and of the others
     cases = ((1, 104, 2, 0), (3, 104, 4, 0), (1, 40, 2, 0), (2, 104, 2, 2), (1, 104, 2, 3))
     for (rows, N, R, programs), gather in itertools.product(cases, (False, True)):
-        monkeypatch.setattr(gemv, "_configuration", lambda *_, R=R, programs=programs: (R, 1, 2, 128, programs))
-        monkeypatch.setattr(gemv, "_processors", lambda device: 1)
+        how = tuning.Configuration(8 * R, 1, 2, 128, programs)
+        monkeypatch.setattr(tuning, "configuration", lambda *_, how=how: how)
+        monkeypatch.setattr(tuning, "processors", lambda device: 1)
         sent[0] += 1
         sent[1] += N > 40
         number = torch.where(torch.arange(N) < 40, *sent)
@@ -168,22 +167,24 @@ def test_linear_kernel_sums_or_gathers_over_ranks(world, kind, monkeypatch):
             tensors = {"weight": tensors["weight"].half()}
         else:
             tensors = quantize_linear(kind, tensors, "w")
-        weight = gemv.dequantize(tensors["weight"], tensors.get("scales"), tensors.get("zeros"), torch.float32)[:, :288]
+        weight = packing.dequantize(tensors["weight"], tensors.get("scales"), tensors.get("zeros"), torch.float32)[
+            :, :288
+        ]
         if kind.startswith("int4"):
-            tensors["weight"], tensors["scales"] = gemv.pack_int4(*tensors.values())
+            tensors["weight"], tensors["scales"] = packing.pack_int4(*tensors.values())
         theirs = torch.randn(world, rows, N)
         for other in range(world):
             words = theirs[other].view(torch.int32).long() << 32 | number
             if other != rank:
-                place = memory[rank].view(2, world, exchange.MAX_ROWS, features)[:, other, :rows, :N]
+                place = memory[rank].view(2, world, MAX_ROWS, features)[:, other, :rows, :N]
                 place.scatter_(0, (number % 2).expand(1, rows, N), words[None])
         here = {"rank": rank, "world": world, "gather": gather, "residual": None if gather else residual}
-        out = gemv.linear(x, tensors["weight"], tensors.get("scales"), **here)
+        out = linear_triton.linear(x, tensors["weight"], tensors.get("scales"), **here)
         theirs[rank] = x.float() @ weight.t()
         expected = torch.cat(list(theirs), -1) if gather else residual.float() + theirs.sum(0)
         torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=5e-2)
-        for box in memory:  # everyone got this rank's products
-            place = box.view(2, world, exchange.MAX_ROWS, features)[:, rank, :rows, :N]
+        for buffer in memory:  # everyone got this rank's products
+            place = buffer.view(2, world, MAX_ROWS, features)[:, rank, :rows, :N]
             got = place.gather(0, (number % 2).expand(1, rows, N))[0]
             assert torch.equal(got & 0xFFFFFFFF, number.expand(rows, N))
             torch.testing.assert_close((got >> 32).int().view(torch.float32), theirs[rank], rtol=2e-2, atol=5e-2)

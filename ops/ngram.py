@@ -1,11 +1,14 @@
-"""Prompt lookup: guesses without a model, copied from where a row's last tokens occurred before. One Triton kernel,
-beside a PyTorch reference."""
+"""Prompt lookup's n-gram match: draft tokens copied from where a row's last tokens occurred before.
+
+find(history, pos)            where, and how many tokens match
+copy_match(history, pos, k)   copy what followed, as an op: one Triton kernel, or plain PyTorch
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import is_hopper, op, tl, tlx, triton
+from ops.common import on_triton, op, pdl, tl, tlx, triton
 
 NGRAM = 6  # the longest match that is looked for
 
@@ -24,12 +27,9 @@ def find(history: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
 
 @op("copy_match", mutates=("history",))
 def copy_match(history: Tensor, pos: Tensor, k: int) -> None:
-    """Write k guesses behind each row's position pos int64 (B,) into history int64 (B, width): what followed the place
-    that `find` finds. A copy that reaches the position starts over."""
-    if triton is None or not history.is_cuda:
-        copy_match_reference(history, pos, k)
-    else:
-        copy_match_triton(history, pos, k)
+    """Write k draft tokens behind each row's position pos int64 (B,) into history int64 (B, width): what followed the
+    place that `find` finds. A copy that reaches the position starts over."""
+    (copy_match_triton if on_triton(history) else copy_match_plain)(history, pos, k)
 
 
 @torch.library.register_fake("gptfast::copy_match")
@@ -37,18 +37,17 @@ def _(history, pos, k):
     return None
 
 
-def copy_match_reference(history, pos, k):
+def copy_match_plain(history, pos, k):
     found = find(history, pos)[0][:, None]
-    pos, ahead = pos[:, None], torch.arange(k, device=history.device)
-    history.scatter_(1, pos + 1 + ahead, history.gather(1, found + 1 + ahead % (pos - found)))
+    pos, offset = pos[:, None], torch.arange(k, device=history.device)
+    history.scatter_(1, pos + 1 + offset, history.gather(1, found + 1 + offset % (pos - found)))
 
 
 def copy_match_triton(history, pos, k):
     """One launch, history and pos contiguous."""
-    hopper = is_hopper(history.device)
     _copy_match_kernel[(len(history),)](
-        history, pos, history.shape[1], k, NGRAM=NGRAM, K2=triton.next_power_of_2(k), BLOCK=1024, PDL=hopper,
-        num_warps=8, **({"launch_pdl": True} if hopper else {}),
+        history, pos, history.shape[1], k, NGRAM=NGRAM, K2=triton.next_power_of_2(k), BLOCK=1024,
+        num_warps=8, **pdl(history.device),
     )  # fmt: skip
 
 
@@ -74,6 +73,6 @@ if triton is not None:
                 length += matches.to(tl.int64)
             best = tl.maximum(best, tl.where(at < end, length * width + at, 0))
         found = (tl.max(best, 0) % width).to(tl.int32)
-        ahead = tl.arange(0, K2)
-        copied = tl.load(history + found + 1 + ahead % tl.maximum(end - found, 1), mask=ahead < k)
-        tl.store(history + end + 1 + ahead, copied, mask=ahead < k)
+        offset = tl.arange(0, K2)
+        copied = tl.load(history + found + 1 + offset % tl.maximum(end - found, 1), mask=offset < k)
+        tl.store(history + end + 1 + offset, copied, mask=offset < k)

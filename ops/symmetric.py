@@ -1,11 +1,12 @@
-"""What ranks on the GPUs of one machine send each other within a decode step, through memory that all can reach.
+"""All-reduce and all-gather of a decode step: what ranks on the GPUs of one machine send each other, through memory
+that all can reach.
 
-    exchange(x, gather, rank, world)   the sum or the parts of all ranks, as an op; elsewhere by NCCL or gloo
-    deliver, addresses                 the same inside another kernel: gemv.py's, whose every program sums its own tile
-    mailbox(device)                    the memory, or None
+    all_reduce(x, gather, rank, world)   the sum of all ranks, or their parts side by side, as an op
+    deliver, addresses                   the same inside another kernel: linear_triton.py's, which sums tile by tile
+    symmetric_buffers(device)            the memory, or None
 
-Messages are those of kernels.py. A mailbox has two places for each, which take turns. Two suffice: who sends message
-n + 2 has received all of n + 1, and these were sent after their senders had read n.
+Messages are those of messages.py. A symmetric buffer has two places for each, which take turns. Two suffice: who sends
+message n + 2 has received all of n + 1, and these were sent after their senders had read n.
 """
 
 import functools
@@ -17,22 +18,28 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
-from kernels import MAX_ROWS, content, is_hopper, missing, op, receive, send, tl, tlx, triton
+from ops.common import MAX_ROWS, op, pdl, tl, tlx, triton
+from ops.messages import content, missing, receive, send
 
 MAX_WORDS = 2**17  # of 4 bytes, a rank; more than that (a prefill) is NCCL's, whose strength is bandwidth
-BLOCK = 256  # words a program of the exchange kernel
+BLOCK = 256  # words a program of the all-reduce kernel
 MAX_FEATURES = 2**14  # of a row that the linear kernel sums
 
 
-@op("exchange")
-def exchange(x: Tensor, gather: bool, rank: int, world: int) -> Tensor:
+@op("all_reduce")
+def all_reduce(x: Tensor, gather: bool, rank: int, world: int) -> Tensor:
     """Of x (..., n) on every rank: the sum or, to gather, the ranks' parts side by side, (..., world n).
 
     Every rank gets the same bits. On GPUs with peer access one kernel does it, otherwise NCCL, and on a CPU gloo.
     """
     words = x.numel() * x.element_size() // 4
-    if x.is_cuda and words <= MAX_WORDS and x.shape[-1] * x.element_size() % 4 == 0 and (boxes := mailbox(x.device)):
-        return exchange_triton(x.contiguous(), gather, rank, world, *boxes[0])
+    if (
+        x.is_cuda
+        and words <= MAX_WORDS
+        and x.shape[-1] * x.element_size() % 4 == 0
+        and (buffers := symmetric_buffers(x.device))
+    ):
+        return all_reduce_triton(x.contiguous(), gather, rank, world, *buffers[0])
     if gather:
         parts = [torch.empty_like(x) for _ in range(world)]
         dist.all_gather(parts, x.contiguous())
@@ -42,15 +49,15 @@ def exchange(x: Tensor, gather: bool, rank: int, world: int) -> Tensor:
     return total.to(x.dtype)
 
 
-@torch.library.register_fake("gptfast::exchange")
-def exchange_fake(x, gather, rank, world):
+@torch.library.register_fake("gptfast::all_reduce")
+def all_reduce_fake(x, gather, rank, world):
     return x.new_empty((*x.shape[:-1], x.shape[-1] * (world if gather else 1)))
 
 
 @functools.cache
-def mailbox(device: torch.device) -> tuple | None:
-    """For the exchange kernel and for the linear kernel: the address of each rank's mailbox, int64 (world,), and the
-    number of exchanges so far, int64, of each program and of each 8 features; and what keeps them alive. None where
+def symmetric_buffers(device: torch.device) -> tuple | None:
+    """For the all-reduce kernel and for the linear kernel: the address of each rank's buffer, int64 (world,), and the
+    number of all-reduces so far, int64, of each program and of each 8 features; and what keeps them alive. None where
     GPUs cannot reach each other's memory. Every rank must call it.
     """
     world = dist.get_world_size()
@@ -59,30 +66,29 @@ def mailbox(device: torch.device) -> tuple | None:
     if not all(torch.cuda.can_device_access_peer(i, j) for i in range(world) for j in range(i)):
         return None
     slots = (MAX_WORDS, MAX_FEATURES * MAX_ROWS)
-    boxes = torch.zeros(world, dtype=torch.int64, device=device)
+    buffers = torch.zeros(world, dtype=torch.int64, device=device)
     try:
         memory = symm_mem.empty(2 * world * sum(slots), dtype=torch.int64, device=device).zero_()
         handle = symm_mem.rendezvous(memory, dist.group.WORLD)
-        boxes += torch.tensor(handle.buffer_ptrs, device=device)
+        buffers += torch.tensor(handle.buffer_ptrs, device=device)
     except RuntimeError as error:
         print(f"NCCL serves: no memory is shared between GPUs ({str(error).splitlines()[0]})", file=sys.stderr)
-    ready = boxes.amin()
-    dist.all_reduce(ready, dist.ReduceOp.MIN)  # also waits until every mailbox is empty
+    ready = buffers.amin()
+    dist.all_reduce(ready, dist.ReduceOp.MIN)  # also waits until every buffer is empty
     counts = [torch.zeros(n, dtype=torch.int64, device=device) for n in (MAX_WORDS // BLOCK, MAX_FEATURES // 8)]
-    second = boxes + 2 * world * slots[0] * 8
-    return ((boxes, counts[0]), (second, counts[1]), memory, handle) if ready.item() else None
+    second = buffers + 2 * world * slots[0] * 8
+    return ((buffers, counts[0]), (second, counts[1]), memory, handle) if ready.item() else None
 
 
-def exchange_triton(x, gather, rank, world, boxes, counts):
-    """One launch of the exchange kernel: x contiguous, in whole words of 4 bytes along its last dimension."""
-    out = exchange_fake(x, gather, rank, world)
-    pdl = is_hopper(x.device)
+def all_reduce_triton(x, gather, rank, world, buffers, counts):
+    """One launch of the all-reduce kernel: x contiguous, in whole words of 4 bytes along its last dimension."""
+    out = all_reduce_fake(x, gather, rank, world)
     width = x.shape[-1] * x.element_size() // 4
     words = x.numel() * x.element_size() // 4
-    _exchange_kernel[(triton.cdiv(words, BLOCK),)](
-        out.view(torch.int32), x.view(torch.int32), boxes, counts, rank, words, width,
+    _all_reduce_kernel[(triton.cdiv(words, BLOCK),)](
+        out.view(torch.int32), x.view(torch.int32), buffers, counts, rank, words, width,
         WORLD=world, RANKS=triton.next_power_of_2(world), SLOTS=MAX_WORDS, GATHER=gather, DTYPE=_TRITON[x.dtype],
-        BLOCK=BLOCK, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        BLOCK=BLOCK, num_warps=4, **pdl(x.device),
     )  # fmt: skip
     return out
 
@@ -96,15 +102,15 @@ if triton is not None:
     _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
     @triton.jit
-    def addresses(boxes, source, rank, WORLD: tl.constexpr, SLOTS: tl.constexpr):
-        """Where this rank's messages go in the mailbox of each rank in `source`, and those of each come in its own."""
-        theirs = tl.load(boxes + source, mask=source < WORLD, other=0) + rank * (SLOTS * 8)
-        mine = tl.load(boxes + rank) + source.to(tl.int64) * (SLOTS * 8)
+    def addresses(buffers, source, rank, WORLD: tl.constexpr, SLOTS: tl.constexpr):
+        """Where this rank's messages go in the buffer of each rank in `source`, and those of each come in its own."""
+        theirs = tl.load(buffers + source, mask=source < WORLD, other=0) + rank * (SLOTS * 8)
+        mine = tl.load(buffers + rank) + source.to(tl.int64) * (SLOTS * 8)
         return theirs.to(tl.pointer_type(tl.int64)), mine.to(tl.pointer_type(tl.int64))
 
     @triton.jit
     def deliver(word, theirs, mine, at, mask, count, WORLD: tl.constexpr, SLOTS: tl.constexpr):
-        """Send int32 `word` at slots `at` to all ranks, as exchange number `count` int64 there, and wait for theirs:
+        """Send int32 `word` at slots `at` to all ranks, as number `count` int64 there, and wait for theirs:
         int32, of mask's shape, whose first axis is that of `addresses`; 0 where it is not set."""
         number = tl.broadcast_to(count & 0xFFFFFFFF, mask.shape)
         place = count % 2 * (WORLD * SLOTS) + at
@@ -121,18 +127,18 @@ if triton is not None:
         return word
 
     @triton.jit(do_not_specialize=["rank", "words"])  # all ranks run the same code, and so sum in the same order
-    def _exchange_kernel(
-        out, x, boxes, counts, rank, words, width,
+    def _all_reduce_kernel(
+        out, x, buffers, counts, rank, words, width,
         WORLD: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, GATHER: tl.constexpr, DTYPE: tl.constexpr,
         BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """Each rank writes its words into everyone's mailbox and waits for everyone's in its own."""
+        """Each rank writes its words into everyone's buffer and waits for everyone's in its own."""
         pid = tl.program_id(0)
         at = pid * BLOCK + tl.arange(0, BLOCK)[None, :]
         source = tl.arange(0, RANKS)[:, None]
         sent = at < words
         mask = sent & (source < WORLD)
-        theirs, mine = addresses(boxes, source, rank, WORLD, SLOTS)
+        theirs, mine = addresses(buffers, source, rank, WORLD, SLOTS)
         if PDL:
             tlx.gdc_launch_dependents()
             tlx.gdc_wait()

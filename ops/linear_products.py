@@ -1,13 +1,16 @@
-"""What a step of the linear kernel (gemv.py) computes: a tile of weights of any kind times x, as Triton functions.
+"""What a step of the linear kernel (linear_triton.py) computes: a tile of weights of any kind times x, in Triton.
 
     operand(x, ...), multiply(acc, weights, operand, ...)
                         in int8 for one row of x and quantised weights, otherwise in 16 bits
     assembly(kind)      PTX that unpacks weights, for Hopper; without it plain Triton does the same
 
-Axes: j and i are a warp's 4 x 8 lanes, W warps along K, R and C repetitions along rows and K; see gemv.py.
+Axes: j and i are a warp's 4 x 8 lanes, W warps along K, R and C repetitions along rows and K, u a lane's words; B
+blocks of 8 columns of x, X parts of 32 values of it, D parts along K whose sums are apart; uh, ul, e the bits of a
+value's place in a lane's 16 bytes. See linear_triton.py.
 """
 
-from kernels import flat, tl, triton, unflat
+from ops.common import tl, triton
+from ops.fragments import flat, unflat
 
 if triton is not None:
 

@@ -1,31 +1,60 @@
-"""Causal attention of new tokens over a static cache, RoPE and cache write included, as the torch op gptfast::attend.
+"""Causal attention of new tokens over a static cache, RoPE and cache write included.
 
-For 1 to 16 new tokens on an NVIDIA GPU it is one Triton kernel, otherwise the plain PyTorch reference beside it.
+    attention(layer, qkv, k_cache, v_cache, input_pos, rope)   by the first backend that supports it
+    prepare(layer, first_layer, following)                     what only the Triton kernel wants to know
+
+Backends: a Triton kernel for 1 to 16 new tokens a row on an NVIDIA GPU, cpu.cpp's for up to 64 on a CPU, plain PyTorch.
+Axes: B rows, S new tokens, T cache length, H query heads, Hkv key/value heads, G = H / Hkv, D head dim, R of it rotate.
 """
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-import cpu
-from kernels import (
-    MAX_ROWS,
-    content,
-    flat,
-    is_hopper,
-    missing,
-    op,
-    receive,
-    rms_norm,
-    send,
-    slots,
-    tl,
-    tlx,
-    triton,
-    unflat,
-)
+from ops import cpu
+from ops.common import MAX_ROWS, on_triton, op, pdl, tl, tlx, triton
+from ops.fragments import flat, unflat
+from ops.messages import content, missing, receive, send, slots
+from ops.rms_norm import rms_norm
+
+
+class AttentionLayer(Protocol):
+    """What `attention` reads of a layer."""
+
+    n_head: int
+    window: int  # position p sees keys j > p - window; 0: all before it
+    q_norm: nn.RMSNorm | None  # over each head, before RoPE
+    k_norm: nn.RMSNorm | None
+    first_layer: bool  # whether positions and caches may just have been written when this layer starts
+    prefetch: Tensor | None  # weights that will be read soon, whose first part a GPU brings to its L2 cache meanwhile
+
+
+def prepare(layer: AttentionLayer, first_layer: bool = True, following: Tensor | None = None) -> None:
+    """Tell a layer where it stands: whether it is the model's first, and what weights are read a while after it."""
+    layer.first_layer, layer.prefetch = first_layer, following
+
+
+def attention(
+    layer: AttentionLayer, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, rope: Tensor | None
+) -> Tensor:
+    """Causal attention of S new tokens a row, whose keys and values enter the cache: -> (B, S, H D).
+
+    qkv (B, S, (H + 2 Hkv) D), heads of q, k, v in this order; caches (B, Hkv, T, D); input_pos (B,), the position of
+    each row's first new token; rope fp32 (positions, R/2, 2), see `rotate`, or None. Position p sees keys j <= p, and
+    those of the layer's window. Nothing is written at T or beyond.
+    """
+    q_norm, k_norm, eps = None, None, 0.0
+    if layer.q_norm is not None:
+        q_norm, k_norm, eps = layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps
+    rest = (input_pos, rope, q_norm, k_norm, eps, layer.n_head, layer.window)
+    if on_triton(qkv) and qkv.element_size() == 2 and qkv.shape[1] <= MAX_ROWS:
+        return attention_triton(qkv, k_cache, v_cache, *rest, layer.prefetch, layer.first_layer)
+    if cpu.supports_attention(qkv, k_cache, v_cache, input_pos):
+        return cpu.attention(qkv, k_cache, v_cache, *rest)
+    return attention_plain(qkv, k_cache, v_cache, *rest)
 
 
 def rotate(x: Tensor, positions: Tensor, rope: Tensor) -> Tensor:
@@ -40,9 +69,20 @@ def rotate(x: Tensor, positions: Tensor, rope: Tensor) -> Tensor:
     return turned if rotary == x.shape[-1] else torch.cat((turned, x[..., rotary:]), dim=-1)
 
 
-def attend_reference(
-    qkv, k_cache, v_cache, input_pos, rope, q_norm=None, k_norm=None, eps=0.0, n_head=1, window=0, context=0, scale=None
-):
+@op("attention_plain", mutates=("k_cache", "v_cache"))
+def attention_plain(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    rope: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    n_head: int,
+    window: int,
+) -> Tensor:
+    """Plain PyTorch, the reference. An op, as it reads positions where that costs nothing."""
     B, S, _ = qkv.shape
     _, Hkv, T, D = k_cache.shape
     qk, v = qkv.view(B, S, -1, D).split((n_head + Hkv, Hkv), dim=2)  # (B, S, heads, D)
@@ -54,10 +94,9 @@ def attend_reference(
         qk = rotate(qk, positions, rope)
     q, k = qk.split((n_head, Hkv), dim=2)
     starts = input_pos.tolist() if qkv.is_cpu else None  # reading them costs nothing here
-    context = max(starts) + S if starts else context
     _write_cache(k_cache, k, input_pos, starts)
     _write_cache(v_cache, v, input_pos, starts)
-    live = min(context or T, T)
+    live = min(max(starts) + S, T) if starts else T
     keys, values = k_cache[:, :, :live].to(q.dtype), v_cache[:, :, :live].to(q.dtype)
     if len(positions) == S == 1 and starts and not window:
         mask = None  # a token that sees all
@@ -69,8 +108,13 @@ def attend_reference(
         mask = mask[:, None, :, None].expand(-1, -1, -1, n_head // Hkv, -1).flatten(2, 3)  # (B, 1, S G, live)
     # Query heads that share a key become rows beside each other: PyTorch's own grouping, with a mask, is slow.
     q = q.unflatten(2, (Hkv, -1)).transpose(1, 2).flatten(2, 3)  # (B, Hkv, S G, D)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
     return out.unflatten(2, (S, -1)).transpose(1, 2).reshape(B, S, n_head * D)
+
+
+@torch.library.register_fake("gptfast::attention_plain")
+def _attention_fake(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, *rest):
+    return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))
 
 
 def _write_cache(cache: Tensor, new: Tensor, input_pos: Tensor, starts: list[int] | None = None) -> None:
@@ -131,7 +175,7 @@ if triton is not None:
         return tl.load(cache + t0.to(tl.int64) * STRIDE + at, mask=wanted, other=other, cache_modifier=".cg")
 
     @triton.jit
-    def _fetch(memory, lines, W: tl.constexpr):
+    def _prefetch(memory, lines, W: tl.constexpr):
         """Ask for the first so many lines of 128 bytes of memory to come to the L2 cache, each program for its part."""
         programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
         program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
@@ -142,28 +186,31 @@ if triton is not None:
                 "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, is_pure=False, pack=1
             )
 
-    @triton.jit(do_not_specialize=["entry"])
-    def _attend_kernel(
-        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts, ahead, lines, entry,
+    @triton.jit(do_not_specialize=["first_layer"])
+    def _attention_kernel(
+        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts, prefetch, lines, first_layer,
         S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h,
         G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
-        STRIDE: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr,
+        STRIDE: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr,
         PDL: tl.constexpr,
     ):  # fmt: skip
-        """ROWS query rows (new token s, head g) of one key head, on one part of the keys; KEYS a warp and step.
+        """ROWS query rows (new token s, head g) of one key head, on one KV split; KEYS a warp and step.
 
-        The keys in the cache are cut into parts of at least SHARE, at most SPLITS; programs without one leave at once.
-        The last part's program also writes the new keys and values, attends to them, and combines what the others send
-        it (flash decoding without a second launch); they started before it, so it does not wait in vain. As in the
-        linear kernel, tiles of keys and values are loaded as fragments, by permuting what the dot products sum over or,
-        for values, the features.
+        The keys in the cache are cut into splits of at least SPLIT_KEYS, at most SPLITS; programs without one leave at
+        once. The last split's program also writes the new keys and values, attends to them, and combines what the
+        others send it (flash decoding without a second launch); they started before it, so it does not wait in vain. As
+        in the linear kernel, tiles of keys and values are loaded as fragments, by permuting what the dot products sum
+        over or, for values, the features.
 
-        Positions and old keys come from before the model's first layer, whose attention (`entry`) lets no other kernel
-        start until all that comes before has ended: in later layers they need not wait.
+        Positions and old keys come from before the model's first layer, whose attention (`first_layer`) lets no other
+        kernel start until all that comes before has ended: in later layers they need not wait.
+
+        Axes of tiles: j, i lanes and W warps as in fragments.py; X and Y repetitions along the features and the keys of
+        a key tile; Z a lane's neighbouring features of a value; DP is D padded to a power of two.
         """
         X: tl.constexpr = DP // 32
         Y: tl.constexpr = KEYS // 8
-        Z: tl.constexpr = DP // (8 * W)  # a lane's neighbouring features of a value
+        Z: tl.constexpr = DP // (8 * W)
         STEP: tl.constexpr = W * KEYS
         head = tl.program_id(0)  # (b, hkv)
         split = tl.program_id(1)
@@ -171,24 +218,24 @@ if triton is not None:
         b = head // Hkv
         h = head % Hkv
         if PDL:
-            if entry != 0:
+            if first_layer != 0:
                 tlx.gdc_wait()
             tlx.gdc_launch_dependents()
         pos = tl.load(input_pos + b, cache_modifier=".cg").to(tl.int32)
         first = tl.where(window > 0, tl.maximum(pos - window + 1, 0), 0)
         old = tl.minimum(pos, T) - first
-        share = tl.maximum(tl.cdiv(old, SPLITS), SHARE)
-        parts = tl.maximum(tl.cdiv(old, share), 1)
-        if split >= parts:
-            if ahead is not None:
+        split_keys = tl.maximum(tl.cdiv(old, SPLITS), SPLIT_KEYS)
+        splits = tl.maximum(tl.cdiv(old, split_keys), 1)
+        if split >= splits:
+            if prefetch is not None:
                 tlx.gdc_wait()
-                _fetch(ahead, lines, W)
+                _prefetch(prefetch, lines, W)
             return
 
         keys = k_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
         values = v_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-        begin = first + split * share
-        end = tl.minimum(begin + share, first + old)
+        begin = first + split * split_keys
+        end = tl.minimum(begin + split_keys, first + old)
 
         j = tl.arange(0, 4)[:, None, None, None, None, None]
         i = tl.arange(0, 8)[None, :, None, None, None, None]
@@ -227,21 +274,21 @@ if triton is not None:
         base = qkv + b.to(tl.int64) * S * width
         q_rows = base + row // G * width + (h * G + row % G) * D
         k_rows = base + new * width + (Hkv * G + h) * D
-        ours = (new < S)[:, None] & (split == parts - 1)
+        ours = (new < S)[:, None] & (split == splits - 1)
         q = tl.load(q_rows[:, None] + n[None, :], mask=(row < S * G)[:, None] & (n < D)[None, :], other=0.0)
         k_new = tl.load(k_rows[:, None] + n[None, :], mask=ours & (n < D)[None, :], other=0.0)
         v_new = tl.load((k_rows + Hkv * D)[:, None] + d[None, :], mask=ours & (d < D)[None, :], other=0.0)
         if SPLITS > 1:
             group = head * tl.num_programs(2) + block
             count = tl.load(counts + group, cache_modifier=".cg") + 1
-        if ahead is not None:
-            _fetch(ahead, lines, W)
+        if prefetch is not None:
+            _prefetch(prefetch, lines, W)
         q = _turned(q, q_turns, q_norm, eps, D, DP, ROTARY)
 
-        top = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
+        m_i = tl.full((ROWS,), float("-inf"), tl.float32)
+        l_i = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, DP), tl.float32)
-        if split == parts - 1:
+        if split == splits - 1:
             k_new = _turned(k_new, k_turns, k_norm, eps, D, DP, ROTARY)
             at = (pos + new).to(tl.int64)[:, None] * STRIDE
             written = ((new < S) & (pos + new < T))[:, None]
@@ -249,9 +296,9 @@ if triton is not None:
             tl.store(values + at + d[None, :], v_new.to(v_cache.dtype.element_ty), mask=written & (d < D)[None, :])
             if NEW == 1:
                 score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * scale
-                top = tl.where(pos < T, score, float("-inf"))
-                total += tl.where(pos < T, 1.0, 0.0)
-                acc += total[:, None] * v_new.to(tl.float32)
+                m_i = tl.where(pos < T, score, float("-inf"))
+                l_i += tl.where(pos < T, 1.0, 0.0)
+                acc += l_i[:, None] * v_new.to(tl.float32)
             else:  # read back as part of a tile: faster than more products
                 tl.debug_barrier()
                 end = tl.minimum(pos + S, T)
@@ -271,37 +318,37 @@ if triton is not None:
             seen = (t < end) & (t <= last) & ((window <= 0) | (t > last - window))
             scores = tl.where(seen, scores, float("-inf"))
             # online softmax (Milakov and Gimelshein, arXiv:1805.02867)
-            new_top = tl.maximum(top, tl.max(tl.max(scores, 2), 0))
-            safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+            m_new = tl.maximum(m_i, tl.max(tl.max(scores, 2), 0))
+            safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
             p = tl.exp2(scores - safe[None, :, None])
-            fade = tl.exp2(top - safe)
-            total = total * fade + tl.sum(tl.sum(p, 2), 0)
-            top = new_top
+            alpha = tl.exp2(m_i - safe)
+            l_i = l_i * alpha + tl.sum(tl.sum(p, 2), 0)
+            m_i = m_new
             p = p.to(q.dtype).permute(1, 0, 2).reshape(ROWS, STEP)
             if Z > 1:  # (j i W, Y of keys, 2 of keys, Z) -> (keys: Y j 2, features: Z W i)
                 v = unflat(v_tile, W, STEP // 4, 1).reshape(4, 8, W, STEP // 8, 2, Z).permute(3, 0, 4, 5, 2, 1)
             else:
                 v = v_tile.reshape(STEP // 8, 2, 4, DP).permute(0, 2, 1, 3)
             v = v.reshape(STEP, DP)
-            acc = tl.dot(p, v.to(q.dtype), acc * fade[:, None])
+            acc = tl.dot(p, v.to(q.dtype), acc * alpha[:, None])
             t0 += STEP
             if t0 < end:
                 k_tile = _cached(keys, t0, key_of_k, d_of_k, at_k, begin, end, D, DP, STRIDE)
                 v_tile = _cached(values, t0, key_of_v, d_of_v, at_v, begin, end, D, DP, STRIDE)
 
-        tops = tl.broadcast_to(top[:, None], (ROWS, DP))  # one for each element, as `receive` wants them
-        totals = tl.broadcast_to(total[:, None], (ROWS, DP))
-        if SPLITS > 1 and parts > 1:
+        m_all = tl.broadcast_to(m_i[:, None], (ROWS, DP))  # one for each element, as `receive` wants them
+        l_all = tl.broadcast_to(l_i[:, None], (ROWS, DP))
+        if SPLITS > 1 and splits > 1:
             real = (row < S * G)[:, None]
             r = tl.arange(0, ROWS)[:, None]
             place = partial + group.to(tl.int64) * (SPLITS * ROWS * (DP + 2)) + r * (DP + 2)
             number = count & 0xFFFFFFFF
-            if split < parts - 1:
+            if split < splits - 1:
                 place += split * (ROWS * (DP + 2))
                 send(place + n[None, :], acc, number, real)
-                send(place + DP + tl.arange(0, 2)[None, :], tl.join(top, total), number, real)
+                send(place + DP + tl.arange(0, 2)[None, :], tl.join(m_i, l_i), number, real)
                 return
-            for _ in range(parts - 1):
+            for _ in range(splits - 1):
                 sums = place + DP + n[None, :] * 0
                 a = receive(place + n[None, :], number, real)
                 t = receive(sums, number, real)
@@ -310,94 +357,30 @@ if triton is not None:
                     a = receive(place + n[None, :], number, real)
                     t = receive(sums, number, real)
                     s = receive(sums + 1, number, real)
-                part_top = content(t, tl.float32)
-                new_top = tl.maximum(tops, part_top)
-                safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-                fade = tl.exp2(tops - safe)
-                gain = tl.exp2(part_top - safe)
-                acc = acc * fade + content(a, tl.float32) * gain
-                totals = totals * fade + content(s, tl.float32) * gain
-                tops = new_top
+                split_m = content(t, tl.float32)
+                m_new = tl.maximum(m_all, split_m)
+                safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+                alpha = tl.exp2(m_all - safe)
+                beta = tl.exp2(split_m - safe)
+                acc = acc * alpha + content(a, tl.float32) * beta
+                l_all = l_all * alpha + content(s, tl.float32) * beta
+                m_all = m_new
                 place += ROWS * (DP + 2)
             tl.debug_barrier()  # every thread has read the count
             tl.store(counts + group, count)
         to = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + in_order[None, :]
         mask = (row < S * G)[:, None] & (in_order < D)[None, :]
-        tl.store(out + to, (acc / totals).to(out.dtype.element_ty), mask=mask)
+        tl.store(out + to, (acc / l_all).to(out.dtype.element_ty), mask=mask)
 
 
-# Bytes of the weights ahead to ask for, a third of what exceeds those that the next kernels' first programs ask for by
-# themselves, and at most so many: measured on an H100, where more, or before the wait, was slower.
-AHEAD, EARLY = 2**21, 14 * 2**20
-WARPS, SHARE = 8, 256  # of a program; keys that one takes before there are more
+# Bytes of the following weights to prefetch: a third of what exceeds those that the next kernels' first programs ask
+# for by themselves, and at most so many. Measured on an H100, where more, or before the wait, was slower.
+PREFETCH, EARLY = 2**21, 14 * 2**20
+WARPS, SPLIT_KEYS = 8, 256  # of a program; the fewest keys of a KV split
 
 
-def attend_triton(
-    qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale, ahead=None, entry=True
-):
-    """One launch of the attention kernel: qkv (B, S, (H + 2 Hkv) D) contiguous, S <= 16."""
-    B, S, _ = qkv.shape
-    _, Hkv, T, D = k_cache.shape
-    hopper = is_hopper(qkv.device)
-    ahead = ahead if hopper else None
-    G, DP = n_head // Hkv, max(64, triton.next_power_of_2(D))
-    rows = 8 if S * G <= 8 else 16
-    blocks = triton.cdiv(S * G, rows)
-    keys = 32 if rows == 8 and S == 1 else 16  # of a warp in a step, so that the next kernel finds registers
-    splits = max(1, min(64, 264 // (B * Hkv), triton.cdiv(T, SHARE)))
-    out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
-    partial, counts = (None, None)
-    if splits > 1:
-        partial, counts = slots(qkv.device, B * Hkv * blocks, splits * rows * (DP + 2))
-    lines = 0 if ahead is None else max(0, min((ahead.nbytes - EARLY) // 3, AHEAD)) // 128
-    # Those without a part help to fetch, where one row leaves most multiprocessors idle.
-    programs = max(splits, 128 // (B * Hkv * blocks)) if lines and S == 1 else splits
-    _attend_kernel[(B * Hkv, programs, blocks)](
-        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts, ahead, lines, int(entry),
-        S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, scale * math.log2(math.e), eps,
-        *k_cache.stride()[:2], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
-        ROWS=rows, NEW=1 if S == 1 else 16, STRIDE=k_cache.stride(2), W=WARPS, KEYS=keys, SPLITS=splits, SHARE=SHARE,
-        PDL=hopper,
-        num_warps=WARPS, num_stages=1, **({"launch_pdl": True} if hopper else {}),
-    )  # fmt: skip
-    return out
-
-
-def attend(
-    qkv: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    input_pos: Tensor,
-    rope: Tensor | None,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    *,
-    eps: float = 0.0,
-    n_head: int,
-    window: int = 0,
-    context: int = 0,
-    scale: float | None = None,
-    ahead: Tensor | None = None,
-    entry: bool = True,
-) -> Tensor:
-    """Causal attention of S new tokens a row, whose keys and values enter the cache: -> (B, S, H D).
-
-    qkv (B, S, (H + 2 Hkv) D), heads of q, k, v in this order; caches (B, Hkv, T, D); input_pos (B,), the position of
-    each row's first new token; rope fp32 (positions, R/2, 2), see `rotate`, or None; q_norm, k_norm (D,), gains of a
-    per-head RMSNorm before RoPE. Position p sees keys j <= p and, with a window w > 0, j > p - w. Nothing is written at
-    T or beyond. `context`, if not 0, is an upper bound of the positions in use afterwards; scale is 1/sqrt(D) unless
-    given. `ahead`: weights that will be read soon, of which a GPU brings the first part closer, as memory is idle here.
-    entry: whether this is a model's first attention, before which positions and caches may just have been written.
-    """
-    scale = k_cache.shape[-1] ** -0.5 if scale is None else scale
-    rest = (input_pos, rope, q_norm, k_norm, eps, n_head, window)
-    if cpu.attends(qkv, k_cache, v_cache, input_pos):
-        return cpu.attend(qkv, k_cache, v_cache, *rest, scale)
-    return _attend(qkv, k_cache, v_cache, *rest, context, scale, ahead, entry)
-
-
-@op("attend", mutates=("k_cache", "v_cache"))
-def _attend(
+@op("attention", mutates=("k_cache", "v_cache"))
+def attention_triton(
     qkv: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -408,32 +391,35 @@ def _attend(
     eps: float,
     n_head: int,
     window: int,
-    context: int,
-    scale: float,
-    ahead: Tensor | None,
-    entry: bool,
+    prefetch: Tensor | None = None,
+    first_layer: bool = True,
 ) -> Tensor:
-    if triton is None or not qkv.is_cuda or qkv.element_size() != 2 or qkv.shape[1] > MAX_ROWS:
-        return attend_reference(
-            qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale
-        )
-    return attend_triton(
-        qkv.contiguous(),
-        k_cache,
-        v_cache,
-        input_pos.contiguous(),
-        rope,
-        q_norm,
-        k_norm,
-        eps,
-        n_head,
-        window,
-        scale,
-        ahead,
-        entry,
-    )
+    """One launch of the attention kernel, S <= 16."""
+    qkv = qkv.contiguous()
+    B, S, _ = qkv.shape
+    _, Hkv, T, D = k_cache.shape
+    launch = pdl(qkv.device)
+    prefetch = prefetch if launch["PDL"] else None
+    G, DP = n_head // Hkv, max(64, triton.next_power_of_2(D))
+    rows = 8 if S * G <= 8 else 16
+    blocks = triton.cdiv(S * G, rows)
+    keys = 32 if rows == 8 and S == 1 else 16  # of a warp in a step, so that the next kernel finds registers
+    splits = max(1, min(64, 264 // (B * Hkv), triton.cdiv(T, SPLIT_KEYS)))
+    out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
+    partial, counts = (None, None)
+    if splits > 1:
+        partial, counts = slots(qkv.device, B * Hkv * blocks, splits * rows * (DP + 2))
+    lines = 0 if prefetch is None else max(0, min((prefetch.nbytes - EARLY) // 3, PREFETCH)) // 128
+    # Those without a KV split help to prefetch, where one row leaves most multiprocessors idle.
+    programs = max(splits, 128 // (B * Hkv * blocks)) if lines and S == 1 else splits
+    _attention_kernel[(B * Hkv, programs, blocks)](
+        out, qkv, k_cache, v_cache, input_pos.contiguous(), rope, q_norm, k_norm, partial, counts, prefetch, lines,
+        int(first_layer), S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, D**-0.5 * math.log2(math.e), eps,
+        *k_cache.stride()[:2], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
+        ROWS=rows, NEW=1 if S == 1 else 16, STRIDE=k_cache.stride(2), W=WARPS, KEYS=keys, SPLITS=splits,
+        SPLIT_KEYS=SPLIT_KEYS, num_warps=WARPS, num_stages=1, **launch,
+    )  # fmt: skip
+    return out
 
 
-@torch.library.register_fake("gptfast::attend")
-def _(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, context, scale, ahead, entry):
-    return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))
+torch.library.register_fake("gptfast::attention", _attention_fake)

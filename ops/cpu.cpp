@@ -281,9 +281,9 @@ void arrange_integers(Rows& rows) {
 }
 
 template <class T>
-void store(float y, const T* residual, void* to, int64_t at, bool wide) {
+void store(float y, const T* residual, void* to, int64_t at, bool fp32) {
   if (residual) y += widen(residual[at]);
-  if (wide)
+  if (fp32)
     static_cast<float*>(to)[at] = y;
   else
     narrow(y, static_cast<T*>(to)[at]);
@@ -318,15 +318,15 @@ void products(const char* w, int64_t bytes, const Rows& x, const BF16* s, const 
 
 template <class T>
 Tensor linear(const Tensor& x, const Tensor& weight, const Optional& scales, const Optional& zeros, const Optional& bias,
-              const Optional& norm, double eps, const Optional& residual, bool wide, bool gates) {
+              const Optional& norm, double eps, const Optional& residual, bool fp32, bool swiglu) {
   thread_local Rows own;
   Rows& rows = own;  // the other threads read this one's
   const int64_t N = weight.size(0), bytes = weight.numel() / N * weight.element_size();
   const int64_t groups = zeros ? zeros->size(1) : 0, K = x.size(-1), all = x.numel() / K;
   rows.K = K, rows.stride = padded(groups ? 2 * bytes : K);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = gates ? N / 2 : N;
-  Tensor y = torch::stable::new_empty(x, shape, wide ? ScalarType::Float : x.scalar_type());
+  shape.back() = swiglu ? N / 2 : N;
+  Tensor y = torch::stable::new_empty(x, shape, fp32 ? ScalarType::Float : x.scalar_type());
   const char* w = static_cast<const char*>(weight.data_ptr());
   const BF16 *s = data<BF16>(scales), *z = data<BF16>(zeros);
   const T *b = data<T>(bias), *r = data<T>(residual);
@@ -357,10 +357,10 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Optional& scales, con
         };
         for (int64_t m = 0; m < M; m++) {
           const int64_t row = start + m;
-          for (int64_t i = 0; i < (gates ? 8 : count); i++) {
+          for (int64_t i = 0; i < (swiglu ? 8 : count); i++) {
             float v = value(m, i);
-            if (gates) v *= value(m, i + 8) / (1 + std::exp(-v));
-            store(v, r, to, gates ? (row * N + n) / 2 + i : row * N + n + i, wide);
+            if (swiglu) v *= value(m, i + 8) / (1 + std::exp(-v));
+            store(v, r, to, swiglu ? (row * N + n) / 2 + i : row * N + n + i, fp32);
           }
         }
       }
@@ -370,9 +370,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Optional& scales, con
 }
 
 Tensor any_linear(const Tensor x, const Tensor weight, Optional scales, Optional zeros, Optional bias, Optional norm,
-                  double eps, Optional residual, bool wide, bool gates) {
+                  double eps, Optional residual, bool fp32, bool swiglu) {
   auto f = x.scalar_type() == ScalarType::Float ? linear<float> : linear<BF16>;
-  return f(x, weight, scales, zeros, bias, norm, eps, residual, wide, gates);
+  return f(x, weight, scales, zeros, bias, norm, eps, residual, fp32, swiglu);
 }
 
 // --- attention -------------------------------------------------------------------------------------------------------
@@ -394,10 +394,10 @@ void turned(const T* head, int64_t D, const T* norm, double eps, const float* ro
 }
 
 template <class Kind, class T = typename Kind::Element>
-Tensor attend(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& input_pos,
-              const Optional& rope, const Optional& q_norm, const Optional& k_norm, double eps, int64_t H, int64_t window,
-              double scale) {
+Tensor attention(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& input_pos,
+              const Optional& rope, const Optional& q_norm, const Optional& k_norm, double eps, int64_t H, int64_t window) {
   const int64_t B = qkv.size(0), S = qkv.size(1), Hkv = k_cache.size(1), T_ = k_cache.size(2), D = k_cache.size(3);
+  const int64_t of_row = k_cache.stride(0), of_head = k_cache.stride(1);  // values between rows, and between heads
   const int64_t width = (H + 2 * Hkv) * D, blocks = D * sizeof(T) / 32, rotary = rope ? 2 * rope->size(1) : 0;
   const T* in = static_cast<const T*>(qkv.data_ptr());
   const int64_t* pos = static_cast<const int64_t*>(input_pos.data_ptr());
@@ -413,7 +413,7 @@ Tensor attend(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, c
     for (int64_t s = 0; s < S && pos[b] + s < T_; s++)
       for (int64_t h = 0; h < Hkv; h++) {
         const T* from = in + (b * S + s) * width + (H + h) * D;
-        const int64_t at = ((b * Hkv + h) * T_ + pos[b] + s) * D;
+        const int64_t at = b * of_row + h * of_head + (pos[b] + s) * D;
         turned(from, D, data<T>(k_norm), eps, angles(pos[b] + s), rotary, 1, head.data());
         for (int64_t d = 0; d < D; d++) narrow(head[d], keys[at + d]);
         std::copy_n(from + Hkv * D, D, values + at);
@@ -427,9 +427,9 @@ Tensor attend(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, c
       for (int64_t b = task / H, h = task % H, s = 0; s < S; s++) {
         const int64_t last = pos[b] + s, first = window > 0 ? std::max<int64_t>(0, last - window + 1) : 0;
         const int64_t count = std::max<int64_t>(0, std::min(last + 1, T_) - first);
-        const int64_t at = ((b * Hkv + h / (H / Hkv)) * T_ + first) * D;
+        const int64_t at = b * of_row + h / (H / Hkv) * of_head + first * D;
         turned(in + (b * S + s) * width + h * D, D, data<T>(q_norm), eps, angles(last), rotary,
-               float(scale / std::log(2.0)), q.data());
+               float(1 / (std::sqrt(double(D)) * std::log(2.0))), q.data());
         for (int64_t d = 0; d < D; d += 8 * Kind::P) arrange<Kind>(&q[d], (float*)&arranged[d / 8]);
         p.assign((count + 7) / 8 * 8, 0);
         float top = -std::numeric_limits<float>::infinity();
@@ -460,10 +460,10 @@ Tensor attend(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, c
   return y;
 }
 
-Tensor any_attend(const Tensor qkv, const Tensor k_cache, const Tensor v_cache, const Tensor input_pos, Optional rope,
-                  Optional q_norm, Optional k_norm, double eps, int64_t n_head, int64_t window, double scale) {
-  auto f = qkv.scalar_type() == ScalarType::Float ? attend<FP32> : attend<Half>;
-  return f(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale);
+Tensor any_attention(const Tensor qkv, const Tensor k_cache, const Tensor v_cache, const Tensor input_pos, Optional rope,
+                  Optional q_norm, Optional k_norm, double eps, int64_t n_head, int64_t window) {
+  auto f = qkv.scalar_type() == ScalarType::Float ? attention<FP32> : attention<Half>;
+  return f(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window);
 }
 
 }  // namespace
@@ -471,13 +471,13 @@ Tensor any_attend(const Tensor qkv, const Tensor k_cache, const Tensor v_cache, 
 STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
   m.def(
       "cpu_linear(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, Tensor? norm, float eps, "
-      "Tensor? residual, bool wide, bool gates) -> Tensor");
+      "Tensor? residual, bool fp32, bool swiglu) -> Tensor");
   m.def(
-      "cpu_attend(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor input_pos, Tensor? rope, Tensor? q_norm, "
-      "Tensor? k_norm, float eps, int n_head, int window, float scale) -> Tensor");
+      "cpu_attention(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor input_pos, Tensor? rope, Tensor? q_norm, "
+      "Tensor? k_norm, float eps, int n_head, int window) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("cpu_linear", TORCH_BOX(&any_linear));
-  m.impl("cpu_attend", TORCH_BOX(&any_attend));
+  m.impl("cpu_attention", TORCH_BOX(&any_attention));
 }

@@ -1,8 +1,8 @@
 """Kernels for a decode step or a short prompt on a CPU: cpu.cpp, compiled when a model is first loaded there.
 
-linear(x, weight, scales, zeros, ...)  [residual +] W rms_norm(x) [+ bias], or gated, as an op
-attend(qkv, k_cache, ...)              as attention.attend
-ready()                                whether they can be used: without a C++ compiler plain PyTorch serves
+linear(x, weight, scales, ...)   [residual +] W rms_norm(x) [+ bias], or SwiGLU of it, as an op
+attention(qkv, k_cache, ...)     as attention.py says
+ready()                          whether they can be used: without a C++ compiler plain PyTorch serves
 """
 
 import functools
@@ -42,7 +42,7 @@ def _load() -> bool:
         print(f"plain PyTorch serves: the CPU kernels cannot be compiled ({reason})", file=sys.stderr)
         return False
     torch.library.register_fake("gptfast::cpu_linear", _linear_fake)
-    torch.library.register_fake("gptfast::cpu_attend", _attend_fake)
+    torch.library.register_fake("gptfast::cpu_attention", _attention_fake)
     return True
 
 
@@ -63,8 +63,8 @@ def _build() -> Path:
     return library
 
 
-def takes(weight: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether `linear` takes this weight (as on disk) and activations of this dtype."""
+def supports_linear(weight: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether `linear` supports this weight (as on disk) and activations of this dtype."""
     return (
         weight.is_cpu
         and weight.is_contiguous()
@@ -86,18 +86,18 @@ def linear(
     eps: float,
     residual: Tensor | None,
     fp32: bool,
-    gates: bool,
+    swiglu: bool,
 ) -> Tensor:
-    """[residual +] W rms_norm(x) [+ bias], or gemv.gated of it: x (..., K) -> (..., N or N / 2) in x's dtype or fp32.
+    """[residual +] W rms_norm(x) [+ bias], or SwiGLU of it: x (..., K) -> (..., N or N / 2) in x's dtype or fp32.
 
     The weight is as in linear.py; norm (K,), bias (N,) and the residual, like the result, are of x's dtype.
     """
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    return torch.ops.gptfast.cpu_linear(x, weight, scales, zeros, bias, norm, eps, residual, fp32, gates)
+    return torch.ops.gptfast.cpu_linear(x, weight, scales, zeros, bias, norm, eps, residual, fp32, swiglu)
 
 
-def attends(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor) -> bool:
-    """Whether `attend` takes these."""
+def supports_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor) -> bool:
+    """Whether `attention` supports these. Caches may be the first positions of longer ones."""
     dtype, D = qkv.dtype, k_cache.shape[-1]
     return (
         qkv.is_cpu
@@ -106,21 +106,21 @@ def attends(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor) ->
         and D * dtype.itemsize % 32 == 0
         and qkv.shape[1] <= MAX_ROWS
         and input_pos.dtype is torch.int64
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous()
+        and k_cache.stride()[2:] == (D, 1)
+        and k_cache.stride() == v_cache.stride()
         and ready()
     )
 
 
-def attend(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, *rest: object) -> Tensor:
-    """attention.attend of what `attends` takes; rest: rope, q_norm, k_norm, eps, n_head, window, scale."""
-    return torch.ops.gptfast.cpu_attend(qkv.contiguous(), k_cache, v_cache, input_pos.contiguous(), *rest)
+def attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, *rest: object) -> Tensor:
+    """What `supports_attention` said; rest: rope, q_norm, k_norm, eps, n_head, window."""
+    return torch.ops.gptfast.cpu_attention(qkv.contiguous(), k_cache, v_cache, input_pos.contiguous(), *rest)
 
 
-def _linear_fake(x, weight, scales, zeros, bias, norm, eps, residual, wide, gates):
-    N = weight.shape[0] // 2 if gates else weight.shape[0]
-    return x.new_empty((*x.shape[:-1], N), dtype=torch.float32 if wide else x.dtype)
+def _linear_fake(x, weight, scales, zeros, bias, norm, eps, residual, fp32, swiglu):
+    N = weight.shape[0] // 2 if swiglu else weight.shape[0]
+    return x.new_empty((*x.shape[:-1], N), dtype=torch.float32 if fp32 else x.dtype)
 
 
-def _attend_fake(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, scale):
+def _attention_fake(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window):
     return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))

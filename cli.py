@@ -1,0 +1,62 @@
+"""What the commands share: arguments that say which model runs where and how, devices, and peak memory."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from checkpoint import DTYPES
+from errors import UserError
+
+DEFAULT_CHECKPOINT = Path("checkpoints/SmolLM2-135M-Instruct/model.pth")
+DEVICES = "cpu, cuda, cuda:N, mps"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint_path, --precision, --quantize and --device."""
+    parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of activations and plain weights")
+    parser.add_argument("--quantize", metavar="KIND", help="quantise on load: int8, fp8, int4 or int4:GROUP")
+    parser.add_argument("--device", help=f"{DEVICES}; by default a GPU where there is one")
+
+
+def positive(text: str) -> int:
+    """The type of an argument from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """The type of an argument from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a natural number")
+    return int(text)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, by default a GPU where there is one, and under torchrun the GPU that is this rank's.
+    Raises UserError when it is not there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"device {name!r} is not known; accepted: {DEVICES}") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} is not supported; accepted: {DEVICES}")
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UserError(f"device '{device}' was asked for, but this machine has {count} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device 'mps' was asked for, but this machine has none")
+    return device
+
+
+def peak_memory() -> int:
+    """The most bytes of main memory that this process has held at once."""
+    import resource  # Unix only; a GPU machine of another kind does not need it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

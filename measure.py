@@ -1,0 +1,101 @@
+"""What a generation took, and how near it came to what the device can do: the bytes that a token must read, over the
+read bandwidth measured in the same run.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+
+import ops
+from cli import peak_memory
+from engine import Engine
+from model import Transformer
+from speculate import summary
+
+
+@dataclass
+class Measure:
+    """What one generation took. Times in seconds, rates per second."""
+
+    prompt_tokens: int  # all rows together, padding not counted
+    new_tokens: int  # all rows together
+    steps: int  # decode steps after the first token
+    time_to_first_token: float
+    decode_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.time_to_first_token + self.decode_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second of each row, after the first."""
+        return self.steps / self.decode_seconds if self.steps else 0.0
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of the weights that a decode step reads: all but the embedding table, unless it is the output as well."""
+    embedding = model.tok_embeddings.weight
+    unread = 0 if model.output.weight is embedding else embedding.nbytes
+    return sum(p.nbytes for p in model.parameters()) - unread
+
+
+def report(llm: Engine, measure: Measure) -> dict:
+    """Rates, bytes per token, and the share of the device's read bandwidth, measured now, that they make."""
+    memory = torch.cuda.max_memory_reserved() if llm.device.type == "cuda" else peak_memory()
+    read_bandwidth = ops.read_bandwidth(llm.device)  # after that, as it takes memory
+    weights, rate = weight_bytes(llm.model), measure.decode_rate
+    positions = measure.prompt_tokens / llm.batch_size + (measure.steps + 1) / 2  # of a row, in an average step
+    windows = llm.model.config.windows or (0,)
+    seen = sum(min(positions, window or positions) for window in windows) / len(windows)
+    kv = llm.batch_size * seen * llm.state.cache.bytes_per_position
+    read = weights + kv  # for a token
+    if llm.speculator:
+        (passes, drafted), draft = llm.speculator.work_per_token(), llm.speculator.draft.model
+        read = read * passes + (weight_bytes(draft) * drafted if draft else 0)
+    return {
+        **asdict(measure),
+        "seconds": measure.seconds,
+        "tokens_per_second": measure.tokens_per_second,
+        "prefill_tokens_per_second": measure.prompt_tokens / measure.time_to_first_token,
+        "decode_tokens_per_second": rate,
+        "decode_tokens_per_second_total": rate * llm.batch_size,
+        "weight_bytes_per_step": weights,
+        "kv_bytes_per_step": round(kv),
+        "bytes_per_second": read * rate,
+        "read_bandwidth": read_bandwidth,
+        "bandwidth_fraction": read * rate / read_bandwidth,
+        "compile_seconds": llm.compile_seconds,
+        "memory_bytes": memory,
+    }
+
+
+def print_measures(llm: Engine, measures: list[Measure], as_json: bool, load_seconds: float) -> None:
+    """gpt-fast's closing lines and what they leave out, from the sample of median speed."""
+    median = sorted(measures, key=lambda m: m.tokens_per_second)[len(measures) // 2]
+    r = report(llm, median) | {"load_seconds": load_seconds}
+    r["tokens_per_second_of_samples"] = rates = [m.tokens_per_second for m in measures]
+    total = f" ({r['decode_tokens_per_second_total']:.2f} in total)" if llm.batch_size > 1 else ""
+    megabytes = (r["weight_bytes_per_step"] + r["kv_bytes_per_step"]) / 1e6
+    lines = [
+        "==========",
+        f"Batch Size: {llm.batch_size}",
+        f"Time to first token: {r['time_to_first_token']:.3f} seconds",
+        f"Prefill: {r['prefill_tokens_per_second']:.2f} tokens/sec",
+        f"Decode: {r['decode_tokens_per_second']:.2f} tokens/sec{total}",
+        f"Bandwidth achieved: {r['bytes_per_second'] / 1e9:.02f} GB/s ({megabytes:.1f} MB a step), "
+        f"{r['bandwidth_fraction']:.3f} of the {r['read_bandwidth'] / 1e9:.1f} GB/s this device reads",
+    ]
+    if llm.speculator:
+        r["speculation"] = llm.speculator.report(measures[-1].decode_rate)
+        lines.append(summary(r["speculation"]))
+    lines += [f"Average tokens/sec: {sum(rates) / len(rates):.2f}", f"Memory used: {r['memory_bytes'] / 1e9:.02f} GB"]
+    print("\n".join(lines), file=sys.stderr)
+    if as_json:
+        print(json.dumps(r))

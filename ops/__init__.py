@@ -1,0 +1,59 @@
+"""Everything that is fast, behind one seam. This is the only door.
+
+Above it nobody asks which device, dtype or number of rows goes where; below it nobody knows what a model family is.
+Each op is an ordered list of backends, of which the first one that supports the arguments serves. The last one is plain
+PyTorch: it runs everywhere, and tests compare the others with it. What only a kernel wants to know is prepared when
+weights are laid out (`prepare_linear`, `prepare_attention`), and travels inside the layer.
+"""
+
+import torch
+
+from ops import cpu
+from ops.attention import attention
+from ops.attention import prepare as prepare_attention
+from ops.common import MAX_ROWS, triton
+from ops.embedding import embed
+from ops.graph import capture
+from ops.linear import FEW_ROWS, linear, plain
+from ops.linear import prepare as prepare_linear
+from ops.ngram import copy_match, find
+from ops.packing import dequantize
+from ops.read_bandwidth import read_bandwidth
+from ops.sampling import logit_threshold, sample
+from ops.symmetric import all_reduce
+from ops.verify import verify
+
+__all__ = [
+    "all_reduce",
+    "attention",
+    "capture",
+    "copy_match",
+    "dequantize",
+    "embed",
+    "find",
+    "has_kernels",
+    "linear",
+    "logit_threshold",
+    "plain",
+    "prepare_attention",
+    "prepare_linear",
+    "read_bandwidth",
+    "row_limits",
+    "sample",
+    "verify",
+]
+
+
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether every op of a decode step is a kernel of ours there, so that a compiler has nothing to add."""
+    return device.type == "cuda" and triton is not None and dtype.itemsize == 2
+
+
+def row_limits(device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
+    """The numbers of rows beyond which ops take another path, in order. Rows are tokens of all sequences together, and
+    for attention tokens of one."""
+    if has_kernels(device, dtype):
+        return (MAX_ROWS,)
+    if device.type != "cpu":
+        return ()
+    return (cpu.MAX_ROWS,) if cpu.ready() and dtype is not torch.float16 else (FEW_ROWS,)

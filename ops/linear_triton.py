@@ -1,0 +1,327 @@
+"""The linear layers of a decode step (1 to 16 rows) on an NVIDIA GPU: one Triton kernel.
+
+    run(layer, x, norm, residual)   the backend of linear.py
+    linear(x, weight, ...)          [residual +] W rms_norm(x) [+ bias], or SwiGLU of it, over ranks or not, as an op
+    pack(layer, dtype)              lay a weight out for it
+
+Weights: (N, K) bf16 or fp16; (N, K) int8 or float8_e4m3fn with `scales` (N,); int32, what `pack_int4` makes of the
+portable int4 of disk, with its packed scales.
+
+How the kernel works: at 1 to 16 rows it is a stream of weights, so everything serves keeping DRAM busy. A
+program owns a few rows of W and all of K, split among its warps. Each lane loads 16 bytes of one row of W, and the K
+axis of both operands is permuted (a sum does not care) so that these bytes already are a tensor-core fragment: no
+shared memory, no shuffle between a load and its MMA. W is the 16-row operand and x the 8-column one, so that 8 rows
+of x read no more weights than 1. One row alone spreads K over the 8 columns, for the fewest instructions, and meets
+int8 and int4 weights in products of int8: unpacked to bf16, as several rows have them, these would take longer than
+they take to read.
+
+Axes: M rows of x, N rows of W, K what is summed; of a tile j and i a warp's 4 x 8 lanes, W warps along K, R and C
+repetitions along rows and K (tile_rows / 8 and k_repeat), u a lane's words; B blocks of 8 columns, X parts of x.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ops import linear_products as products
+from ops import symmetric, tuning
+from ops.common import MAX_ROWS, few_rows_on_triton, op, pdl, tl, tlx, triton
+from ops.packing import pack_int4
+
+# Kernels. ASM and PDL are off in the interpreter and on GPUs before Hopper, where plain Triton does the same.
+
+if triton is not None:
+    FEATURES = tl.constexpr(symmetric.MAX_FEATURES)
+    SLOTS = tl.constexpr(symmetric.MAX_FEATURES * MAX_ROWS)
+
+    @triton.jit
+    def _weights(
+        w, s, tile, k, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr,
+        C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, PERSIST: tl.constexpr,
+    ):  # fmt: skip
+        """The words of a tile of W at k and, for int4, its scales and zeros."""
+        PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
+        j, i, warp, r, u = _axes(W, R)
+        chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
+        wanted = None
+        if PERSIST:
+            wanted = tile * (8 * R) < N
+        pair = 0
+        if KIND == "int4":
+            blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
+            row8 = tl.minimum(tile * R + r, N // 8 - 1).to(tl.int64)
+            words = row8 * (blocks * 128) + (chunk * 128 + i * 16 + j * 4 + u)
+            inside = chunk * 128 < K - k
+            pairs = i * (256 // GROUP) + chunk // 2 * (8 * 256 // GROUP)
+            if GROUP < 256:
+                pairs += chunk % 2 * (128 // GROUP)
+            if COLS == 1:  # lane j has a group of 32
+                pairs = pairs + j // (GROUP // 32)
+            else:
+                GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+                pairs = tl.broadcast_to(pairs, (1, 8, W, 1, C, GROUPS))
+                pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
+            pairs = row8 * (tl.cdiv(K, 256) * (8 * 256 // GROUP)) + pairs
+            pair = products.load(s, pairs, k // GROUP * 8, inside, EVEN, False, wanted)  # k is a multiple of 256
+        else:
+            row = tl.minimum((tile * R + r) * 8 + i, N - 1)
+            words = row.to(tl.int64) * (K // PER_WORD) + chunk * 16 + j * 4 + u
+            inside = (chunk * 16 + j * 4) * PER_WORD < K - k
+        # Weights leave the L2 cache first, which gains up to 10 %, but not in 16 bits.
+        return products.load(w, words, k // PER_WORD, inside, EVEN, KIND != "fp", wanted), pair
+
+    @triton.jit
+    def _axes(W: tl.constexpr, R: tl.constexpr):
+        j = tl.arange(0, 4)[:, None, None, None, None, None]
+        i = tl.arange(0, 8)[None, :, None, None, None, None]
+        warp = tl.arange(0, W)[None, None, :, None, None, None]
+        r = tl.arange(0, R)[None, None, None, :, None, None]
+        return j, i, warp, r, tl.arange(0, 4)[None, None, None, None, None, :]
+
+    @triton.jit(do_not_specialize=["rank"])  # all ranks run the same code, and so sum in the same order
+    def _linear_kernel(
+        y, x, w, s, bias, norm, residual, buffers, counts, rank, M, N, K, eps,
+        KIND: tl.constexpr, GROUP: tl.constexpr, SWIGLU: tl.constexpr, COLS: tl.constexpr, WORLD: tl.constexpr,
+        GATHER: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr,
+        PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """y (M, N) = [residual +] W n(x) [+ bias], or if SWIGLU `swiglu` of it (M, N / 2); M <= COLS rows of x.
+        If WORLD is not 1, W n(x) [+ bias] is summed over so many ranks before that, each tile by itself (symmetric.py),
+        or if GATHER the ranks' results, without a residual, are put side by side.
+
+        A program has 8 R rows of W or, if it is to PERSIST, as many such tiles as it takes, in steps along K; if WHOLE,
+        one step is all of K, and x is made ready once. Weights are asked for as soon as those before are used up, and
+        the first ones before the wait for x.
+
+        Tiles have axes j (4 lanes along K), i (8 lanes along rows), W (warps along K), R and C (repetitions along rows
+        and K), and last the lane's 16 bytes: with `flat`, Triton hands out lanes and warps to the axes in this order.
+
+        COLS is 8 or 16, or 1: then the 8 columns of a fragment of x take parts of 32 values along K, each with zeros
+        for the others, so that a lane loads x once and each part's products stay apart.
+        """
+        P: tl.constexpr = 2 if KIND == "fp" else 8 if KIND == "int4" else 4  # values in a word
+        CHUNK: tl.constexpr = 16 * P  # values along K that 4 lanes hold
+        STEP: tl.constexpr = W * C * CHUNK
+        X: tl.constexpr = C * CHUNK // 32  # parts of x in a warp's step, of which a lane holds 8 values each
+        B: tl.constexpr = (COLS + 7) // 8
+        DTYPE: tl.constexpr = x.dtype.element_ty
+        SMALL: tl.constexpr = KIND == "int4" and COLS > 1 and ASM is not None
+        UNIT: tl.constexpr = 2.0**69 if SMALL else 64.0 if KIND == "int8" and COLS > 1 and ASM is not None else 1.0
+        IN_INT8: tl.constexpr = COLS == 1 and (KIND == "int8" or KIND == "int4")
+        # Products that add up in the same registers wait for each other: 4 sums, where they are the longest.
+        D: tl.constexpr = (C if C < 8 // R else 8 // R) if P == 4 and COLS == 8 else 1
+        j, i, warp, _, u = _axes(W, R)
+        if IN_INT8:  # other lanes have the same parts again
+            PARTS: tl.constexpr = 4 if X > 4 else X
+            part = tl.minimum(i // 2, PARTS - 1) + tl.arange(0, X // PARTS)[None, None, None, None, :, None] * PARTS
+        elif COLS == 1:
+            part = tl.minimum(i, X - 1)  # X is at most 8
+        else:
+            part = tl.arange(0, X)[None, None, None, None, :, None]
+        if P == 4:  # a lane's 16 values of 8 bits meet two loads of x, which is also read in words
+            kx = warp * (C * CHUNK // 2) + (part // 2) * 32 + j * 8 + (part % 2) * 4 + u
+        else:
+            kx = warp * (C * CHUNK // 2) + part * 16 + j * 4 + u
+        xs = x.to(tl.pointer_type(tl.int32))
+        at_x = kx
+        if COLS > 1:  # columns past M hold the last row again
+            kx = tl.broadcast_to(kx, (4, 8, W, B, X, 4))
+            row = tl.minimum(tl.arange(0, B)[None, None, None, :, None, None] * 8 + i, M - 1)
+            at_x += row.to(tl.int64) * (K // 2)
+
+        gains = norm
+        if norm is not None:
+            gains = norm.to(tl.pointer_type(tl.int32))
+
+        if WORLD > 1:
+            RANKS: tl.constexpr = triton.next_power_of_2(WORLD)
+            source = tl.arange(0, RANKS)[:, None, None]
+            theirs, mine = symmetric.addresses(buffers, source, rank, WORLD, SLOTS)
+        tile = tl.program_id(0)
+        if PDL:
+            tlx.gdc_launch_dependents()
+        w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
+        if PDL:
+            tlx.gdc_wait()
+
+        PART: tl.constexpr = 2 if SWIGLU else 1
+        outputs = N // PART
+        col = tl.arange(0, COLS)
+        last = (K - 1) // STEP * STEP
+        t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
+        squares = tl.zeros((B * W, 16, 16), tl.float32)
+        if norm is not None and COLS == 1:  # here, where weights are on their way
+            of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
+            factor = 0.0 if IN_INT8 else tl.rsqrt(tl.sum(of_row, 0) / K + eps)
+        if WHOLE:
+            b, x_scale, squares = products.operand(
+                squares, t, gains, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
+            )
+        rounds = 1
+        if PERSIST:
+            rounds = tl.cdiv(tl.cdiv(N, 8 * R) - tile, tl.num_programs(0))
+        for turn in range(rounds):
+            n = tile * (R * 8) + tl.arange(0, R * 8)
+            of_y = tile * (R * 8 // PART) + tl.arange(0, R * 8 // PART)
+            stored = (of_y < outputs)[:, None] & (col < M)[None, :]
+            at = col[None, :].to(tl.int64) * outputs + of_y[:, None]
+            if P == 4:
+                scale = tl.load(s + n, mask=n < N, other=0.0)
+            if bias is not None:
+                shift = tl.load(bias + n, mask=n < N, other=0.0)
+            if residual is not None:
+                before = tl.load(residual + at, mask=stored, other=0.0)
+            if WORLD > 1:
+                count = tl.load(counts + n // 8, mask=n < N, other=0, cache_modifier=".cg") + 1
+            acc = tl.zeros((D * W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
+            if not WHOLE:
+                squares = tl.zeros(squares.shape, tl.float32)
+                for k in range(STEP, K, STEP):
+                    t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
+                    b, x_scale, squares = products.operand(
+                        squares, t, gains, kx, k - STEP, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
+                    )
+                    acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, ASM)
+                    w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
+                    t = t_next
+                b, x_scale, squares = products.operand(
+                    squares, t, gains, kx, last, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
+                )
+            acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, ASM)
+            tile += tl.num_programs(0)
+            if PERSIST:
+                w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
+                if not WHOLE:
+                    t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
+
+            if D > 1:
+                acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
+            if COLS == 1:
+                acc = tl.sum(acc, 2, keep_dims=True)
+            out = tl.sum(acc, 0)  # (rows of W, rows of x)
+            out *= UNIT  # see products._unpack
+            if norm is not None:
+                if COLS > 1:
+                    half = tl.arange(0, 16)
+                    total = tl.sum(tl.where(half[:, None] == half[None, :], squares, 0.0), 1)
+                    if SMALL:  # see products.operand
+                        total *= tl.where(half < 8, 2.0**-64, 2.0**-60)[None, :]
+                    total = tl.sum(tl.sum(total.reshape(B, W, 2, 8), 2), 1).reshape(1, COLS)
+                    factor = tl.rsqrt(total / K + eps)
+                elif IN_INT8 and turn == 0:  # warps meet when the next weights are on their way: faster in int8
+                    factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
+                out *= factor
+            if P == 4:
+                out *= scale.to(tl.float32)[:, None]
+            if bias is not None:
+                out += shift.to(tl.float32)[:, None]
+            if SWIGLU:
+                gate, up = tl.split(out.reshape(R // 2, 2, 8, COLS).permute(0, 2, 3, 1))
+                out = (gate * up / (1 + tl.exp(-gate))).reshape(R * 4, COLS)
+            if WORLD > 1:
+                slot = (col[None, :] * FEATURES + n[:, None])[None, :, :]
+                sent = stored[None, :, :] & (source < WORLD)
+                out = out.to(tl.int32, bitcast=True)[None, :, :]
+                out = symmetric.deliver(out, theirs, mine, slot, sent, count[None, :, None], WORLD, SLOTS)
+                out = out.to(tl.float32, bitcast=True)
+                if GATHER:
+                    at = (col[None, :] * WORLD + source).to(tl.int64) * outputs + of_y[None, :, None]
+                    stored = sent
+                else:
+                    out = tl.sum(out, 0)
+            if residual is not None:
+                out += before.to(tl.float32)
+            tl.store(y + at, out.to(y.dtype.element_ty), mask=stored)
+            if WORLD > 1:
+                tl.debug_barrier()  # every thread has read the count
+                tl.store(counts + n // 8, count, mask=n < N)
+
+
+def kind_of(weight: Tensor) -> str:
+    """fp, int8, fp8 or int4, of a weight as the kernel reads it."""
+    return {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4"}.get(weight.dtype, "fp")
+
+
+def out_features(weight: Tensor) -> int:
+    return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
+
+
+@op("linear")
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    swiglu: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    gather: bool = False,
+) -> Tensor:
+    """[residual +] W rms_norm(x) [+ bias]: x (..., K) -> (..., N) in x's dtype or `out_dtype`, in one launch; with
+    `swiglu`, SwiGLU of it (..., N / 2). CPU tensors are for Triton's interpreter.
+
+    norm (K,) is RMSNorm's gain and `eps` its epsilon, without `norm` x is taken as it is; bias (N,); residual like the
+    result. With several ranks in `world`, which have some columns each, W x [+ bias] is the sum of theirs; to gather,
+    they have rows, and results without a residual lie side by side, (..., world N).
+    """
+    K, N, kind = x.shape[-1], out_features(weight), kind_of(weight)
+    rows = x.reshape(-1, K).contiguous()
+    M = len(rows)
+    how = tuning.configuration(kind, N, K, M, x.device)
+    R, C, W = how.tile_rows // 8, how.k_repeat, how.num_warps
+    launch, processors = pdl(x.device), tuning.processors(x.device)
+    hopper = launch["PDL"]
+    buffers = symmetric.symmetric_buffers(x.device) if world > 1 and N <= symmetric.MAX_FEATURES else None
+    if world > 1 and buffers is None:
+        residual = residual if rank == 0 else None
+    step = W * C * tuning.CHUNK[kind]
+    tiles = triton.cdiv(N, how.tile_rows)
+    programs = min(tiles, how.ctas_per_sm * processors or tiles)
+    width = (N // 2 if swiglu else N) * (world if gather and buffers else 1)
+    y = torch.empty(*x.shape[:-1], width, dtype=out_dtype or x.dtype, device=x.device)
+    _linear_kernel[(programs,)](
+        y, rows, weight.view(torch.int32), scales, bias, norm, None if residual is None else residual.contiguous(),
+        *(buffers[1] if buffers else (None, None)), rank, M, N, K, eps,
+        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, SWIGLU=swiglu,
+        COLS=tuning.columns(M), WORLD=world if buffers else 1,
+        GATHER=gather and buffers is not None, R=R, C=C, W=W,
+        WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
+        ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
+        num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
+    )  # fmt: skip
+    return y if world == 1 or buffers else symmetric.all_reduce(y, gather, rank, world)
+
+
+@torch.library.register_fake("gptfast::linear")
+def _(
+    x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, swiglu=False, rank=0, world=1,
+    gather=False,
+):  # fmt: skip
+    width = (out_features(weight) // 2 if swiglu else out_features(weight)) * (world if gather else 1)
+    return x.new_empty((*x.shape[:-1], width), dtype=out_dtype or x.dtype)
+
+
+def pack(layer, dtype: torch.dtype) -> bool:
+    """Lay a layer's weight out for the kernel and activations of `dtype`. Returns whether the kernel supports it. (In
+    fp16, x times a norm's gain has to stay finite.)"""
+    weight = layer.weight
+    if triton is None or not weight.is_cuda or dtype.itemsize != 2 or layer.in_features % 32:
+        return False
+    if weight.dtype is torch.uint8 and weight.shape[0] % 8 == 0:
+        weight, scales = pack_int4(weight, layer.scales, layer.zeros)
+        layer.weight, layer.scales = (nn.Parameter(t, requires_grad=False) for t in (weight, scales))
+        layer.zeros = None
+    return weight.dtype in (dtype, torch.int8, torch.float8_e4m3fn, torch.int32) and weight.is_contiguous()
+
+
+def run(layer, x: Tensor, norm: nn.RMSNorm | None, residual: Tensor | None) -> Tensor | None:
+    """The layer's result over all ranks, for a few rows of x."""
+    gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    if not few_rows_on_triton(x) or (gain is not None and gain.dtype != x.dtype):
+        return None
+    dtype, ranks = torch.float32 if layer.fp32 else x.dtype, (layer.rank, layer.world if layer.reduce else 1)
+    rest = (layer.bias, gain, eps, residual, dtype, layer.swiglu, *ranks, layer.reduce == "gather")
+    return linear(x, layer.weight, layer.scales, *rest)

@@ -1,0 +1,50 @@
+"""Weights as the kernels want them, and the matrices that weights of any kind stand for."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """uint8 (N, K/2), low nibble first -> uint8 (N, K)."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+
+
+def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight (N, K) that a stored or packed one stands for. int4: w = (q - 8) * scale + zero, as in tinygemm."""
+    if weight.dtype == torch.int32:
+        weight, scales, zeros = unpack_int4(weight, scales)
+    if weight.dtype == torch.uint8:
+        offsets = nibbles(weight).to(dtype).unflatten(1, (scales.shape[1], -1)) - 8
+        return torch.addcmul(zeros[..., None], offsets, scales[..., None]).to(dtype).flatten(1)  # one rounding, not two
+    return weight.to(dtype) if scales is None else (weight.to(dtype) * scales[:, None]).to(dtype)
+
+
+def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay portable int4 (uint8 (N, K/2); scales, zeros bf16 (N, K/G)) out for the kernels; N must divide by 8.
+
+    Returns words int32 (N/8, K'/128, 8, 4, 4), K' being K padded to a multiple of max(128, G), and
+    (scale, zero) pairs of bf16 as int32 (N/8, K''/256, 8, 256/G), K'' being K padded to a multiple of 256.
+    Word [n8, b, i, j, c] holds q[8 n8 + i, 128 b + 32 c + 8 j + 2 a + e] in nibble a + 4 e: 16 bytes of a lane are 8
+    weights of each of 4 groups of 32, and one `lop3` turns nibbles a and a + 4 into two adjacent bf16 of a fragment.
+    """
+    N, group = weight.shape[0], 2 * weight.shape[1] // scales.shape[1]
+    if N % 8 or group not in (32, 64, 128, 256):
+        raise ValueError(
+            f"int4 kernels support rows by 8 and groups of 32, 64, 128 or 256; got {N} rows, groups of {group}"
+        )
+    q = F.pad(nibbles(weight), (0, -2 * weight.shape[1] % max(128, group)), value=8)
+    q = q.view(N // 8, 8, -1, 4, 4, 4, 2).permute(0, 2, 1, 4, 3, 6, 5).flatten(-2).int()  # n8 b i j c (e a)
+    words = (q << torch.arange(0, 32, 4, device=q.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    pairs = torch.stack((scales, zeros), dim=-1).bfloat16()  # the scale in the low half
+    pairs = F.pad(pairs, (0, 0, 0, -scales.shape[1] % (256 // group))).view(torch.int32)
+    return words, pairs.view(N // 8, 8, -1, 256 // group).transpose(1, 2).contiguous()
+
+
+def unpack_int4(words: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of pack_int4, but for K, which stays padded (with q = 8, scale = zero = 0)."""
+    q = words[..., None] >> torch.arange(0, 32, 4, device=words.device) & 15  # n8 b i j c (e a)
+    q = q.unflatten(-1, (2, 4)).permute(0, 2, 1, 4, 3, 6, 5).flatten(2).flatten(0, 1).to(torch.uint8)  # N, K'
+    pairs = pairs.transpose(1, 2).flatten(2).flatten(0, 1)[:, : q.shape[1] * pairs.shape[3] // 256]  # N, K'/G
+    scales, zeros = pairs[..., None].contiguous().view(torch.bfloat16).unbind(-1)
+    return q[:, ::2] | q[:, 1::2] << 4, scales.contiguous(), zeros.contiguous()

@@ -1,0 +1,99 @@
+"""Configurations of the linear kernel: data in tuned/, one file a GPU, written by scripts/tune.py and read by its name.
+
+default.json serves every GPU, by how often the tiles of a weight fill the multiprocessors. A GPU's own file has what is
+better there for single shapes; another GPU's file is never used.
+"""
+
+import functools
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "tuned"
+CHUNK = {"fp": 32, "int8": 64, "fp8": 64, "int4": 128}  # values along K that 4 lanes of the linear kernel hold
+WAVES = 5  # default.json tells tiles that fill the multiprocessors once, twice, ... or so often and more apart
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How the linear kernel is launched for a weight."""
+
+    tile_rows: int  # rows of W of a tile, a multiple of 8
+    k_repeat: int  # chunks along K that a warp holds at once
+    num_warps: int  # of a program, all along K
+    maxnreg: int  # a bound that ptxas would undercut, at the price of delaying loads until their values are needed
+    ctas_per_sm: int  # programs a multiprocessor, each of several tiles; 0: as many as there are tiles
+
+
+Shape = tuple[int, int | None]  # (N, K), or of any K
+Table = dict[tuple[str, int], dict[Shape, Configuration]]  # by kind of weight and columns of a product
+
+
+def columns(M: int) -> int:
+    """The columns of a product that M rows of x take."""
+    return 1 if M == 1 else 8 if M <= 8 else 16
+
+
+def key(kind: str, M: int) -> tuple[str, int]:
+    """Where M rows of x look for a configuration: several meet fp8 as they meet int8."""
+    return "int8" if kind == "fp8" and M > 1 else kind, columns(M)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def read_file(path: Path) -> tuple[list[str], Table]:
+    """The names of the GPUs that a file is for, and its configurations; those of default.json by (waves, None)."""
+    found, table = json.loads(path.read_text()), {}
+    for row in found["linear"]:
+        own = table.setdefault((row.pop("kind"), row.pop("max_rows")), {})
+        shape = (row.pop("waves"), None) if "waves" in row else (row.pop("N"), row.pop("K"))
+        own[shape] = Configuration(**row)
+    return found.get("devices", []), table
+
+
+@functools.cache
+def tables(device: torch.device) -> tuple[Table, Table]:
+    """This GPU's own configurations and the default ones."""
+    files = {path.stem: read_file(path) for path in sorted(FOLDER.glob("*.json"))}
+    _, default = files.pop("default")
+    own = next((table for names, table in files.values() if device_name(device) in names), {})
+    return own, default
+
+
+def write(device: torch.device) -> Path:
+    """Write this GPU's own configurations, as they are in memory, to its file, a new one if it has none."""
+    name = device_name(device)
+    heads = {path: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+    new = FOLDER / f"{name.removeprefix('NVIDIA ').split()[0].lower()}.json"
+    path = next((path for path, head in heads.items() if name in head.get("devices", [])), new)
+    head = heads.get(path, {"devices": [name]})
+    rows = [
+        {"kind": kind, "max_rows": rows, "N": N, "K": K, **asdict(choice)}
+        for (kind, rows), own in tables(device)[0].items()
+        for (N, K), choice in own.items()
+    ]
+    lines = [f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items() if key != "linear"]
+    body = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    path.write_text("{\n" + "".join(lines) + f' "linear": [\n{body}\n ]\n}}\n')
+    return path
+
+
+def configuration(kind: str, N: int, K: int, M: int, device: torch.device) -> Configuration:
+    """How to launch the kernel for a weight (N, K) of this kind and M rows of x."""
+    own, default = (table.get(key(kind, M), {}) for table in tables(device))
+    waves = min(math.ceil(math.ceil(N / 16) / processors(device)), WAVES)
+    found = own.get((N, K)) or own.get((N, None)) or default[waves, None]
+    W, C = found.num_warps, found.k_repeat
+    while CHUNK[kind] * W * C >= 2 * K and W * C > 1:  # a step that covers K is best, one that is twice as long is not
+        W, C = (W, C // 2) if C > 1 else (W // 2, C)
+    return replace(found, num_warps=W, k_repeat=C)
