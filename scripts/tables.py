@@ -1,11 +1,18 @@
-"""Build the README's tables from benchmarks/*.json: python scripts/tables.py [--check]."""
+"""Make the tables of README.md and benchmarks/README.md, and benchmarks/speed.svg, from benchmarks/*.json.
+
+python scripts/tables.py            # after a measurement
+python scripts/tables.py --check    # exit status 2 where one of the three is not current
+
+A table stands between <!-- name --> and <!-- /name -->. Text outside these marks is left as it is.
+"""
 
 import argparse
 import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
@@ -13,89 +20,196 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run f
 from errors import UserError, run_cli
 
 REPO = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "benchmarks/README.md")
+PICTURE = "benchmarks/speed.svg"
 MODES = ("bf16", "int8", "int4")
+FULL_NAMES = {"7B": "Llama-2-7B", "70B": "Llama-2-70B"}  # of gpt-fast's short ones
+
+
+def results(name: str) -> dict:
+    return json.loads((REPO / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def full_name(model: str) -> str:
+    return FULL_NAMES.get(model, model)
+
+
+def commit(result: dict) -> str:
+    """The commit in seven digits, if it is one alone."""
+    found = re.fullmatch(r"([0-9a-f]{7})[0-9a-f]*(-dirty)?", result["commit"])
+    return f"{found[1]}{' with local changes' if found[2] else ''}" if found else result["commit"]
 
 
 def about(result: dict) -> str:
-    return f"{result['device']}, torch {result['torch']}, `{result['command']}`"
+    threads = f" with {result['threads']} threads, {result['precision']}" if result["device"] == "CPU" else ""
+    return f"{result['device']}{threads}, torch {result['torch']}, commit {commit(result)}: `{result['command']}`"
 
 
-def speed(results: dict) -> str:
-    lines = []
-    for result in results.values():
-        lines += [f"{about(result)}; it reads {result['read_bandwidth'] / 1e9:.0f} GB/s.", ""]
-        lines += ["| model | weights | tok/s (min-max) | GB/s | of read bandwidth | step of 1 / 6 / 8 / 16 rows, ms |"]
-        lines += ["|---|---|---|---|---|---|"]
-        for row in result["rows"]:
-            low, high = row["spread"]
-            steps = " / ".join(f"{ms:.2f}" for ms in row["step_ms_by_rows"].values())
-            lines.append(
-                f"| {row['model']} | {row['mode']} {row['weight_gigabytes']:.2f} GB | {row['tokens_per_second']:.1f} "
-                f"({low:.1f}-{high:.1f}) | {row['gigabytes_per_second']:.0f} | **{row['fraction']:.3f}** | {steps} |"
-            )
-        lines += ["", *([result["note"], ""] if "note" in result else [])]
-    first = results["h100"]["first_token"]
-    warm = " to ".join(map(str, first["warm caches"]))
-    lines += [f"From the start of `generate.py --compile` to the first token of a 7B in bf16, on the H100: {warm} s,"]
-    lines += [f"and {first['cold caches']} s before the kernels have been compiled once ({first['commit']})."]
-    return "\n".join(lines)
+def table(header: str, rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; header is its first line, cells divided by |."""
+    lines = [header, "|".join(["---"] * (header.count("|") + 1)), *(" | ".join(map(str, row)) for row in rows)]
+    return "\n".join([f"| {lines[0]} |", f"|{lines[1]}|", *(f"| {line} |" for line in lines[2:])])
 
 
-def quant_7b(result: dict) -> str:
-    lines = [f"A 7B-shaped model (13.5 GB in bf16), `--device cuda` on one {result['device']}; host memory counts"]
-    lines += ["what it read and wrote of mapped files:", ""]
-    lines += ["| | seconds | host memory, GB | GPU memory, GB |", "|---|---|---|---|"]
-    for kind, row in result["quantize_7B"].items():
-        memory = f"{row['host_memory_gigabytes']:.1f} | {row['gpu_memory_gigabytes']:.1f}"
-        lines.append(f"| {kind} | {row['seconds']:.0f} | {memory} |")
-    return "\n".join(lines)
+def paragraphs(*texts: str) -> str:
+    return "\n\n".join(text for text in texts if text)
 
 
-def tensor_parallel(result: dict) -> str:
-    gpus = result["gpus"]
-    lines = [f"{about(result)}; a GPU reads {result['read_bandwidth'] / 1e9:.0f} GB/s.", ""]
-    lines += ["| model | weights | GPUs | tok/s (min-max) | gain over one | of all GPUs' read bandwidth |"]
-    lines += ["|---|---|---|---|---|---|"]
-    alone = {(r["model"], r["mode"]): r["tokens_per_second"] for r in gpus["1"]["rows"]}
-    rows = [(r, n) for n, found in gpus.items() for r in found["rows"]]
-    for r, n in sorted(rows, key=lambda row: (row[0]["model"] != "7B", MODES.index(row[0]["mode"]))):
-        one = alone.get((r["model"], r["mode"]))
-        gain = f"**{r['tokens_per_second'] / one:.2f}**" if one else ""
-        rate = f"{r['tokens_per_second']:.1f} ({r['spread'][0]:.1f}-{r['spread'][1]:.1f})"
-        lines.append(f"| {r['model']} | {r['mode']} | {n} | {rate} | {gain} | {r['fraction']:.3f} |")
-    times = gpus[max(gpus)]["all_reduce_us"]
-    ways = ", ".join(f"{way} {us:.1f}" for way, us in times["8192 bytes"].items())
-    layer = ", ".join(f"{way} {us:.1f}" for way, us in times.get("8192 bytes after a linear layer", {}).items())
-    ways += f"; of what a linear layer makes: {layer}" if layer else ""
-    lines += ["", result["note"]] if "note" in result else []
-    return "\n".join(
-        [*lines, "", f"An all-reduce of 8 KB over {max(gpus)} GPUs in a CUDA graph, microseconds: {ways}."]
+def rate(row: dict) -> str:
+    return f"{row['tokens_per_second']:.1f} ({row['spread'][0]:.1f}-{row['spread'][1]:.1f})"
+
+
+def beside(row: dict) -> dict | None:
+    """What gpt-fast reaches on an H100 with the same model and weights, if that was measured."""
+    same = [
+        other
+        for other in results("others")["gpu"]
+        if (other["system"], other["device"]) == ("gpt-fast", "H100")
+        and (other["model"], other["mode"]) == (row["model"], row["mode"])
+    ]
+    return same[0] if same else None
+
+
+def headline() -> str:
+    result = results("h100")
+    rows = []
+    for r in result["rows"]:
+        other = beside(r)
+        limit = result["read_bandwidth"] / r["weight_gigabytes"] / 1e9
+        theirs = f"{other['tokens_per_second']:.1f} ({other['fraction']:.2f})" if other else ""
+        cells = [f"{r['weight_gigabytes']:.2f}", f"{limit:.0f}", f"**{r['tokens_per_second']:.1f}**"]
+        rows.append([full_name(r["model"]), r["mode"], *cells, f"**{r['fraction']:.2f}**", theirs])
+    return paragraphs(
+        table("model | weights | GB a token reads | limit, tok/s | tok/s | of the limit | gpt-fast", rows),
+        f"{result['device']}, torch {result['torch']}, commit {commit(result)}. "
+        f"It reads {result['read_bandwidth'] / 1e9:.0f} GB/s.",
     )
 
 
-# llama.cpp's tg128 on the same kind of machine (2 vCPU EPYC with AVX2), tok/s with 1 / 2 threads.
-LLAMA_CPP = {"f16": (42.9, 66.5), "bf16": (38.8, 57.4), "q8_0": (65.5, 91.9), "q4_0": (90.3, 125.2)}
-CPU_KINDS = ("fp32", "bf16", "int8", "int4")
+def speed() -> str:
+    def part(result: dict) -> str:
+        header = "model | weights | tok/s (min-max) | GB/s | of read bandwidth"
+        rows = (
+            (
+                full_name(r["model"]),
+                f"{r['mode']} {r['weight_gigabytes']:.2f} GB",
+                rate(r),
+                f"{r['gigabytes_per_second']:.0f}",
+                f"**{r['fraction']:.3f}**",
+            )
+            for r in result["rows"]
+        )
+        title = f"{about(result)}. It reads {result['read_bandwidth'] / 1e9:.0f} GB/s."
+        return paragraphs(title, table(header, rows), result.get("note", ""))
+
+    return paragraphs(*(part(results(name)) for name in ("h100", "h200")))
 
 
-def cpu(results: dict) -> str:
-    lines = ["SmolLM2-135M on two cores of an AMD EPYC with AVX2 (`scripts/bench_cpu.sh`); llama.cpp beside it:", ""]
-    lines += ["| | 1 thread, tok/s | 2 threads, tok/s | of read bandwidth |", "|---|---|---|---|"]
-    for kind in CPU_KINDS:
-        rows = [results[f"cpu_{kind}_{threads}"]["rows"][0] for threads in (1, 2)]
-        rates = " | ".join(f"{r['tokens_per_second']:.1f} ({r['spread'][0]:.1f}-{r['spread'][1]:.1f})" for r in rows)
-        shares = " / ".join(f"{r['fraction']:.2f}" for r in rows)
-        lines.append(f"| this, {kind}, `--compile` | {rates} | {shares} |")
-    lines += [f"| llama.cpp, {kind} | {one} | {two} | |" for kind, (one, two) in LLAMA_CPP.items()]
-    return "\n".join(lines)
+def rows() -> str:
+    def part(result: dict) -> str:
+        counts = list(result["rows"][0]["step_ms_by_rows"])
+        header = " | ".join(["model", "weights", *(f"{n} row{'s' * (n != '1')}, ms" for n in counts)])
+        cells = (
+            (full_name(r["model"]), r["mode"], *(f"{r['step_ms_by_rows'][n]:.2f}" for n in counts))
+            for r in result["rows"]
+        )
+        return paragraphs(f"{result['device']}, commit {commit(result)}, same run as above.", table(header, cells))
+
+    return paragraphs(*(part(results(name)) for name in ("h100", "h200")))
+
+
+def first_token() -> str:
+    result = results("h100")
+    first = result["first_token"]
+    cells = [
+        ("nothing: the kernels are compiled as well", first["cold caches"]),
+        ("the compiled kernels", " to ".join(map(str, first["warm caches"]))),
+    ]
+    title = f"{result['device']}, commit {first['commit']}: {first['what']}."
+    return paragraphs(title, table("in the caches | seconds", cells))
+
+
+def others() -> str:
+    result = results("others")
+    cells = (
+        (r["system"], r["device"], full_name(r["model"]), r["weights"], r["tokens_per_second"], f"{r['fraction']:.2f}")
+        for r in result["gpu"]
+    )
+    how = "\n".join(f"- {system}: {text}." for system, text in result["how"].items())
+    return paragraphs(table("program | GPU | model | weights | tok/s | of read bandwidth", cells), how)
+
+
+def speculation_step() -> str:
+    result = results("speculate_h100")["steps"]
+    cells = (
+        (
+            *name.replace(",", "").split(),
+            f"{r['plain_ms']:.2f}",
+            f"{r['verify_over_plain']:.2f}",
+            f"{r['overhead_ms']:.2f}",
+        )
+        for name, r in result.items()
+        if isinstance(r, dict) and "verify_over_plain" in r
+    )
+    header = "weights | draft | sampling | plain step, ms | verifying 6 rows / plain step | overhead, ms"
+    return paragraphs(f"{about(result['about'])}.", table(header, cells))
+
+
+def speculation_70b() -> str:
+    result = results("speculate_h100")["big"]
+    steps = {name.removeprefix("k "): row for name, row in result.items() if name.startswith("k ")}
+    cells = (
+        (
+            k,
+            f"{row['report']['tokens_per_step']:.2f}",
+            f"**{row['speedup']:.2f}**",
+            *(f"{row['report'][f'{part}_ms']:.1f}" for part in ("plain", "draft", "verify")),
+        )
+        for k, row in steps.items()
+    )
+    plain = next(iter(steps.values()))["plain_tokens_per_second"]
+    header = "k | tokens a speculation step | speed-up | plain step, ms | draft, ms | verify, ms"
+    return paragraphs(f"{about(result['about'])}. Plain decoding reaches {plain:.1f} tok/s.", table(header, cells))
+
+
+def real_text() -> str:
+    def span(reports: list[dict], part: str, digits: int) -> str:
+        times = sorted((f"{report[f'{part}_ms']:.{digits}f}" for report in reports), key=float)
+        return times[0] if times[0] == times[-1] else f"{times[0]}-{times[-1]}"
+
+    def part(section: dict) -> str:
+        found = {name: row for name, row in section.items() if isinstance(row, dict) and "report" in row}
+        drafts, tasks = (list(dict.fromkeys(name.split(", ")[i] for name in found)) for i in (0, 1))
+        digits = 0 if section["about"]["device"] == "CPU" else 2
+        cells = []
+        for draft in drafts:
+            of_tasks = [found[f"{draft}, {task}"] for task in tasks]
+            reports = [row["report"] for row in of_tasks]
+            gains = (f"**{row['speedup']:.2f}** ({row['report']['tokens_per_step']:.2f})" for row in of_tasks)
+            cells.append([draft, *gains, *(span(reports, part, digits) for part in ("plain", "draft", "verify"))])
+        header = " | ".join(["draft @ k", *tasks, "plain step, ms", "draft, ms", "verify, ms"])
+        return paragraphs(f"{about(section['about'])}.", table(header, cells))
+
+    return paragraphs(
+        *(part(results(f"speculate_{where}")["speed"]) for where in ("h100", "cpu", "cpu_bf16")),
+    )
+
+
+def equality() -> str:
+    def part(section: dict) -> str:
+        cells = (
+            (name, row["equal"], row["ties"], row["faults"], f"{max(abs(d['margin']) for d in row['parted']):.2g}")
+            for name, row in section.items()
+            if isinstance(row, dict) and "equal" in row
+        )
+        header = "draft | equal | differ at a near tie | differ elsewhere | largest gap of logits at a near tie"
+        return paragraphs(f"{about(section['about'])}.", table(header, cells))
+
+    return paragraphs(*(part(results(f"speculate_{name}")["equality"]) for name in ("equality", "h100")))
 
 
 def quant(result: dict) -> str:
-    lines = [f"SmolLM2-135M on {result['device']}, torch {result['torch']}, `{result['command']}`:", ""]
-    lines += [
-        "| weights | MB | perplexity | in a generic basis | GPTQ recovers | tok/s, CPU | time, memory to quantise |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|"]
+    """Also printed by quant_table.py, of results that need not be complete."""
 
     def perplexity(basis: str, kind: str) -> float:
         return result.get(basis, {}).get(kind, {}).get("perplexity", math.nan)
@@ -103,94 +217,183 @@ def quant(result: dict) -> str:
     def loss(basis: str, kind: str) -> float:
         return perplexity(basis, kind) / perplexity(basis, "bf16") - 1
 
-    own, generic = result.get("own", {}), result.get("generic", {})
-    for kind in sorted(own | generic, key=lambda kind: (int(kind.partition(".g")[2] or 0), kind.partition(".g")[0])):
+    def cells(kind: str) -> list[str]:
         row = generic.get(kind, {}) | own.get(kind, {})
-        cells = [f"{perplexity(b, kind):.2f} ({100 * loss(b, kind):+.2f} %)" for b in ("own", "generic")]
+        losses = [f"{perplexity(b, kind):.2f} ({100 * loss(b, kind):+.2f} %)" for b in ("own", "generic")]
         rounding = loss("generic", kind.replace("-gptq", ""))
-        cells += [f"{100 * (1 - loss('generic', kind) / rounding):.0f} %" if "gptq" in kind else ""]
-        cells += [f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else ""]
+        recovered = f"{100 * (1 - loss('generic', kind) / rounding):.0f} %" if "gptq" in kind else ""
+        speed = f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else ""
         cost = "{quantise_seconds:.0f} s, {gigabytes:.1f} GB" if "quantise_seconds" in row else ""
-        cells += [cost.format(**row, gigabytes=row.get("quantise_memory", 0) / 1e9)]
-        line = " | ".join([kind, f"{row['bytes'] / 1e6:.0f}", *cells])
-        lines.append(f"| {line} |".replace("nan (+nan %)", "-").replace("nan %", "-"))
-    return "\n".join(lines + (["", result["note"]] if "note" in result else []))
+        cost = cost.format(**row, gigabytes=row.get("quantise_memory", 0) / 1e9)
+        line = [kind, f"{row['bytes'] / 1e6:.0f}", *losses, recovered, speed, cost]
+        return [cell.replace("nan (+nan %)", "-").replace("nan %", "-") for cell in line]
+
+    own, generic = result.get("own", {}), result.get("generic", {})
+    kinds = sorted(own | generic, key=lambda kind: (int(kind.partition(".g")[2] or 0), kind.partition(".g")[0]))
+    header = "weights | MB | perplexity | in a generic basis | GPTQ recovers | tok/s, CPU | time, memory to quantise"
+    title = f"{result['device']}, torch {result['torch']}: `{result['command']}`."
+    commits = f"Commits: {commit(result)}." if "commit" in result else ""
+    return paragraphs(title, table(header, map(cells, kinds)), commits, result.get("note", ""))
 
 
-def speculate(result: dict) -> str:
-    commit = result["rounds"]["about"]["commit"][:7]
-    lines = [
-        f"A round of 5 guesses at Llama-2-7B's shape, on an NVIDIA H100 (`scripts/bench_speculate.py`, {commit}):",
-        "",
-    ]
-    lines += ["| weights, draft | plain step, ms | verify 6 rows over a plain step | overhead a round, ms |"]
-    lines += ["|---|---|---|---|"]
-    for name, row in result["rounds"].items():
-        if isinstance(row, dict) and "verify_over_plain" in row:
-            lines.append(
-                f"| {name} | {row['plain_ms']:.2f} | {row['verify_over_plain']:.2f} | {row['overhead_ms']:.2f} |"
-            )
-    big = {name: row for name, row in result["big"].items() if name.startswith("k ")}
-    gains = ", ".join(f"{row['speedup']:.2f} with {name}" for name, row in big.items())
-    plain = next(iter(big.values()))["plain_tokens_per_second"]
-    lines += [
-        "",
-        "A 70B int4 target with a 7B int4 draft there (random weights; each guess is made to hold with chance 0.75",
-    ]
-    lines += [f"once the one before held): {gains}, of the {plain:.1f} tok/s of plain decoding."]
-    return "\n".join(lines + (["", result["note"]] if "note" in result else []))
+def quant_7b() -> str:
+    result = results("h200")
+    cells = (
+        (kind, f"{r['seconds']:.0f}", f"{r['host_memory_gigabytes']:.1f}", f"{r['gpu_memory_gigabytes']:.1f}")
+        for kind, r in result["quantize_7B"].items()
+    )
+    commits = ", ".join(sorted({row["commit"] for row in result["quantize_7B"].values()}))
+    title = f"{result['device']}, commit {commits}: `quantize.py --device cuda` on a 7B of 13.5 GB in bf16."
+    return paragraphs(title, table("weights | seconds | host memory, GB | GPU memory, GB", cells))
 
 
-def real_text(results: dict) -> str:
-    lines = ["SmolLM2-135M, greedy, on a CPU with 2 threads and on the H100:", ""]
-    lines += ["| draft @ k, task | where | speed-up | tokens a round | plain step / draft / verify, ms |"]
-    lines += ["|---|---|---|---|---|"]
-    for section in (result["speed"] for result in results.values()):
-        cpu = section["about"]["device"] == "CPU"
-        where = f"{'CPU' if cpu else 'H100'}, {section['about']['precision']}"
-        for name, row in section.items():
-            if isinstance(row, dict) and "report" in row:
-                r = row["report"]
-                parts = " / ".join(f"{r[part]:.{0 if cpu else 2}f}" for part in ("plain_ms", "draft_ms", "verify_ms"))
-                speedup, tokens = f"**{row['speedup']:.2f}**", f"{r['tokens_per_round']:.2f}"
-                lines.append(f"| {name} | {where} | {speedup} | {tokens} | {parts} |")
-    return "\n".join(lines)
+def tensor_parallel() -> str:
+    result = results("tp")
+    gpus = result["gpus"]
+    alone = {(r["model"], r["mode"]): r["tokens_per_second"] for r in gpus["1"]["rows"]}
+    found = [(r, n) for n, measured in gpus.items() for r in measured["rows"]]
+    cells = []
+    for r, n in sorted(found, key=lambda row: (row[0]["model"] != "7B", MODES.index(row[0]["mode"]))):
+        one = alone.get((r["model"], r["mode"]))
+        gain = f"**{r['tokens_per_second'] / one:.2f}**" if one else ""
+        cells.append([full_name(r["model"]), r["mode"], n, rate(r), gain, f"{r['fraction']:.3f}"])
+    reads = ", ".join(f"{measured['read_bandwidth'] / 1e9:.0f} with {n}" for n, measured in gpus.items())
+    header = "model | weights | GPUs | tok/s (min-max) | gain over one | of all GPUs' read bandwidth"
+    return paragraphs(f"{about(result)}. GB/s that each GPU reads: {reads}.", table(header, cells))
 
 
-TABLES: dict[str, tuple[tuple[str, ...], Callable[[dict], str]]] = {
-    "speed": (("h100", "h200"), speed),
-    "quant": (("quant_smollm2",), lambda results: quant(results["quant_smollm2"])),
-    "speculate": (("speculate_h100",), lambda results: speculate(results["speculate_h100"])),
-    "real_text": (("speculate_cpu", "speculate_cpu_bf16", "speculate_h100"), real_text),
-    "quant_7b": (("h200",), lambda results: quant_7b(results["h200"])),
-    "tensor_parallel": (("tp",), lambda results: tensor_parallel(results["tp"])),
-    "cpu": (tuple(f"cpu_{kind}_{threads}" for kind in CPU_KINDS for threads in (1, 2)), cpu),
+def all_reduce() -> str:
+    result = results("tp")
+    most = max(result["gpus"], key=int)
+    times = result["gpus"][most]["all_reduce_us"]
+    ours, after = (
+        {"all-reduce kernel": "`ops/symmetric.py`"},
+        {
+            "alone": "no all-reduce",
+            "summed in its kernel": "all-reduce in the layer's kernel",
+            "all-reduce kernel": "then `ops/symmetric.py`",
+        },
+    )
+    sizes = [size for size in times if "after" not in size]
+    ways = list(times[sizes[0]])
+    by_size = ([size, *(f"{times[size][way]:.1f}" for way in ways)] for size in sizes)
+    (layer,) = (times[size] for size in times if "after" in size)
+    return paragraphs(
+        f"{most} {result['device']}s in the same run, microseconds in a CUDA graph.",
+        table(" | ".join(["size", *(ours.get(way, way) for way in ways)]), by_size),
+        "A row-parallel linear layer with an output of 8192 bytes, microseconds:",
+        table(" | ".join(after[way] for way in layer), [[f"{us:.1f}" for us in layer.values()]]),
+    )
+
+
+def cpu() -> str:
+    def cells(kind: str) -> list[str]:
+        found = [results(f"cpu_{kind}_{threads}")["rows"][0] for threads in (1, 2)]
+        return [f"this, {kind}", *map(rate, found), " / ".join(f"{r['fraction']:.2f}" for r in found)]
+
+    result, llama = results("cpu_bf16_1"), results("others")["cpu"]
+    kinds = ("fp32", "bf16", "int8", "int4")
+    theirs = ([f"llama.cpp, {kind}", *rates, ""] for kind, rates in llama["rows"].items())
+    title = f"2 cores of an AMD EPYC (AVX2), torch {result['torch']}, commit {commit(result)}: `scripts/bench_cpu.sh`."
+    header = "program, weights | 1 thread, tok/s | 2 threads, tok/s | of read bandwidth"
+    return paragraphs(title, table(header, [*map(cells, kinds), *theirs]), f"{llama['what']}.")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "speed": speed,
+    "rows": rows,
+    "first_token": first_token,
+    "others": others,
+    "speculation_step": speculation_step,
+    "speculation_70b": speculation_70b,
+    "real_text": real_text,
+    "equality": equality,
+    "quant": lambda: quant(results("quant_smollm2")),
+    "quant_7b": quant_7b,
+    "tensor_parallel": tensor_parallel,
+    "all_reduce": all_reduce,
+    "cpu": cpu,
 }
 
+# Colours of middle lightness: the picture has no background, and is read on white and on dark pages.
+INK, BAR, LIMIT, MARK = "#768390", "#3b82f6", "#8b98a5", "#f08c00"
+BAR_LEFT, BAR_WIDTH, BAR_HEIGHT, LINE, GROUP = 166, 386, 18, 26, 98  # pixels
+WIDTH, TOP, RATE_RIGHT, SHARE_RIGHT = 760, 74, 668, 748
 
-def rebuilt(readme: str) -> str:
-    """The README with each table made anew from its results, where there are any."""
-    for name, (files, build) in TABLES.items():
-        paths = {file: REPO / "benchmarks" / f"{file}.json" for file in files}
-        if all(path.exists() for path in paths.values()):
-            body = (
-                f"<!-- {name} -->\n{build({k: json.loads(p.read_text()) for k, p in paths.items()})}\n<!-- /{name} -->"
-            )
-            readme = re.sub(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, body=body: body, readme, flags=re.S)
-    return readme
+
+def text(x: float, y: float, words: str, size: int = 13, style: str = "") -> str:
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" {style}>{escape(words)}</text>'
+
+
+def bar(row: dict, limit: float, scale: float, y: float) -> list[str]:
+    """One line of the picture: measured speed inside the outlined limit. scale: pixels for one token a second."""
+    middle, right = y + BAR_HEIGHT - 5, 'text-anchor="end"'
+    rect = f'<rect x="{BAR_LEFT}" y="{y:g}" height="{BAR_HEIGHT}" rx="2"'
+    shapes = [
+        text(BAR_LEFT - 12, middle, row["mode"], style=right),
+        f'{rect} width="{row["tokens_per_second"] * scale:.1f}" fill="{BAR}"/>',
+        f'{rect} width="{limit * scale:.1f}" fill="none" stroke="{LIMIT}" stroke-width="1.5"/>',
+        text(RATE_RIGHT, middle, f"{row['tokens_per_second']:.0f} of {limit:.0f}", style=right),
+        text(SHARE_RIGHT, middle, f"{100 * row['fraction']:.0f} %", style=f'font-weight="600" {right}'),
+    ]
+    if other := beside(row):
+        x = BAR_LEFT + other["tokens_per_second"] * scale
+        shapes.append(f'<path d="M{x:.1f} {y - 3:g}v{BAR_HEIGHT + 6}" stroke="{MARK}" stroke-width="3"/>')
+    return shapes
+
+
+def picture() -> str:
+    """Measured speed against the limit, as SVG. Each model has a scale of its own, which ends at its highest limit."""
+    result = results("h100")
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    key, right = 44, 'text-anchor="end"'
+    shapes = [
+        text(12, 20, "Tokens per second at batch 1 on one H100, a scale for each model", 15, 'font-weight="600"'),
+        f'<rect x="12" y="{key - 10}" width="22" height="12" rx="2" fill="{BAR}"/>',
+        text(40, key, "measured"),
+        f'<rect x="120" y="{key - 10}" width="22" height="12" rx="2" fill="none" stroke="{LIMIT}" stroke-width="1.5"/>',
+        text(148, key, "limit: read bandwidth / bytes of the weights"),
+        f'<path d="M458 {key - 12}v16" stroke="{MARK}" stroke-width="3"/>',
+        text(466, key, "gpt-fast"),
+        text(RATE_RIGHT, key, "tok/s", style=right),
+        text(SHARE_RIGHT, key, "of limit", style=right),
+    ]
+    for i, model in enumerate(models):
+        found = [row for row in result["rows"] if row["model"] == model]
+        limits = [result["read_bandwidth"] / row["weight_gigabytes"] / 1e9 for row in found]
+        top = TOP + i * GROUP
+        shapes.append(text(12, top + LINE + BAR_HEIGHT - 5, full_name(model), style='font-weight="600"'))
+        for line, (row, limit) in enumerate(zip(found, limits)):
+            shapes += bar(row, limit, BAR_WIDTH / max(limits), top + line * LINE)
+    height = TOP + len(models) * GROUP - 16
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
+    fonts = "font-family=\"system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif\""
+    return "\n".join([f'{head} role="img" fill="{INK}" {fonts}>', *shapes, "</svg>", ""])
+
+
+def rebuilt(page: str) -> str:
+    """The page with each of its tables made anew. Raises UserError for a table that is not known."""
+
+    def build(found: re.Match) -> str:
+        if found[1] not in TABLES:
+            raise UserError(f"table {found[1]!r} is not one of {', '.join(TABLES)}")
+        return f"<!-- {found[1]} -->\n{TABLES[found[1]]()}\n<!-- /{found[1]} -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", build, page, flags=re.S)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 2 where a file is not current")
     args = parser.parse_args()
-    path = REPO / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = rebuilt(old)
-    if args.check and new != old:
-        raise UserError("README.md's tables differ from benchmarks/: run scripts/tables.py")
-    if not args.check:
-        path.write_text(new, encoding="utf-8")
+    made = {name: rebuilt((REPO / name).read_text(encoding="utf-8")) for name in PAGES} | {PICTURE: picture()}
+    for name, new in made.items():
+        path = REPO / name
+        if not args.check:
+            path.write_text(new, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != new:
+            raise UserError(f"{name} differs from benchmarks/*.json: run scripts/tables.py")
 
 
 if __name__ == "__main__":

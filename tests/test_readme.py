@@ -1,4 +1,4 @@
-"""The README is true: its commands run, or exist with their flags; its files are there; its tables are current."""
+"""The two READMEs are true: their commands run, or exist with their flags; files are there; tables are current."""
 
 import os
 import re
@@ -7,12 +7,15 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import tables
 from conftest import REPO
 
-README = (REPO / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(bash test|bash|python)\n(.*?)^```", README, flags=re.M | re.S)
+PAGES = {name: (REPO / name).read_text(encoding="utf-8") for name in tables.PAGES}
+README = PAGES["README.md"]
+BLOCKS = re.findall(r"^```(bash test|bash|python)\n(.*?)^```", "\n".join(PAGES.values()), flags=re.M | re.S)
 
 
 def commands(kind):
@@ -63,9 +66,31 @@ def test_other_commands_exist_with_their_flags():
 def test_named_files_exist():
     (tree,) = re.findall(r"^## Files\n\n```\n(.*?)^```", README, flags=re.M | re.S)
     named = [line.split()[0] for line in tree.splitlines()]
-    assert all((REPO / name).exists() for name in named)
+    assert [name for name in named if not (REPO / name).exists()] == []
     assert {f.name for f in REPO.glob("*.py")} == {name for name in named if name.endswith(".py")}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[name]):
+        file, _, section = link.partition("#")
+        path = (REPO / name).parent / file
+        assert path.exists(), link
+        headings = re.findall(r"^#+ (.+)", path.read_text(encoding="utf-8"), flags=re.M) if section else []
+        assert not section or section in {heading.lower().replace(" ", "-") for heading in headings}, link
 
 
 def test_tables_are_current(cli):
     assert cli("scripts/tables.py", "--check").status == 0
+
+
+def test_every_table_stands_on_one_page():
+    assert sorted(re.findall(r"^<!-- (\w+) -->$", "\n".join(PAGES.values()), flags=re.M)) == sorted(tables.TABLES)
+
+
+def test_bars_are_the_measured_fraction_of_their_outlines():
+    image = ElementTree.fromstring((REPO / tables.PICTURE).read_text(encoding="utf-8"))
+    bars = [e for e in image.iter() if e.tag.endswith("rect") and e.get("x") == str(tables.BAR_LEFT)]
+    measured, limits = ([float(e.get("width")) for e in bars[i::2]] for i in (0, 1))
+    fractions = [row["fraction"] for row in tables.results("h100")["rows"]]
+    assert [m / l for m, l in zip(measured, limits, strict=True)] == pytest.approx(fractions, abs=2e-3)
