@@ -1,10 +1,14 @@
 """Compile Triton kernels for a Hopper GPU that need not be there: launches compile, and launch nothing."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
 from ops import common, tuning
 
