@@ -140,7 +140,7 @@ def test_the_target_as_its_own_draft_is_always_right_and_leaves_plain_decodings_
 
 
 def test_a_draft_catches_up_after_plain_rounds_and_across_turns(tiny, monkeypatch):
-    """With draft = target every guess holds only as long as the draft's cache misses nothing."""
+    """With draft = target every draft token is accepted only as long as the draft's cache misses nothing."""
     llm = engine(tiny, draft=draft_of(tiny, "same"), speculate_k="auto")
     script = iter([0, 0, 3, 0, 1, 5, 0, 0, 0] * 20)
     monkeypatch.setattr(llm.speculator, "_choose", lambda: next(script))

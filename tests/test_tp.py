@@ -304,7 +304,7 @@ def _same_tokens(path, config, tp):
             llm = Engine(model, batch_size=3, max_seq_length=40, sampler=sampler)
             llm.seed(3)
             texts.append(list(generate(llm, prompts, 20, is_stop=never)))
-        if sampler.temperature == 0:  # guesses must not change greedy text
+        if sampler.temperature == 0:  # draft tokens must not change greedy text
             options = {"config": config, "dtype": torch.float32, "device": place(tp)}
             whole = load_model(path, quantize="int8", **options)  # each rank runs all of this draft
             for draft in (model, whole, "prompt_lookup"):
