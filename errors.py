@@ -2,6 +2,7 @@
 
 import json
 import os
+import reprlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,22 @@ class UserError(Exception):
     """Something the user can put right. The message is one line that names the value and what is accepted."""
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: its repr, cut, whatever its size or depth."""
+    return _SHORT.repr(value)
+
+
 def read_json(path: Path, missing: dict | None = None) -> dict:
     """The object in a JSON file; `missing`, if given, where there is no file. A UserError names file and fault."""
     if missing is not None and not path.exists():
         return missing
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
