@@ -1,5 +1,7 @@
 """A model with its run state: what prefills, decodes a step, compiles it, and hands tokens to the host."""
 
+import functools
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Set
@@ -13,10 +15,13 @@ import ops
 from errors import UserError
 from model import KVCache, Transformer
 from sampling import Sampler
-from speculate import Speculator
+from speculate import PROMPT_LOOKUP, Speculator
 from state import RunState, feed, to_host
 
-SHORT_ROWS = 8  # tokens that a captured prefill feeds at once: launching them one by one takes longer than running
+# Tokens of all rows together that captured prefills feed at once: launching their kernels one by one takes longer than
+# running them, as far as some hundred tokens.
+CAPTURED = (8, 16, 32, 64, 128, 192, 256, 384, 512)
+SHARED = 512  # tokens that reading a common prefix once saves, from which it is worth its copy
 DECODE_BLOCK = 8  # steps a GPU takes at a time: the host reads the tokens of one block while the next runs
 MAX_DEFAULT_CONTEXT = 8192  # cache length of a chat when --max_seq_length does not say
 
@@ -71,8 +76,7 @@ class Engine:
         self._step = self._eager_step = step  # the former is replaced by its compiled self
         self.block = DECODE_BLOCK if self.device.type == "cuda" else 1  # steps between two looks at the tokens
         self._block: Callable | None = None  # so many in one CUDA graph, which saves the time between graphs
-        self.short = 0  # tokens a row of a captured prefill,
-        self._short: Callable | None = None  # and that
+        self._captured: dict[int, Callable] = {}  # prefills, by the tokens of a row
         self._long: Callable | None = None  # compile_blocks'
         self.speculator = Speculator(model, state, step, draft, speculate_k) if draft is not None else None
         self.compile_seconds = 0.0
@@ -106,15 +110,21 @@ class Engine:
         # Static: automatic dynamic shapes, as a second model would set off, break nested regions.
         step = torch.compile(self._eager_step, fullgraph=True, dynamic=False) if inductor else self._eager_step
         step()
-        graphs, state = self.device.type == "cuda", self.state
+        graphs = self.device.type == "cuda"
         self._step = ops.capture(step) if graphs else step
         if graphs:
             self._block = None if self.speculator else ops.capture(lambda: _repeat(step, self.block), warm_up=0)
-            self.short = max(1, SHORT_ROWS // self.batch_size)
-            tokens = torch.zeros(self.batch_size, self.short, dtype=torch.int64, device=self.device)
-            self._short = ops.capture(self._few_tokens, tokens, torch.zeros_like(state.pos))
+            self._capture_prefill()
         if self.speculator:
             self.speculator.compile(step, inductor, ops.capture if graphs else None)
+
+    def _capture_prefill(self) -> None:
+        pool = torch.cuda.graph_pool_handle()  # one memory for all: each one's result is copied at once
+        for size in sorted({max(1, size // self.batch_size) for size in CAPTURED}):
+            if size <= self.state.cache.length:
+                tokens = torch.zeros(self.batch_size, size, dtype=torch.int64, device=self.device)
+                start = torch.zeros_like(self.state.pos)
+                self._captured[size] = ops.capture(self._few_tokens, tokens, start, pool=pool)
 
     def seed(self, seed: int) -> None:
         """Start the random numbers anew: the same seed and calls give the same tokens."""
@@ -125,9 +135,8 @@ class Engine:
     def _hidden(self, tokens: Tensor, start: Tensor, end: int) -> Tensor:
         """What the output layer reads of a chunk (B, S) of prompts, and perhaps of padding, by the fastest way."""
         S = tokens.shape[1]
-        if 2 * self.short >= S:  # may reach past the prompt: padding like any other
-            parts = enumerate(F.pad(tokens, (0, -S % self.short)).split(self.short, 1))
-            return torch.cat([self._short(part, start + i * self.short).clone() for i, part in parts], 1)
+        if size := min((size for size in self._captured if size >= S), default=0):
+            return self._captured[size](F.pad(tokens, (0, size - S)), start).clone()
         if self._long and tokens.numel() > self.few:
             return self._long(self.model.tok_embeddings(tokens), start, self.state.cache)
         if self.few >= S:  # kernels read what is used anyway, and are compiled for the cache's length
@@ -144,6 +153,10 @@ class Engine:
         prompts: one list of token ids a row, each with at least start + 1 ids; shorter rows are padded, and what
         padding leaves in the cache is overwritten before it can be seen.
         """
+        common = shared_prefix(prompts) if start == 0 and len(prompts) > 1 else 0
+        if common * (len(prompts) - 1) > SHARED:
+            self.share(prompts[0][:common])
+            start = common
         state, lengths = self.state, [len(prompt) for prompt in prompts]
         longest = max(lengths)
         if longest > state.cache.length:
@@ -152,7 +165,7 @@ class Engine:
         state.history[:, :longest] = padded.to(self.device)
         last = torch.tensor(lengths, device=self.device) - 1
         rows, x = torch.arange(self.batch_size, device=self.device), None
-        tokens, begin = state.history[:, start:longest], torch.full_like(state.pos, start)
+        tokens, begin = state.history[:, start:longest], torch.full((self.batch_size,), start)  # known to the host
         for a, chunk in feed(self._hidden, tokens, begin, longest):
             at = last - start - a  # of each row's last token in this chunk
             chunk = chunk[rows, at.clamp(0, chunk.shape[1] - 1)]
@@ -161,6 +174,56 @@ class Engine:
             self.speculator.prefill(start, longest)
         state.pos.copy_(last)
         state.sampler(self.model.logits(x), state.history, state.pos, state.rng)
+
+    @functools.cached_property
+    def reader(self) -> "Engine":
+        """An engine of one row, which reads what `share` and `fill` put in rows of this one."""
+        draft = self.speculator and (self.speculator.draft.model or PROMPT_LOOKUP)
+        reader = Engine(self.model, max_seq_length=self.state.cache.length, sampler=self.state.sampler, draft=draft)
+        reader.state.rng, reader._long = self.state.rng, self._long
+        if self._captured:
+            with torch.inference_mode():
+                reader._capture_prefill()
+        return reader
+
+    @torch.inference_mode()
+    def share(self, prefix: list[int]) -> None:
+        """Read the tokens that all prompts begin with once, for all rows."""
+        self.reader.prefill([prefix])
+        self._copy(slice(None), 0, len(prefix))
+
+    @torch.inference_mode()
+    def fill(self, row: int, prompt: list[int], start: int = 0) -> None:
+        """Read a prompt into one row from position `start` on, what is before that being shared, and sample a token;
+        the other rows stay as they are."""
+        self.reader.prefill([prompt], start)
+        self._copy(slice(row, row + 1), start, len(prompt))
+        self.state.history[row].copy_(self.reader.state.history[0])
+        self.state.pos[row].copy_(self.reader.state.pos[0])
+        if self.speculator:
+            self.speculator.begin(row, self.state.cache.length)
+
+    def _copy(self, rows: slice, start: int, end: int) -> None:
+        """Copy the reader's keys and values at positions start..end to rows, the draft's too."""
+        ours, read = (
+            [e.state.cache] + ([e.speculator.draft.cache] if e.speculator else []) for e in (self, self.reader)
+        )
+        to, of = ([t for cache in caches if cache for t in cache.k + cache.v] for caches in (ours, read))
+        parts = [t[rows, :, start:end] for t in to]
+        torch._foreach_copy_(parts, [t[:, :, start:end].expand_as(part) for t, part in zip(of, parts)])
+
+    @torch.inference_mode()
+    def advance(self) -> Callable[[], list[list[int]]]:
+        """Decode a block of steps, or a speculation step. The result waits, and returns each row's token to feed before
+        it, which `fill` or an earlier call drew, and those that it drew. No row goes beyond the cache."""
+        state = self.state
+        if self.speculator:
+            before, step = to_host(state.history.gather(1, state.pos[:, None])), self.speculator.advance()
+            return lambda: [first + tokens for first, tokens in zip(before(), step())]
+        index = state.pos[:, None] + torch.arange(self.block + 1, device=self.device)
+        self._block() if self._block else _repeat(self._step, self.block)
+        state.pos.clamp_(max=state.cache.length)
+        return to_host(state.history.gather(1, index))
 
     @torch.inference_mode()
     def decode(self, steps: int) -> Iterator[list[list[int]]]:
@@ -194,6 +257,13 @@ class Engine:
             done += count
         while pending:
             yield pending.popleft()()
+
+
+def shared_prefix(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, not counting the last of any."""
+    least, most = min(prompts), max(prompts)  # in lexical order: what these share, all do
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(least, most)))
+    return min(same, *(len(prompt) - 1 for prompt in prompts))
 
 
 def _repeat(step: Callable[[], None], count: int) -> None:

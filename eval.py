@@ -29,7 +29,7 @@ from generate import LLM, answer
 from model import KVCache, Transformer
 from ranks import session
 from sampling import Sampler
-from state import CHUNK, feed
+from state import feed
 from texts import load_tasks, read_text
 from tokenizer import Tokenizer, load_tokenizer
 from tp import TensorParallel
@@ -149,7 +149,7 @@ class LanguageModel(TemplateLM or object):
         return [(logprobs[row, :n].sum().item(), bool(greedy[row, :n].all())) for row, n in enumerate(lengths)]
 
     def _feed(
-        self, rows: list[tuple[int, ...]], start: list[int], cache: KVCache, size: int = CHUNK
+        self, rows: list[tuple[int, ...]], start: list[int], cache: KVCache, size: int = 0
     ) -> Iterator[tuple[int, Tensor]]:
         """Feed each row's tokens from its start position on, in slices: yields (offset, hidden states (B, s, C))."""
         tokens, pos = self._padded(rows), torch.tensor(start, device=self._device)
@@ -162,7 +162,7 @@ class LanguageModel(TemplateLM or object):
             used = cache if self.compile else cache.first(end)  # a bound would be one more size to compile for
             return self.hidden(x, begin, used)[:, : part.shape[1]]
 
-        return feed(hidden, tokens, pos, max(start) + tokens.shape[1], min(size, CHUNK))
+        return feed(hidden, tokens, pos, max(start) + tokens.shape[1], size)
 
     def _padded(self, rows: list[tuple[int, ...]]) -> Tensor:
         """Token ids (B, longest), shorter rows padded at their end."""

@@ -33,7 +33,7 @@ RECENT = 32  # steps that `auto` goes by; when plain ones have pushed the others
 class PromptLookup:
     """A draft without a model: what followed the latest occurrence of a row's last tokens, as many as recur."""
 
-    model = None
+    model = cache = None
 
     def __init__(self, state: RunState):
         self.state = state
@@ -197,26 +197,35 @@ class Speculator:
     def decode(self, steps: int) -> Iterator[list[list[int]]]:
         """As Engine.decode."""
         state = self.state
-        if self.k == "auto" and not self.seconds:
-            self._time_steps()
+        self.begin(slice(None), state.pos + steps)
         self.outcomes = []
-        self.limit.copy_(state.pos + steps)
         yield state.history.gather(1, state.pos[:, None]).tolist()
-        pending: deque[tuple[int, Callable[[], list]]] = deque()
+        pending: deque[Callable[[], list[list[int]]]] = deque()
         while True:
             while len(pending) < (2 if state.pos.is_cuda else 1):  # one runs while the host reads the one before
-                pending.append(self._launch())
-            k, result = pending.popleft()
-            rows = result()
-            self.outcomes += [(k, accepted) for taken, accepted, *_ in rows if taken]
-            yield [tokens[:taken] for taken, _, *tokens in rows]
+                pending.append(self.advance())
+            yield pending.popleft()()
 
-    def _launch(self) -> tuple[int, Callable[[], list]]:
+    def begin(self, rows: int | slice, limit: int | Tensor) -> None:
+        """Prepare for the steps of rows that may reach position `limit`."""
+        if self.k == "auto" and not self.seconds:
+            self._time_steps()
+        self.limit[rows] = limit
+
+    def advance(self) -> Callable[[], list[list[int]]]:
+        """Start a step. The result waits, and returns the tokens that each row takes."""
         k = self._choose()
         if k and not self.draft.prepare(self.unread):
             k = 0
         self.unread = 0 if k else self.unread + 1
-        return k, to_host(self.steps[k]())
+        result = to_host(self.steps[k]())
+
+        def wait() -> list[list[int]]:
+            rows = result()
+            self.outcomes += [(k, accepted) for taken, accepted, *_ in rows if taken]
+            return [tokens[:taken] for taken, _, *tokens in rows]
+
+        return wait
 
     def _choose(self) -> int:
         """The k that promises most tokens a second by the acceptance and the costs measured."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import ops
 from model import KVCache, Transformer
 from sampling import Sampler
 
-CHUNK = 512  # tokens a row that are read at once: bounds the score matrix of a long text
 MAX_K = 15  # draft tokens of a speculation step: verifying feeds one more, and decode kernels take 16 rows
 
 
@@ -48,15 +48,16 @@ class RunState:
 
 
 def feed(
-    hidden: Callable[[Tensor, Tensor, int], Tensor], tokens: Tensor, start: Tensor, end: int = 0, size: int = CHUNK
+    hidden: Callable[[Tensor, Tensor, int], Tensor], tokens: Tensor, start: Tensor, end: int = 0, size: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
-    """Feed tokens (B, S) from position start (B,) on in chunks of `size` tokens a row: yields the offset in S of each
-    and what the output layer reads of it (B, >= s, C).
+    """Feed tokens (B, S) from position start (B,) on in chunks of at most `size` tokens a row, by default what the
+    device reads best: yields the offset in S of each and what the output layer reads of it (B, >= s, C).
 
     hidden(tokens, start, end) computes that for a chunk; end bounds the positions in use, for all tokens and then for
     a chunk, or is 0 if the host knows none.
     """
-    S = tokens.shape[1]
+    B, S = tokens.shape
+    size = min(size or S, ops.chunk_tokens(tokens.device, B))
     for a in range(0, S, size):
         part = tokens[:, a : a + size]
         yield a, hidden(part, start + a, end and end - S + a + part.shape[1])

@@ -27,6 +27,7 @@ __all__ = [
     "all_reduce",
     "attention",
     "capture",
+    "chunk_tokens",
     "copy_match",
     "dequantize",
     "embed",
@@ -57,3 +58,9 @@ def row_limits(device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
     if device.type != "cpu":
         return ()
     return (cpu.MAX_ROWS,) if cpu.ready() and dtype is not torch.float16 else (FEW_ROWS,)
+
+
+def chunk_tokens(device: torch.device, rows: int) -> int:
+    """How many tokens of each of so many rows are read at once: enough for the matrix units, while what a layer makes
+    of them takes little memory."""
+    return max(1, (8192 if device.type == "cuda" else 2048) // rows)

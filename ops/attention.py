@@ -3,7 +3,8 @@
     attention(layer, qkv, k_cache, v_cache, input_pos, rope)   by the first backend that supports it
     prepare(layer, first_layer, following)                     what only the Triton kernel wants to know
 
-Backends: a Triton kernel for 1 to 16 new tokens a row on an NVIDIA GPU, cpu.cpp's for up to 64 on a CPU, plain PyTorch.
+Backends: a Triton kernel for 1 to 16 new tokens a row on an NVIDIA GPU, prefill.py's for more, cpu.cpp's for up to 64
+on a CPU, plain PyTorch.
 Axes: B rows, S new tokens, T cache length, H query heads, Hkv key/value heads, G = H / Hkv, D head dim, R of it rotate.
 """
 
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops import cpu
-from ops.common import MAX_ROWS, on_triton, op, pdl, tl, tlx, triton
+from ops.common import MAX_ROWS, counters, on_triton, op, pdl, tl, tlx, triton
 from ops.fragments import flat, unflat
-from ops.messages import content, missing, receive, send, slots
+from ops.linear import half_is_slow
+from ops.prefill import attention_prefill
 from ops.rms_norm import rms_norm
+from ops.rotary import rotate, turned, turns
 
 
 class AttentionLayer(Protocol):
@@ -43,30 +46,21 @@ def attention(
     """Causal attention of S new tokens a row, whose keys and values enter the cache: -> (B, S, H D).
 
     qkv (B, S, (H + 2 Hkv) D), heads of q, k, v in this order; caches (B, Hkv, T, D); input_pos (B,), the position of
-    each row's first new token; rope fp32 (positions, R/2, 2), see `rotate`, or None. Position p sees keys j <= p, and
-    those of the layer's window. Nothing is written at T or beyond.
+    each row's first new token, on the host where it knows them and they are alike; rope fp32 (positions, R/2, 2), see
+    `rotate`, or None. Position p sees keys j <= p, and those of the layer's window. Nothing is written at T or beyond.
     """
     q_norm, k_norm, eps = None, None, 0.0
     if layer.q_norm is not None:
         q_norm, k_norm, eps = layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps
     rest = (input_pos, rope, q_norm, k_norm, eps, layer.n_head, layer.window)
-    if on_triton(qkv) and qkv.element_size() == 2 and qkv.shape[1] <= MAX_ROWS:
-        return attention_triton(qkv, k_cache, v_cache, *rest, layer.prefetch, layer.first_layer)
+    if on_triton(qkv) and qkv.element_size() == 2:
+        if qkv.shape[1] <= MAX_ROWS:
+            rest = (input_pos.to(qkv.device), *rest[1:])
+            return attention_triton(qkv, k_cache, v_cache, *rest, layer.prefetch, layer.first_layer)
+        return attention_prefill(qkv, k_cache, v_cache, *rest)
     if cpu.supports_attention(qkv, k_cache, v_cache, input_pos):
         return cpu.attention(qkv, k_cache, v_cache, *rest)
-    return attention_plain(qkv, k_cache, v_cache, *rest)
-
-
-def rotate(x: Tensor, positions: Tensor, rope: Tensor) -> Tensor:
-    """RoPE on interleaved pairs (2i, 2i + 1) of x (B, S, heads, D) at positions (B, S); rope (P, R/2, 2) of (cos, sin).
-
-    Rotates the first R dimensions and passes the rest (Su et al., arXiv:2104.09864, in gpt-fast's pairing).
-    """
-    turns = torch.view_as_complex(rope[positions.clamp(max=rope.shape[0] - 1)]).unsqueeze(2)  # (B, S, 1, R/2)
-    rotary = 2 * rope.shape[1]
-    pairs = torch.view_as_complex(x[..., :rotary].float().unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
-    return turned if rotary == x.shape[-1] else torch.cat((turned, x[..., rotary:]), dim=-1)
+    return attention_plain(qkv, k_cache, v_cache, input_pos.to(qkv.device), *rest[1:])
 
 
 @op("attention_plain", mutates=("k_cache", "v_cache"))
@@ -85,17 +79,12 @@ def attention_plain(
     """Plain PyTorch, the reference. An op, as it reads positions where that costs nothing."""
     B, S, _ = qkv.shape
     _, Hkv, T, D = k_cache.shape
-    qk, v = qkv.view(B, S, -1, D).split((n_head + Hkv, Hkv), dim=2)  # (B, S, heads, D)
-    if q_norm is not None:
-        q, k = qk.split((n_head, Hkv), dim=2)
-        qk = torch.cat((rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)), dim=2)
     positions = input_pos[:, None] + torch.arange(S, device=qkv.device)  # (B, S)
-    if rope is not None:
-        qk = rotate(qk, positions, rope)
-    q, k = qk.split((n_head, Hkv), dim=2)
     starts = input_pos.tolist() if qkv.is_cpu else None  # reading them costs nothing here
-    _write_cache(k_cache, k, input_pos, starts)
-    _write_cache(v_cache, v, input_pos, starts)
+    q = _rotated(qkv, k_cache, v_cache, input_pos, positions, starts, rope, q_norm, k_norm, eps, n_head)
+    if starts and S > 1 and not window and max(starts) + S <= T:
+        rows = [_flash(q[b], k_cache[b], v_cache[b], start) for b, start in enumerate(starts)]
+        return torch.stack(rows).flatten(2)
     live = min(max(starts) + S, T) if starts else T
     keys, values = k_cache[:, :, :live].to(q.dtype), v_cache[:, :, :live].to(q.dtype)
     if len(positions) == S == 1 and starts and not window:
@@ -112,7 +101,44 @@ def attention_plain(
     return out.unflatten(2, (S, -1)).transpose(1, 2).reshape(B, S, n_head * D)
 
 
+def _rotated(qkv, k_cache, v_cache, input_pos, positions, starts, rope, q_norm, k_norm, eps, n_head) -> Tensor:
+    """Norms, RoPE and cache write: the queries (B, S, H, D)."""
+    Hkv, D = k_cache.shape[1], k_cache.shape[3]
+    qk, v = qkv.unflatten(2, (-1, D)).split((n_head + Hkv, Hkv), dim=2)  # (B, S, heads, D)
+    if q_norm is not None:
+        q, k = qk.split((n_head, Hkv), dim=2)
+        qk = torch.cat((rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)), dim=2)
+    if rope is not None:
+        qk = rotate(qk, positions, rope)
+    q, k = qk.split((n_head, Hkv), dim=2)
+    _write_cache(k_cache, k, input_pos, starts)
+    _write_cache(v_cache, v, input_pos, starts)
+    return q
+
+
+def _flash(q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int) -> Tensor:
+    """One row's queries (S, H, D) at positions from `start` on, over its cache (Hkv, T, D), by PyTorch's flash
+    attention for CPUs: what was there before without a mask, the new tokens among themselves as a causal square, merged
+    by their log-sum-exps."""
+    S, H, _ = q.shape
+    dtype = torch.float32 if half_is_slow(q, q.dtype) else q.dtype
+    queries = q.transpose(0, 1)[None].to(dtype)
+
+    def attend(first: int, last: int, causal: bool) -> tuple[Tensor, Tensor]:
+        k, v = (c[:, first:last].to(dtype).repeat_interleave(H // len(c), 0)[None] for c in (k_cache, v_cache))
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, k, v, 0.0, causal
+        )  # (1, H, S, D), lse
+
+    out, lse = attend(start, start + S, True)
+    if start:
+        before, before_lse = attend(0, start, False)
+        out = torch.lerp(before, out, torch.sigmoid(lse - before_lse)[..., None].to(dtype))
+    return out[0].transpose(0, 1).to(q.dtype)
+
+
 @torch.library.register_fake("gptfast::attention_plain")
+@torch.library.register_fake("gptfast::attention_prefill")
 def _attention_fake(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, *rest):
     return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))
 
@@ -140,31 +166,6 @@ def _write_cache(cache: Tensor, new: Tensor, input_pos: Tensor, starts: list[int
 if triton is not None:
 
     @triton.jit
-    def _turns(rope, positions, max_position, DP: tl.constexpr, ROTARY: tl.constexpr):
-        """Cosines and sines, interleaved, of `positions` (R,): (R, DP), if there is a table."""
-        d = tl.arange(0, DP)[None, :]
-        turns = 0.0
-        if rope is not None:
-            at = tl.minimum(positions, max_position)[:, None] * ROTARY + d
-            turns = tl.load(rope + at, mask=d < ROTARY, other=0.0)
-        return turns
-
-    @triton.jit
-    def _turned(heads, turns, norm, eps, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr):
-        """Heads (R, DP), zeros past D, normalised if asked and rotated."""
-        d = tl.arange(0, DP)[None, :]
-        x = heads.to(tl.float32)
-        if norm is not None:
-            gain = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
-            x = (x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None] * gain).to(heads.dtype).to(tl.float32)
-        if ROTARY:
-            even, odd = tl.split(x.reshape(x.shape[0], DP // 2, 2))
-            cos, sin = tl.split(turns.reshape(x.shape[0], DP // 2, 2))
-            turned = tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(x.shape[0], DP)
-            x = tl.where(d < ROTARY, turned, x)
-        return x.to(heads.dtype)
-
-    @triton.jit
     def _cached(cache, t0, t, d, at, begin, end, D: tl.constexpr, DP: tl.constexpr, STRIDE: tl.constexpr, other=0.0):
         """Keys or values of a head at positions begin <= t0 + t < end, features d < D, elsewhere `other` ones.
 
@@ -173,6 +174,64 @@ if triton is not None:
         if D < DP:
             wanted &= d < D
         return tl.load(cache + t0.to(tl.int64) * STRIDE + at, mask=wanted, other=other, cache_modifier=".cg")
+
+    @triton.jit
+    def _attend(q, k_tile, v_tile, acc, l_i, m_i, t, end, last, window, scale):
+        """Each warp's next keys, at positions t (W, 1, KEYS), in its online softmax (Milakov and Gimelshein,
+        arXiv:1805.02867): q (W, ROWS, DP), acc (W, ROWS, DP), l_i and m_i (W, ROWS). Rows see keys up to `last`."""
+        W: tl.constexpr = q.shape[0]
+        DP: tl.constexpr = q.shape[2]
+        KEYS: tl.constexpr = t.shape[2]
+        k = unflat(k_tile, W, KEYS // 8, DP // 32).reshape(4, 8, W, KEYS // 8, DP // 32, 2, 2, 2)
+        k = k.permute(2, 4, 6, 0, 5, 7, 3, 1).reshape(W, DP, KEYS)
+        scores = tl.dot(q, k.to(q.dtype)) * scale  # (W, ROWS, KEYS), in units of log2 e
+        seen = (t < end) & (t <= last) & ((window <= 0) | (t > last - window))
+        scores = tl.where(seen, scores, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(scores, 2))
+        safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
+        p = tl.exp2(scores - safe[:, :, None])
+        alpha = tl.exp2(m_i - safe)
+        l_i = l_i * alpha + tl.sum(p, 2)
+        # (j i W, Y of keys, 2 of keys, Z, u) -> (W, keys: Y j 2, features: Z u i)
+        v = unflat(v_tile, W, KEYS // 4, DP // 64).reshape(4, 8, W, KEYS // 8, 2, DP // 64, 8)
+        v = v.permute(2, 3, 0, 4, 5, 6, 1).reshape(W, KEYS, DP)
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, :, None])
+        return acc, l_i, m_new
+
+    @triton.jit
+    def _shares(m):
+        """The largest of each column of maxima m (parts, rows), and what the sums that belong to them count there."""
+        top = tl.max(m, 0)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        return top, tl.exp2(m - top[None, :])
+
+    @triton.jit
+    def _combine(
+        out, place, splits, block, in_order, S, Hkv, h, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+        ROWS: tl.constexpr, REAL: tl.constexpr, SPLITS: tl.constexpr, SPLITS2: tl.constexpr, PARTS: tl.constexpr,
+    ):  # fmt: skip
+        """What the splits of a block of rows have left at `place` (SPLITS, ROWS, DP + 2), as their attention. REAL of
+        the rows may be in use; SPLITS2 is SPLITS padded to a power of two, PARTS how many are read at once."""
+        r = tl.arange(0, REAL)
+        row = block * ROWS + r
+        n = tl.arange(0, DP)
+        of_part = place + r[None, :] * (DP + 2)
+        part = tl.arange(0, SPLITS2)[:, None]
+        at = of_part + part * (ROWS * (DP + 2)) + DP
+        there = (part < splits) & (row < S * G)[None, :]
+        m, share = _shares(tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg"))
+        l = tl.sum(tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg") * share, 0)
+        y = tl.zeros((REAL, DP), tl.float32)
+        for first in tl.static_range(0, SPLITS, PARTS):
+            part = first + tl.arange(0, PARTS)[:, None]
+            at = of_part + part * (ROWS * (DP + 2))
+            there = (part < splits) & (row < S * G)[None, :]
+            own_m = tl.load(at + DP, mask=there, other=float("-inf"), cache_modifier=".cg")
+            own_y = tl.load(at[:, :, None] + n[None, None, :], there[:, :, None], 0.0, cache_modifier=".cg")
+            y += tl.sum(own_y * tl.exp2(own_m - m[None, :])[:, :, None], 0)
+        to = (row // G * (Hkv * G) + h * G + row % G)[:, None] * D + in_order[None, :]
+        mask = (row < S * G)[:, None] & (in_order < D)[None, :]
+        tl.store(out + to, (y / l[:, None]).to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _prefetch(memory, lines, W: tl.constexpr):
@@ -191,16 +250,16 @@ if triton is not None:
         out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts, prefetch, lines, first_layer,
         S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h,
         G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
-        STRIDE: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr,
-        PDL: tl.constexpr,
+        STRIDE: tl.constexpr, W: tl.constexpr, HALVINGS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+        SPLITS2: tl.constexpr, SPLIT_KEYS: tl.constexpr, PARTS: tl.constexpr, REAL: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """ROWS query rows (new token s, head g) of one key head, on one KV split; KEYS a warp and step.
 
         The keys in the cache are cut into splits of at least SPLIT_KEYS, at most SPLITS; programs without one leave at
-        once. The last split's program also writes the new keys and values, attends to them, and combines what the
-        others send it (flash decoding without a second launch); they started before it, so it does not wait in vain. As
-        in the linear kernel, tiles of keys and values are loaded as fragments, by permuting what the dot products sum
-        over or, for values, the features.
+        once. The last split's program also writes the new keys and values and attends to them. Each leaves its part in
+        memory, and the program that comes last combines them (flash decoding without a second launch). As in the linear
+        kernel, tiles of keys and values are loaded as fragments, by permuting what the dot products sum over or, for
+        values, the features.
 
         Positions and old keys come from before the model's first layer, whose attention (`first_layer`) lets no other
         kernel start until all that comes before has ended: in later layers they need not wait.
@@ -210,8 +269,9 @@ if triton is not None:
         """
         X: tl.constexpr = DP // 32
         Y: tl.constexpr = KEYS // 8
-        Z: tl.constexpr = DP // (8 * W)
+        Z: tl.constexpr = DP // 64
         STEP: tl.constexpr = W * KEYS
+        TILES: tl.constexpr = 2 if NEW == 1 else 1  # that are asked for before the wait, as far as registers allow
         head = tl.program_id(0)  # (b, hkv)
         split = tl.program_id(1)
         block = tl.program_id(2)
@@ -245,30 +305,29 @@ if triton is not None:
         d_of_k += tl.arange(0, 8)[None, None, None, None, None, :]
         at_k = flat((warp * KEYS + i).to(tl.int64) * STRIDE + y * STRIDE + d_of_k, W, Y, X)
         key_of_k, d_of_k = flat(warp * KEYS + i + y, W, Y, X), flat(d_of_k, W, Y, X)
-        pair = tl.arange(0, STEP // 4)[None, None, None, :, None, None]
+        pair = tl.arange(0, KEYS // 4)[None, None, None, :, None, None]
         pair = pair // 2 * 8 + pair % 2
-        d_of_v = (warp * 8 + i) * Z + tl.arange(0, Z)[None, None, None, None, None, :]
-        if Z > 1:
-            at_v = flat((j * 2).to(tl.int64) * STRIDE + pair * STRIDE + d_of_v, W, STEP // 4, 1)
-            key_of_v, d_of_v = flat(j * 2 + pair, W, STEP // 4, 1), flat(d_of_v, W, STEP // 4, 1)
-        else:  # too narrow: loaded as it lies, (pair j, features), and made a fragment through shared memory
-            key_of_v = (pair + j * 2).permute(3, 0, 1, 2, 4, 5).reshape(STEP, 1)
-            d_of_v = tl.arange(0, DP)[None, :]
-            at_v = key_of_v.to(tl.int64) * STRIDE + d_of_v
+        d_of_v = tl.arange(0, Z)[None, None, None, None, :, None] * 64 + i * 8
+        d_of_v += tl.arange(0, 8)[None, None, None, None, None, :]
+        at_v = flat((warp * KEYS + j * 2).to(tl.int64) * STRIDE + pair * STRIDE + d_of_v, W, KEYS // 4, Z)
+        key_of_v, d_of_v = flat(warp * KEYS + j * 2 + pair, W, KEYS // 4, Z), flat(d_of_v, W, KEYS // 4, Z)
         key_of_p = tl.arange(0, W)[:, None, None] * KEYS + tl.arange(0, KEYS)[None, None, :]
         k_tile = _cached(keys, begin, key_of_k, d_of_k, at_k, begin, end, D, DP, STRIDE)
         v_tile = _cached(values, begin, key_of_v, d_of_v, at_v, begin, end, D, DP, STRIDE)
+        if TILES == 2:
+            k_next = _cached(keys, begin + STEP, key_of_k, d_of_k, at_k, begin, end, D, DP, STRIDE)
+            v_next = _cached(values, begin + STEP, key_of_v, d_of_v, at_v, begin, end, D, DP, STRIDE)
         row = block * ROWS + tl.arange(0, ROWS)
         last = pos + row // G  # the last key that a row sees
         new = tl.arange(0, NEW)
-        q_turns = _turns(rope, last, max_position, DP, ROTARY)
-        k_turns = _turns(rope, pos + new, max_position, DP, ROTARY)
+        q_turns = turns(rope, last, max_position, DP, ROTARY)
+        k_turns = turns(rope, pos + new, max_position, DP, ROTARY)
         if PDL:
             tlx.gdc_wait()
 
         # All that the kernel before has written is asked for at once.
         n = tl.arange(0, DP)
-        in_order = n % (8 * W) * Z + n // (8 * W)  # as acc has features
+        in_order = n // 64 * 64 + n % 8 * 8 + n // 8 % 8  # as acc has features
         d = in_order if NEW == 1 else n
         width = (Hkv * (G + 2)) * D
         base = qkv + b.to(tl.int64) * S * width
@@ -278,27 +337,26 @@ if triton is not None:
         q = tl.load(q_rows[:, None] + n[None, :], mask=(row < S * G)[:, None] & (n < D)[None, :], other=0.0)
         k_new = tl.load(k_rows[:, None] + n[None, :], mask=ours & (n < D)[None, :], other=0.0)
         v_new = tl.load((k_rows + Hkv * D)[:, None] + d[None, :], mask=ours & (d < D)[None, :], other=0.0)
-        if SPLITS > 1:
-            group = head * tl.num_programs(2) + block
-            count = tl.load(counts + group, cache_modifier=".cg") + 1
         if prefetch is not None:
             _prefetch(prefetch, lines, W)
-        q = _turned(q, q_turns, q_norm, eps, D, DP, ROTARY)
+        q = turned(q, q_turns, q_norm, eps, D, DP, ROTARY)
 
-        m_i = tl.full((ROWS,), float("-inf"), tl.float32)
-        l_i = tl.zeros((ROWS,), tl.float32)
-        acc = tl.zeros((ROWS, DP), tl.float32)
+        # Warps go through their keys by themselves, and are put together at the end.
+        m_i = tl.full((W, ROWS), float("-inf"), tl.float32)
+        l_i = tl.zeros((W, ROWS), tl.float32)
+        acc = tl.zeros((W, ROWS, DP), tl.float32)
         if split == splits - 1:
-            k_new = _turned(k_new, k_turns, k_norm, eps, D, DP, ROTARY)
+            k_new = turned(k_new, k_turns, k_norm, eps, D, DP, ROTARY)
             at = (pos + new).to(tl.int64)[:, None] * STRIDE
             written = ((new < S) & (pos + new < T))[:, None]
             tl.store(keys + at + n[None, :], k_new.to(k_cache.dtype.element_ty), mask=written & (n < D)[None, :])
             tl.store(values + at + d[None, :], v_new.to(v_cache.dtype.element_ty), mask=written & (d < D)[None, :])
             if NEW == 1:
                 score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * scale
-                m_i = tl.where(pos < T, score, float("-inf"))
-                l_i += tl.where(pos < T, 1.0, 0.0)
-                acc += l_i[:, None] * v_new.to(tl.float32)
+                to_first = (tl.arange(0, W)[:, None] == 0) & (pos < T)
+                m_i = tl.where(to_first, score[None, :], float("-inf"))
+                l_i += tl.where(to_first, 1.0, 0.0)
+                acc += l_i[:, :, None] * v_new.to(tl.float32)[None, :, :]
             else:  # read back as part of a tile: faster than more products
                 tl.debug_barrier()
                 end = tl.minimum(pos + S, T)
@@ -309,74 +367,48 @@ if triton is not None:
         q = q.reshape(ROWS, X, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5).reshape(1, ROWS, DP)
         q = tl.broadcast_to(q, (W, ROWS, DP))
         last = last[None, :, None]
-        t0 = begin
-        for _ in range(begin, end, STEP):
-            k = unflat(k_tile, W, Y, X).reshape(4, 8, W, Y, X, 2, 2, 2).permute(2, 4, 6, 0, 5, 7, 3, 1)
-            k = k.reshape(W, DP, KEYS)
-            scores = tl.dot(q, k.to(q.dtype)) * scale  # (W, ROWS, KEYS), in units of log2 e
-            t = t0 + key_of_p
-            seen = (t < end) & (t <= last) & ((window <= 0) | (t > last - window))
-            scores = tl.where(seen, scores, float("-inf"))
-            # online softmax (Milakov and Gimelshein, arXiv:1805.02867)
-            m_new = tl.maximum(m_i, tl.max(tl.max(scores, 2), 0))
-            safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
-            p = tl.exp2(scores - safe[None, :, None])
-            alpha = tl.exp2(m_i - safe)
-            l_i = l_i * alpha + tl.sum(tl.sum(p, 2), 0)
-            m_i = m_new
-            p = p.to(q.dtype).permute(1, 0, 2).reshape(ROWS, STEP)
-            if Z > 1:  # (j i W, Y of keys, 2 of keys, Z) -> (keys: Y j 2, features: Z W i)
-                v = unflat(v_tile, W, STEP // 4, 1).reshape(4, 8, W, STEP // 8, 2, Z).permute(3, 0, 4, 5, 2, 1)
-            else:
-                v = v_tile.reshape(STEP // 8, 2, 4, DP).permute(0, 2, 1, 3)
-            v = v.reshape(STEP, DP)
-            acc = tl.dot(p, v.to(q.dtype), acc * alpha[:, None])
+        acc, l_i, m_i = _attend(q, k_tile, v_tile, acc, l_i, m_i, begin + key_of_p, end, last, window, scale)
+        t0 = begin + (TILES - 1) * STEP
+        if TILES == 2 and t0 < end:
+            acc, l_i, m_i = _attend(q, k_next, v_next, acc, l_i, m_i, t0 + key_of_p, end, last, window, scale)
+        for _ in range(begin + TILES * STEP, end, STEP):
             t0 += STEP
-            if t0 < end:
-                k_tile = _cached(keys, t0, key_of_k, d_of_k, at_k, begin, end, D, DP, STRIDE)
-                v_tile = _cached(values, t0, key_of_v, d_of_v, at_v, begin, end, D, DP, STRIDE)
+            k_tile = _cached(keys, t0, key_of_k, d_of_k, at_k, begin, end, D, DP, STRIDE)
+            v_tile = _cached(values, t0, key_of_v, d_of_v, at_v, begin, end, D, DP, STRIDE)
+            acc, l_i, m_i = _attend(q, k_tile, v_tile, acc, l_i, m_i, t0 + key_of_p, end, last, window, scale)
+        m, share = _shares(m_i)
+        l = tl.sum(l_i * share, 0)
+        y = (acc * share[:, :, None]).permute(1, 2, 0)  # (ROWS, DP, W)
+        for part in tl.static_range(HALVINGS):  # splitting brings what warps hold together: a sum over axis 0 is slower
+            even, odd = tl.split(y.reshape(ROWS, DP, W >> (part + 1), 2))
+            y = even + odd
+        y = y.reshape(ROWS, DP)
 
-        m_all = tl.broadcast_to(m_i[:, None], (ROWS, DP))  # one for each element, as `receive` wants them
-        l_all = tl.broadcast_to(l_i[:, None], (ROWS, DP))
-        if SPLITS > 1 and splits > 1:
-            real = (row < S * G)[:, None]
-            r = tl.arange(0, ROWS)[:, None]
-            place = partial + group.to(tl.int64) * (SPLITS * ROWS * (DP + 2)) + r * (DP + 2)
-            number = count & 0xFFFFFFFF
-            if split < splits - 1:
-                place += split * (ROWS * (DP + 2))
-                send(place + n[None, :], acc, number, real)
-                send(place + DP + tl.arange(0, 2)[None, :], tl.join(m_i, l_i), number, real)
-                return
-            for _ in range(splits - 1):
-                sums = place + DP + n[None, :] * 0
-                a = receive(place + n[None, :], number, real)
-                t = receive(sums, number, real)
-                s = receive(sums + 1, number, real)
-                while tl.max(missing(a, number) | missing(t, number) | missing(s, number)) != 0:
-                    a = receive(place + n[None, :], number, real)
-                    t = receive(sums, number, real)
-                    s = receive(sums + 1, number, real)
-                split_m = content(t, tl.float32)
-                m_new = tl.maximum(m_all, split_m)
-                safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-                alpha = tl.exp2(m_all - safe)
-                beta = tl.exp2(split_m - safe)
-                acc = acc * alpha + content(a, tl.float32) * beta
-                l_all = l_all * alpha + content(s, tl.float32) * beta
-                m_all = m_new
-                place += ROWS * (DP + 2)
-            tl.debug_barrier()  # every thread has read the count
-            tl.store(counts + group, count)
-        to = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G)[:, None] * D + in_order[None, :]
+        of_row = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G) * D
         mask = (row < S * G)[:, None] & (in_order < D)[None, :]
-        tl.store(out + to, (acc / l_all).to(out.dtype.element_ty), mask=mask)
+        if SPLITS > 1 and splits > 1:
+            # The program that comes last finds what all have left, and combines it in the order of the splits.
+            group = head * tl.num_programs(2) + block
+            place = partial + group.to(tl.int64) * (SPLITS * ROWS * (DP + 2))
+            own = place + (split * ROWS + tl.arange(0, ROWS)) * (DP + 2)
+            tl.store(own[:, None] + n[None, :], y, mask=mask)
+            tl.store(own + DP, m, mask=row < S * G)
+            tl.store(own + DP + 1, l, mask=row < S * G)
+            tl.debug_barrier()
+            if tl.atomic_add(counts + group, 1, sem="acq_rel") < splits - 1:
+                return
+            tl.store(counts + group, 0)
+            base = out + b.to(tl.int64) * S * (Hkv * G) * D
+            _combine(base, place, splits, block, in_order, S, Hkv, h, G, D, DP, ROWS, REAL, SPLITS, SPLITS2, PARTS)
+        else:
+            tl.store(out + of_row[:, None] + in_order[None, :], (y / l[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 # Bytes of the following weights to prefetch: a third of what exceeds those that the next kernels' first programs ask
 # for by themselves, and at most so many. Measured on an H100, where more, or before the wait, was slower.
 PREFETCH, EARLY = 2**21, 14 * 2**20
-WARPS, SPLIT_KEYS = 8, 256  # of a program; the fewest keys of a KV split
+WARPS, KEYS, SPLIT_KEYS = 4, 16, 128  # of a program; keys of a warp in a step; the fewest keys of a KV split
+PROGRAMS = 264  # KV splits of all rows and heads: what the multiprocessors hold, two each
 
 
 @op("attention", mutates=("k_cache", "v_cache"))
@@ -403,21 +435,21 @@ def attention_triton(
     G, DP = n_head // Hkv, max(64, triton.next_power_of_2(D))
     rows = 8 if S * G <= 8 else 16
     blocks = triton.cdiv(S * G, rows)
-    keys = 32 if rows == 8 and S == 1 else 16  # of a warp in a step, so that the next kernel finds registers
-    splits = max(1, min(64, 264 // (B * Hkv), triton.cdiv(T, SPLIT_KEYS)))
+    real = min(rows, triton.next_power_of_2(G)) if S == 1 else rows
+    splits = max(1, min(64, PROGRAMS // (B * Hkv * blocks), triton.cdiv(T, SPLIT_KEYS)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
-    partial, counts = (None, None)
-    if splits > 1:
-        partial, counts = slots(qkv.device, B * Hkv * blocks, splits * rows * (DP + 2))
+    partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
     lines = 0 if prefetch is None else max(0, min((prefetch.nbytes - EARLY) // 3, PREFETCH)) // 128
     # Those without a KV split help to prefetch, where one row leaves most multiprocessors idle.
     programs = max(splits, 128 // (B * Hkv * blocks)) if lines and S == 1 else splits
     _attention_kernel[(B * Hkv, programs, blocks)](
-        out, qkv, k_cache, v_cache, input_pos.contiguous(), rope, q_norm, k_norm, partial, counts, prefetch, lines,
+        out, qkv, k_cache, v_cache, input_pos.contiguous(), rope, q_norm, k_norm, partial,
+        counters(qkv.device, B * Hkv * blocks), prefetch, lines,
         int(first_layer), S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, D**-0.5 * math.log2(math.e), eps,
         *k_cache.stride()[:2], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
-        ROWS=rows, NEW=1 if S == 1 else 16, STRIDE=k_cache.stride(2), W=WARPS, KEYS=keys, SPLITS=splits,
-        SPLIT_KEYS=SPLIT_KEYS, num_warps=WARPS, num_stages=1, **launch,
+        ROWS=rows, NEW=1 if S == 1 else 16, STRIDE=k_cache.stride(2), W=WARPS, HALVINGS=WARPS.bit_length() - 1,
+        KEYS=KEYS, SPLITS=splits, SPLITS2=triton.next_power_of_2(splits), SPLIT_KEYS=SPLIT_KEYS,
+        PARTS=min(64 // real, triton.next_power_of_2(splits)), REAL=real, num_warps=WARPS, num_stages=1, **launch,
     )  # fmt: skip
     return out
 

@@ -9,11 +9,14 @@ from torch import Tensor
 Output = TypeVar("Output")
 
 
-def capture(function: Callable[..., Output], *inputs: Tensor, warm_up: int = 2) -> Callable[..., Output]:
+def capture(
+    function: Callable[..., Output], *inputs: Tensor, warm_up: int = 2, pool: object = None
+) -> Callable[..., Output]:
     """Capture a function that reads `inputs` and otherwise only fixed tensors. The result copies its arguments there,
     replays, and returns the captured output, which the next call overwrites.
 
-    warm_up: how often to run before, which compiles kernels and makes library handles, as capturing must not.
+    warm_up: how often to run before, which compiles kernels and makes library handles, as capturing must not. pool:
+    memory (torch.cuda.graph_pool_handle) to share with graphs whose outputs are read before this one is replayed.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -22,7 +25,7 @@ def capture(function: Callable[..., Output], *inputs: Tensor, warm_up: int = 2) 
             function(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         output = function(*inputs)
 
     def replay(*values: Tensor) -> Output:

@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 
 import eval as evaluation
 import generate
+import ops
 from checkpoint import load_model, read_config, torch_load
 from errors import UserError, run_cli
 from eval import LanguageModel, evaluate, perplexity, rolling_windows
@@ -234,7 +235,7 @@ def test_scores_equal_transformers(tiny, batch_size):
 
 def test_long_continuations_are_scored_in_slices(tiny, monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_LOGITS", 3 * 400 * 5)
-    monkeypatch.setattr(evaluation, "CHUNK", 7)
+    monkeypatch.setattr(ops, "chunk_tokens", lambda device, rows: 7)
     monkeypatch.setattr(evaluation, "MAX_BATCH_TOKENS", 160)
     pairs = random_pairs()
     scores = ours(tiny.directory).score(pairs)

@@ -17,6 +17,7 @@ from ops import embedding, linear_triton, ngram, philox, sampling, tuning  # noq
 from ops.attention import _write_cache, attention_plain, attention_triton  # noqa: E402
 from ops.linear import swiglu  # noqa: E402
 from ops.packing import dequantize, pack_int4, unpack_int4  # noqa: E402
+from ops.prefill import attention_prefill  # noqa: E402
 from ops.rms_norm import rms_norm  # noqa: E402
 from ops.verify import verify_plain, verify_triton  # noqa: E402
 
@@ -229,6 +230,41 @@ def test_attention(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
         out = attention_triton(qkv, k_cache, v_cache, *arguments, prefetch=qkv)
         fit = min(S, T - int(pos.max()))
         assert error(out[:, :fit], expected[:, :fit]) < 1e-2
+    for cache, other in ((k_cache, k_expected), (v_cache, v_expected)):
+        for b in range(B):
+            end = min(int(pos[b]) + S, T)
+            assert error(cache[b, :, :end], other[b, :, :end]) < 4e-3
+            assert cache[b, :, end:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("host", [False, True])  # whether the host knows the positions
+@pytest.mark.parametrize(
+    "B,S,H,Hkv,D,T,rotary,window,norm,positions",
+    [
+        (1, 17, 4, 2, 64, 512, 64, 0, False, [300]),
+        (2, 150, 4, 1, 32, 400, 16, 0, True, [0, 150]),  # an empty row; head norms; two blocks of queries
+        (1, 130, 4, 2, 80, 600, 80, 100, False, [333]),  # a window, a head dimension that is no power of two
+        (1, 64, 2, 1, 16, 300, 0, 0, False, [252]),  # no rotation; the last tokens do not fit the cache
+    ],
+)
+def test_attention_of_many_tokens(B, S, H, Hkv, D, T, rotary, window, norm, positions, host, dtype):
+    if host and (not CUDA or len(set(positions)) > 1):
+        pytest.skip("the host knows positions that are alike, and without a GPU all is the host's")
+    generator = torch.Generator().manual_seed(3)
+    qkv, k_cache, v_cache, rope = make_attention(B, S, H, Hkv, D, T, rotary, dtype, generator)
+    q_norm, k_norm = torch.rand(2, D, generator=generator).to(dtype) if norm else (None, None)
+    pos = torch.tensor(positions)
+    for b in range(B):
+        k_cache[b, :, pos[b] :] = v_cache[b, :, pos[b] :] = math.nan
+    rope = rope if rotary else None
+    qkv, k_cache, v_cache, rope, q_norm, k_norm = on_device(qkv, k_cache, v_cache, rope, q_norm, k_norm)
+    k_expected, v_expected = (cache.float().nan_to_num(0) for cache in (k_cache, v_cache))
+    rest = (rope, q_norm, k_norm, 1e-5, H, window)
+    expected = attention_plain(qkv.float(), k_expected, v_expected, pos.to(DEVICE), *rest)
+    out = attention_prefill(qkv, k_cache, v_cache, pos if host else pos.to(DEVICE), *rest)
+    fit = min(S, T - int(pos.max()))
+    assert error(out[:, :fit], expected[:, :fit]) < 1e-2
     for cache, other in ((k_cache, k_expected), (v_cache, v_expected)):
         for b in range(B):
             end = min(int(pos[b]) + S, T)

@@ -1,0 +1,70 @@
+"""Many prompts on a few rows: a row that has ended is refilled from the queue, while the others go on."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from engine import Engine, shared_prefix
+
+
+@dataclass
+class Request:
+    index: int  # of its prompt
+    room: int  # tokens that it may still get
+    fresh: bool = True  # whether its first token, drawn by the prefill, has yet to be fetched
+    ended: bool = False
+
+
+def serve(
+    llm: Engine,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    is_stop: Callable[[int, int], bool] | None = None,
+) -> Iterator[tuple[int, int, bool]]:
+    """Generate from any number of prompts on the engine's rows: yields (index of the prompt, token, whether it is the
+    prompt's last) as tokens come, in order within a prompt.
+
+    A prompt ends with the token for which is_stop(index, token) is true (by default: any of the engine's stop ids),
+    after max_new_tokens, or when the cache is full. What all prompts begin with is read once.
+    """
+    llm.model.config.check_tokens(prompts)
+    lag = 1 if llm.device.type == "cuda" else 0  # a block runs while the host reads the one before
+    is_stop = is_stop or (lambda index, token: token in llm.stop_ids)
+    start = shared_prefix(prompts) if len(prompts) > 1 else 0
+    if start:
+        llm.share(prompts[0][:start])
+    queue = deque(enumerate(prompts))
+    rows: list[Request | None] = [None] * llm.batch_size
+    pending: deque[tuple[list[Request | None], Callable[[], list[list[int]]]]] = deque()
+    llm.state.pos.fill_(start)
+    while queue or pending or any(rows):
+        for row, request in enumerate(rows):
+            if request and request.ended:
+                rows[row] = None
+                llm.state.pos[row] = start  # goes on from there, where it disturbs no one
+            if rows[row] is None and queue:
+                index, prompt = queue.popleft()
+                llm.fill(row, prompt, start)
+                rows[row] = Request(index, min(max_new_tokens, llm.state.cache.length - len(prompt) + 1))
+        if any(rows):
+            pending.append((list(rows), llm.advance()))
+        if pending and (len(pending) > lag or not any(rows)):
+            owners, result = pending.popleft()
+            for request, tokens in zip(owners, result()):
+                yield from _take(request, tokens, is_stop)
+
+
+def _take(
+    request: Request | None, tokens: list[int], is_stop: Callable[[int, int], bool]
+) -> Iterator[tuple[int, int, bool]]:
+    """What a row got: a token that it had before, and those since."""
+    if request is None or request.ended:
+        return
+    for token in tokens if request.fresh else tokens[1:]:
+        request.room -= 1
+        request.ended = is_stop(request.index, token) or request.room == 0
+        yield request.index, token, request.ended
+        if request.ended:
+            return
+    request.fresh = False

@@ -1,0 +1,153 @@
+"""Causal attention of many new tokens over a static cache, on an NVIDIA GPU: cost follows the keys that are seen.
+
+    attention_prefill(qkv, k_cache, v_cache, ...)    norms, RoPE, cache write and attention; see attention.py
+
+Two kernels: one reads qkv once, normalises, rotates, and writes keys and values to the cache; the other is flash
+attention (Dao, arXiv:2307.08691) over the cache. (cuDNN's, from PyTorch, is a tenth faster, but plans each pair of
+lengths that it has not seen, for a tenth of a second or more.) Axes: B rows, S new tokens, T cache length, H query
+heads, Hkv key/value heads, G = H / Hkv, D head dim.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ops.common import op, tl, triton
+from ops.rotary import turned, turns
+
+BLOCK_M, BLOCK_N = 128, 64  # queries of a program, keys of a step
+TOKENS = 16  # of a program that rotates
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["start", "S", "T", "max_position"])
+    def _rotate_kernel(
+        q_out, k_cache, v_cache, qkv, input_pos, start, rope, q_norm, k_norm, S, T, max_position, eps,
+        stride_b, stride_h, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+        ROTARY: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr,
+    ):  # fmt: skip
+        """One head of TOKENS new tokens: queries go to q_out (B, S, H, D), keys and values to their caches."""
+        head = tl.program_id(1)
+        b = tl.program_id(2)
+        pos = start
+        if input_pos is not None:
+            pos = tl.load(input_pos + b).to(tl.int32)
+        s = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+        d = tl.arange(0, DP)[None, :]
+        token = (b * S + s).to(tl.int64)[:, None]
+        inside = (s < S)[:, None] & (d < D)
+        x = tl.load(qkv + (token * (H + 2 * HKV) + head) * D + d, mask=inside, other=0.0)
+        at = (pos + s)[:, None]
+        cached = b.to(tl.int64) * stride_b + at.to(tl.int64) * STRIDE + d
+        written = inside & (at < T)
+        if head < H:
+            x = turned(x, turns(rope, pos + s, max_position, DP, ROTARY), q_norm, eps, D, DP, ROTARY)
+            tl.store(q_out + (token * H + head) * D + d, x, mask=inside)
+        elif head < H + HKV:
+            x = turned(x, turns(rope, pos + s, max_position, DP, ROTARY), k_norm, eps, D, DP, ROTARY)
+            tl.store(k_cache + cached + (head - H).to(tl.int64) * stride_h, x, mask=written)
+        else:
+            tl.store(v_cache + cached + (head - H - HKV).to(tl.int64) * stride_h, x, mask=written)
+
+    @triton.jit
+    def _step(q, k, v, acc, l_i, m_i, seen, scale, MASKED: tl.constexpr):
+        """One step of the online softmax (Milakov and Gimelshein, arXiv:1805.02867): keys k (D, N), values v (N, D)."""
+        scores = tl.dot(q, k)
+        if MASKED:
+            scores = tl.where(seen, scores * scale, float("-inf"))
+            m_new = tl.maximum(m_i, tl.max(scores, 1))
+            safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
+            p = tl.exp2(scores - safe[:, None])
+        else:
+            m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+            safe = m_new
+            p = tl.exp2(scores * scale - safe[:, None])
+        alpha = tl.exp2(m_i - safe)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+        return acc, l_i, m_new
+
+    @triton.jit(do_not_specialize=["start", "S", "T"])
+    def _flash_kernel(
+        out, q, k_cache, v_cache, input_pos, start, S, T, window, scale, stride_b, stride_h,
+        H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STRIDE: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ):  # fmt: skip
+        """BLOCK_M queries of one head over all keys that any of them sees. Blocks with the most keys come first."""
+        block = tl.num_programs(2) - 1 - tl.program_id(2)
+        head = tl.program_id(0)
+        b = tl.program_id(1)
+        pos = start
+        if input_pos is not None:
+            pos = tl.load(input_pos + b).to(tl.int32)
+        s = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        d = tl.arange(0, DP)
+        n = tl.arange(0, BLOCK_N)
+        rows = ((b * S + s).to(tl.int64) * H + head)[:, None] * D + d[None, :]
+        inside = (s < S)[:, None] & (d < D)[None, :]
+        q = tl.load(q + rows, mask=inside, other=0.0)
+        at = (pos + s)[:, None]
+        begin = tl.where(window > 0, tl.maximum(pos + block * BLOCK_M - window + 1, 0), 0) // BLOCK_N * BLOCK_N
+        end = tl.minimum(pos + tl.minimum(block * BLOCK_M + BLOCK_M, S), T)
+        whole = tl.where(window > 0, begin, tl.minimum(pos + block * BLOCK_M + 1, T) // BLOCK_N * BLOCK_N)
+        base = b.to(tl.int64) * stride_b + (head // G).to(tl.int64) * stride_h
+        k_at = k_cache + base + begin.to(tl.int64) * STRIDE + n[None, :] * STRIDE + d[:, None]  # (D, N)
+        v_at = v_cache + base + begin.to(tl.int64) * STRIDE + n[:, None] * STRIDE + d[None, :]  # (N, D)
+        m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        l_i = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, DP), tl.float32)
+        for _ in range(begin, whole, BLOCK_N):  # keys that every query sees
+            if D == DP:
+                k = tl.load(k_at)
+                v = tl.load(v_at)
+            else:
+                k = tl.load(k_at, mask=(d < D)[:, None], other=0.0)
+                v = tl.load(v_at, mask=(d < D)[None, :], other=0.0)
+            acc, l_i, m_i = _step(q, k.to(q.dtype), v.to(q.dtype), acc, l_i, m_i, None, scale, False)
+            k_at += BLOCK_N * STRIDE
+            v_at += BLOCK_N * STRIDE
+        for t0 in range(whole, end, BLOCK_N):
+            t = t0 + n[None, :]
+            k = tl.load(k_at, mask=(d < D)[:, None] & (t < end), other=0.0)
+            v = tl.load(v_at, mask=(d < D)[None, :] & (t0 + n < end)[:, None], other=0.0)
+            seen = (t <= at) & (t < end) & ((window <= 0) | (t > at - window))
+            acc, l_i, m_i = _step(q, k.to(q.dtype), v.to(q.dtype), acc, l_i, m_i, seen, scale, True)
+            k_at += BLOCK_N * STRIDE
+            v_at += BLOCK_N * STRIDE
+        tl.store(out + rows, (acc / l_i[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+@op("attention_prefill", mutates=("k_cache", "v_cache"))
+def attention_prefill(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    rope: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    n_head: int,
+    window: int,
+) -> Tensor:
+    """As `attention`, for any S. input_pos may lie on the host, where positions are known and alike in all rows."""
+    B, S, _ = qkv.shape
+    _, Hkv, T, D = k_cache.shape
+    start = int(input_pos[0]) if input_pos.device != qkv.device else None
+    positions = (input_pos, 0) if start is None else (None, start)
+    DP = max(16, triton.next_power_of_2(D))
+    strides = k_cache.stride()
+    shared = {"H": n_head, "D": D, "DP": DP, "STRIDE": strides[2]}
+    q = torch.empty(B, S, n_head, D, dtype=qkv.dtype, device=qkv.device)
+    _rotate_kernel[(triton.cdiv(S, TOKENS), n_head + 2 * Hkv, B)](
+        q, k_cache, v_cache, qkv.contiguous(), *positions, rope, q_norm, k_norm, S, T,
+        0 if rope is None else rope.shape[0] - 1, eps, *strides[:2], HKV=Hkv,
+        ROTARY=0 if rope is None else 2 * rope.shape[1], TOKENS=TOKENS, num_warps=4, **shared,
+    )  # fmt: skip
+    out = torch.empty_like(q)
+    _flash_kernel[(n_head, B, triton.cdiv(S, BLOCK_M))](
+        out, q, k_cache, v_cache, *positions, S, T, window, D**-0.5 * math.log2(math.e), *strides[:2],
+        G=n_head // Hkv, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=8, num_stages=3, **shared,
+    )  # fmt: skip
+    return out.view(B, S, n_head * D)
