@@ -18,7 +18,11 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 def shown(value: object) -> str:
     """A value as messages show it: its repr, cut, whatever its size or depth."""
-    return _SHORT.repr(value)
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def read_json(path: Path, missing: dict | None = None) -> dict:
