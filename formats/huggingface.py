@@ -15,10 +15,10 @@ from formats.source import HF, Lazy, Source, named, torch_tensors
 
 def _names_files(value: object) -> frozenset[str]:
     """The files that a weight_map names, all of its own directory."""
-    names = frozenset(mapping().parse(value).values())
+    names = mapping().parse(value).values()
     if not names or not all(isinstance(name, str) and name.isprintable() and Path(name).name == name for name in names):
         raise ValueError
-    return names
+    return frozenset(names)
 
 
 INDEX = {"weight_map": Field("an object, each value the name of a file in the same directory", _names_files)}
@@ -66,5 +66,5 @@ def _safetensors(path: Path) -> dict[str, Lazy]:
         file = safe_open(path, framework="pt")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error})") from None
+        raise UserError(f"{path} is truncated or not a safetensors file ({str(error)[:120]})") from None
     return {name: Lazy(shape, lambda name=name: file.get_tensor(name)) for name, shape in shapes.items()}
