@@ -40,7 +40,6 @@ KEYS: dict[str, Field] = {
     "max_window_layers": integer(low=0, default=0),  # the first with a window, given use_sliding_window
     "layer_types": list_of(text(("full_attention", "sliding_attention")), default=()),
     "no_rope_layers": list_of(either(integer(0, 1), flag()), default=()),  # 1 is a layer that rotates
-    "no_rope_layer_interval": integer(default=None),
 }
 _FACTOR = number(1, 1e6)
 _PER_PAIR = list_of(number(1e-3, 1e6))  # of the features that rotate
@@ -167,7 +166,7 @@ def _rope(where: object, values: dict, rope: Mapping, head_dim: int) -> dict:
 
 def _rope_layers(where: object, values: dict) -> tuple[bool, ...]:
     """Whether each layer rotates, () where all do."""
-    if interval := not values["no_rope_layers"] and values["no_rope_layer_interval"]:
+    if interval := not values["no_rope_layers"] and values.get("no_rope_layer_interval"):
         return tuple((layer + 1) % interval != 0 for layer in range(values["num_hidden_layers"]))
     return tuple(map(bool, _for_each_layer(where, values, "no_rope_layers")))
 

@@ -25,7 +25,7 @@ from model import ModelConfig, rope_table
 ARCHITECTURES = {"llama": True, "smollm3": True, "qwen2": False, "qwen3": False, "phi3": False}
 INSTEAD = "convert the Hugging Face checkpoint instead"
 # The file's keys, which come after the architecture's name, in config.json's terms; those of _OPTIONAL may be absent.
-_KEYS = {
+TERMS = {
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
     "attention.head_count": "num_attention_heads",
@@ -38,11 +38,11 @@ _KEYS = {
     "attention.sliding_window": "sliding_window",
 }
 _OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta", "sliding_window")
-_SCALING = {
+SCALING = {
     "rope.scaling.type": text(("none", "linear", "yarn", "longrope"), default="none"),
     "rope.scaling.original_context_length": KEYS["original_max_position_embeddings"],
 }
-_SPLIT = {
+SPLIT = {
     "split.no": integer(0, 99998, default=0),
     "split.count": integer(0, 99999, default=0),
     "split.tensors.count": integer(0, default=None),
@@ -69,7 +69,7 @@ def open_gguf(files: list[Path]) -> Source:
 
 def _joined(parts: list[GGUFFile]) -> dict[str, GGUFTensor]:
     """The tensors of all parts of a model. Raises UserError where some are missing or of another model."""
-    path, splits = parts[0].path, [read(part.path, _SPLIT, part.metadata) for part in parts]
+    path, splits = parts[0].path, [read(part.path, SPLIT, part.metadata) for part in parts]
     count = max(1, splits[0]["split.count"])
     if any(max(1, split["split.count"]) != count for split in splits):
         raise UserError(f"{path.parent}: the parts of {path.name} are not of one model: their split.count differs")
@@ -104,8 +104,8 @@ def _config(path: Path, arch: str, meta: Mapping[str, Any], tensors: Mapping[str
     def field(ours: str) -> Field:
         return replace(KEYS[ours], default=None if ours in _OPTIONAL else NEEDED)
 
-    table = {f"{arch}.{theirs}": field(ours) for theirs, ours in _KEYS.items()}
-    config = dict(zip(_KEYS.values(), read(path, table, meta).values()))
+    table = {f"{arch}.{theirs}": field(ours) for theirs, ours in TERMS.items()}
+    config = dict(zip(TERMS.values(), read(path, table, meta).values()))
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise UserError(f"{path}: missing tensors: token_embd.weight of two dimensions")
@@ -123,7 +123,7 @@ def _config(path: Path, arch: str, meta: Mapping[str, Any], tensors: Mapping[str
 def _rope_scaling(
     path: Path, arch: str, meta: Mapping[str, Any], tensors: Mapping[str, Lazy], config: dict
 ) -> dict | None:
-    kind, original = read(path, {f"{arch}.{key}": field for key, field in _SCALING.items()}, meta).values()
+    kind, original = read(path, {f"{arch}.{key}": field for key, field in SCALING.items()}, meta).values()
     if kind in ("linear", "yarn"):
         factor = read_one(path, key := f"{arch}.rope.scaling.factor", ROPE_TYPES[kind]["factor"], meta.get(key))
         return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}

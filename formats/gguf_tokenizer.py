@@ -45,7 +45,7 @@ GGUF_PRE_TOKENIZERS = {
 }
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _ENDS = ("eos", "eot", "eom")
-_KEYS = {
+KEYS = {
     "model": text(default=None),
     "pre": text(default=""),
     "tokens": list_of(text(), default=None),
@@ -66,8 +66,8 @@ def gguf_tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
     metadata: the GGUF's key/values as plain Python values. Supported are byte-level BPE (tokenizer.ggml.model "gpt2")
     and SentencePiece BPE ("llama"). Raises UserError for others, for an unknown pre-tokenizer and for missing keys.
     """
-    values = read("the GGUF", {f"tokenizer.ggml.{key}": field for key, field in _KEYS.items()}, metadata)
-    given = dict(zip(_KEYS, values.values()))
+    values = read("the GGUF", {f"tokenizer.ggml.{key}": field for key, field in KEYS.items()}, metadata)
+    given = dict(zip(KEYS, values.values()))
     kind, pre = given["model"], given["pre"] or "default"
     needed = {"gpt2": ("tokens", "token_type", "merges"), "llama": ("tokens", "token_type", "scores")}
     if kind not in needed:

@@ -9,14 +9,14 @@ from pathlib import Path
 from checkpoint import abridged
 from errors import UserError, read_json
 from formats.config import builtin
-from formats.fields import Field, mapping, read
+from formats.fields import Field, mapping, read, text
 from formats.source import HF, Lazy, Source, named, torch_tensors
 
 
 def _names_files(value: object) -> frozenset[str]:
     """The files that a weight_map names, all of its own directory."""
-    names = mapping().parse(value).values()
-    if not names or not all(isinstance(name, str) and name.isprintable() and Path(name).name == name for name in names):
+    names = [text().parse(name) for name in mapping().parse(value).values()]
+    if not names or not all(name.isprintable() and Path(name).name == name not in ("", "..") for name in names):
         raise ValueError
     return frozenset(names)
 
