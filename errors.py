@@ -14,14 +14,12 @@ class UserError(Exception):
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.repr_int = lambda value, _: str(value) if value.bit_length() < 200 else "a huge integer"
 
 
 def shown(value: object) -> str:
     """A value as messages show it: its repr, cut, whatever its size or depth."""
-    try:
-        text = _SHORT.repr(value)
-    except ValueError:  # an integer of more digits than Python prints
-        text = f"a huge {type(value).__name__}"
+    text = _SHORT.repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
