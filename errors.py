@@ -27,6 +27,8 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
     """The object in a JSON file; `missing`, if given, where there is no file. A UserError names file and fault."""
     if missing is not None and not path.exists():
         return missing
+    if path.exists() and not path.is_file():  # a pipe, of which reading has no end
+        raise UserError(f"{path} is not a regular file")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -86,8 +86,9 @@ def _not_finite(names: str, value: Tensor, dtype: torch.dtype) -> str:
 
 def _untied(source: Source) -> bool:
     """Whether a source that calls its output tied stores another one (some fine-tunes do)."""
-    output, embedding = (source.tensors.get(*source.names[f"{name}.weight"]) for name in ("output", "tok_embeddings"))
-    return output is not None and embedding is not None and not torch.equal(output.read(), embedding.read())
+    pair = ("output.weight", "tok_embeddings.weight")
+    stored = all(source.names[name][0] in source.tensors for name in pair)
+    return stored and not torch.equal(*map(source.read, pair))
 
 
 def _check(source: Source, config: ModelConfig, blank: dict[str, Tensor]) -> None:

@@ -539,6 +539,18 @@ def test_a_pipe_is_no_file(tmp_path, hf, name):
         convert(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "params.json"])
+def test_a_pipe_is_no_json(hf, name):
+    source, state = hf
+    if name == "params.json":
+        torch.save(meta_names(state), source / "consolidated.00.pth")
+        (source / "model.safetensors").unlink()
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    with pytest.raises(UserError, match=f"{name} is not a regular file"):
+        convert(source)
+
+
 def test_a_training_checkpoint_is_refused(hf):
     source, state = hf
     (source / "model.safetensors").unlink()
