@@ -19,8 +19,7 @@ _SHORT.repr_int = lambda value, _: str(value) if value.bit_length() < 200 else "
 
 def shown(value: object) -> str:
     """A value as messages show it: its repr, cut, whatever its size or depth."""
-    text = _SHORT.repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    return f"{_SHORT.repr(value):.100}"
 
 
 def read_json(path: Path, missing: dict | None = None) -> dict:

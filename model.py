@@ -272,8 +272,7 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
     dim = config.rotary_dim or config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
     freqs, magnitude = config.rope_base**-exponents, 1.0
-    scaling = config.rope_scaling
-    kind = scaling.get("rope_type", "default")
+    kind = (scaling := config.rope_scaling).get("rope_type", "default")
     if kind == "linear":
         freqs = freqs / scaling["factor"]
     elif kind == "llama3":
