@@ -14,17 +14,20 @@ class UserError(Exception):
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.repr_int = lambda value, _: str(value) if value.bit_length() < 200 else "a huge integer"
 
 
 def shown(value: object) -> str:
     """A value as messages show it: its repr, cut, whatever its size or depth."""
-    return _SHORT.repr(value)
+    return f"{_SHORT.repr(value):.100}"
 
 
 def read_json(path: Path, missing: dict | None = None) -> dict:
     """The object in a JSON file; `missing`, if given, where there is no file. A UserError names file and fault."""
     if missing is not None and not path.exists():
         return missing
+    if path.exists() and not path.is_file():  # a pipe, of which reading has no end
+        raise UserError(f"{path} is not a regular file")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -37,7 +37,7 @@ class ModelConfig:
     block_size: int = 2048  # longest context the model was trained for, in tokens
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
-    rope_scaling: Mapping[str, object] = field(default_factory=dict)  # config.json's rope parameters; {} is plain RoPE
+    rope_scaling: Mapping[str, object] = field(default_factory=dict)  # as formats/config.py reads it; {} is plain RoPE
     rotary_dim: int = 0  # leading features of a head that rotate; 0 means head_dim
     qkv_bias: bool = False
     o_bias: bool = False
@@ -272,8 +272,7 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
     dim = config.rotary_dim or config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
     freqs, magnitude = config.rope_base**-exponents, 1.0
-    scaling = config.rope_scaling
-    kind = scaling.get("rope_type", "default")
+    kind = (scaling := config.rope_scaling).get("rope_type", "default")
     if kind == "linear":
         freqs = freqs / scaling["factor"]
     elif kind == "llama3":
@@ -282,12 +281,11 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
         freqs, magnitude = _yarn(freqs, config.rope_base, dim, scaling)
     elif kind == "longrope":
         original = scaling["original_max_position_embeddings"]
-        factor = scaling.get("factor") or scaling["max_position_embeddings"] / original
-        freqs = freqs / torch.tensor(
-            scaling["long_factor" if length > original else "short_factor"], dtype=torch.float64
-        )
+        factor = scaling["factor"] or scaling["max_position_embeddings"] / original
+        factors = scaling["long_factor" if length > original else "short_factor"]
+        freqs = freqs / torch.tensor(factors, dtype=torch.float64)
         magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-        magnitude = scaling.get("attention_factor") or magnitude
+        magnitude = scaling["attention_factor"] or magnitude
     angles = torch.outer(torch.arange(length, dtype=torch.float64), freqs)
     return (torch.stack((angles.cos(), angles.sin()), -1) * magnitude).float()
 
@@ -307,8 +305,8 @@ def _yarn(freqs: Tensor, base: float, dim: int, scaling: Mapping) -> tuple[Tenso
     def dimension(rotations: float) -> float:  # the feature pair that turns this often over the original context
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
+    low, high = dimension(scaling["beta_fast"]), dimension(scaling["beta_slow"])
+    if scaling["truncate"]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
@@ -316,7 +314,6 @@ def _yarn(freqs: Tensor, base: float, dim: int, scaling: Mapping) -> tuple[Tenso
     def temperature(mscale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1
 
-    magnitude = scaling.get("attention_factor")
-    if magnitude is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        magnitude = temperature(scaling["mscale"]) / temperature(scaling["mscale_all_dim"])
-    return freqs * (1 - ramp) + freqs / factor * ramp, magnitude or temperature(1.0)
+    over, under = scaling["mscale"], scaling["mscale_all_dim"]
+    magnitude = temperature(over) / temperature(under) if over and under else temperature(1.0)
+    return freqs * (1 - ramp) + freqs / factor * ramp, scaling["attention_factor"] or magnitude

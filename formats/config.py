@@ -4,27 +4,12 @@ Every format is first put in these terms (https://huggingface.co/docs/transforme
 keys). Also here are the configs of models known by name. Loads no torch.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
-from errors import UserError
+from errors import UserError, shown
+from formats.fields import NEEDED, Field, either, flag, integer, list_of, mapping, number, read, read_one, text
 
-# What a family fixes beyond what its config.json says. A dense Llama-like family is one line here.
-FAMILIES: dict[str, dict] = {
-    "llama": {},
-    "mistral": {},
-    "phi3": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-    "smollm3": {},
-}
-ROPE_TYPES = {  # and the parameters that each needs in config.json
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "longrope": ("short_factor", "long_factor"),
-    "yarn": ("factor",),
-}
-ACTIVATIONS = ("silu", "swish")  # two names of one
 SIZES = {  # our field -> the key that every config.json must have
     "dim": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -32,17 +17,97 @@ SIZES = {  # our field -> the key that every config.json must have
     "intermediate_size": "intermediate_size",
     "vocab_size": "vocab_size",
 }
+# The keys read, in every family unless it says otherwise; others are ignored. The bounds are far from any real model:
+# they keep what is built before weights are compared with it small.
+KEYS: dict[str, Field] = {
+    "hidden_size": integer(high=2**20),
+    "num_hidden_layers": integer(high=10_000),
+    "num_attention_heads": integer(high=2**16),
+    "num_key_value_heads": integer(high=2**16, default=None),  # as many as attention heads
+    "head_dim": integer(high=2**13, default=None),  # what hidden_size gives each attention head
+    "intermediate_size": integer(high=2**24),
+    "vocab_size": integer(high=2**24),
+    "max_position_embeddings": integer(default=2048),
+    "original_max_position_embeddings": integer(low=2, default=None),  # max_position_embeddings
+    "rms_norm_eps": number(1e-20, 1, default=1e-5),
+    "rope_theta": number(2, 1e15, default=10000.0),
+    "partial_rotary_factor": number(0, 1, default=1.0),
+    "attention_bias": flag(default=False),
+    "mlp_bias": flag(default=False),
+    "tie_word_embeddings": flag(default=False),
+    "sliding_window": integer(low=0, default=0),  # 0 is none
+    "use_sliding_window": flag(default=None),  # where there is one, and then in all layers
+    "max_window_layers": integer(low=0, default=0),  # the first with a window, given use_sliding_window
+    "layer_types": list_of(text(("full_attention", "sliding_attention")), default=()),
+    "no_rope_layers": list_of(either(integer(0, 1), flag()), default=()),  # 1 is a layer that rotates
+}
+_FACTOR = number(1, 1e6)
+_PER_PAIR = list_of(number(1e-3, 1e6))  # of the features that rotate
+ROPE_TYPES: dict[str, dict[str, Field]] = {  # and the parameters of each in config.json
+    "default": {},
+    "linear": {"factor": _FACTOR},
+    "llama3": {"factor": _FACTOR, "low_freq_factor": number(1e-3, 1e6), "high_freq_factor": number(1e-3, 1e6)},
+    "longrope": {
+        "short_factor": _PER_PAIR,
+        "long_factor": _PER_PAIR,
+        "factor": replace(_FACTOR, default=None),
+        "attention_factor": number(0.01, 100, default=None),
+    },
+    "yarn": {
+        "factor": _FACTOR,
+        "beta_fast": number(1e-3, 1e6, default=32.0),
+        "beta_slow": number(1e-3, 1e6, default=1.0),
+        "attention_factor": number(0.01, 100, default=None),
+        "mscale": number(0, 100, default=None),
+        "mscale_all_dim": number(0, 100, default=None),
+        "truncate": flag(default=True),
+    },
+}
+_ANYWHERE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")  # with them or at the top level
+ACTIVATIONS = ("silu", "swish")  # two names of one
 
 
-def config_fields(config: dict) -> dict:
-    """The keyword arguments of ModelConfig that a config.json stands for.
+@dataclass(frozen=True)
+class Family:
+    """What a family means beyond what its config.json says."""
 
-    Raises UserError naming what is unknown and what is supported, or the key that is missing or of a wrong type.
+    fixed: Mapping[str, object] = field(default_factory=dict)  # fields of ModelConfig
+    keys: Mapping[str, Field] = field(default_factory=dict)  # its own, or with other defaults
+
+
+_WINDOW_ON_DEMAND = {"use_sliding_window": flag(default=False)}
+# A dense Llama-like family is one line here.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "phi3": Family(),
+    "qwen2": Family({"qkv_bias": True}, _WINDOW_ON_DEMAND),
+    "qwen3": Family({"qk_norm": True}, _WINDOW_ON_DEMAND),
+    "smollm3": Family({}, {"no_rope_layer_interval": integer(default=4), **_WINDOW_ON_DEMAND}),
+}
+
+
+def config_fields(config: Mapping, where: object = "config.json") -> dict:
+    """The keyword arguments of ModelConfig that a config.json stands for. where: the file, for messages.
+
+    Raises UserError naming what is unknown and what is supported, or the key whose value is not accepted.
     """
-    try:
-        return _fields(config)
-    except (TypeError, ValueError) as error:  # a value of another type than families have there
-        raise UserError(f"config.json: {error}") from None
+    family = FAMILIES[_choice("model_type", config.get("model_type"), FAMILIES)]
+    if (activation := config.get("hidden_act")) is not None:
+        _choice("hidden_act", activation, ACTIVATIONS)
+    rope = _rope_parameters(where, config)
+    values = read(where, {**KEYS, **family.keys}, {**config, **{key: rope[key] for key in _ANYWHERE if key in rope}})
+    fields = {ours: values[key] for ours, key in SIZES.items()} | {
+        **_heads(where, values),
+        "norm_eps": values["rms_norm_eps"],
+        "qkv_bias": values["attention_bias"],
+        "o_bias": values["attention_bias"],
+        "mlp_bias": values["mlp_bias"],
+        "tied": values["tie_word_embeddings"],
+        "windows": _windows(where, values),
+        "rope_layers": _rope_layers(where, values),
+    }
+    return fields | _rope(where, values, rope, fields["head_dim"]) | family.fixed
 
 
 def builtin(name: str) -> dict:
@@ -50,80 +115,85 @@ def builtin(name: str) -> dict:
     return BUILTIN[_choice("model name", name, BUILTIN)]
 
 
-def _fields(config: dict) -> dict:
-    family = _choice("model_type", config.get("model_type"), FAMILIES)
-    _choice("hidden_act", config.get("hidden_act", "silu"), ACTIVATIONS)
-    fields = {field: _positive(config, key) for field, key in SIZES.items()}
-    fields |= _heads(config, fields["dim"], fields["n_head"])
-    fields |= _rope(config, fields["head_dim"])
-    bias = bool(config.get("attention_bias", False))
-    fields |= {
-        "norm_eps": config.get("rms_norm_eps", 1e-5),
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "mlp_bias": bool(config.get("mlp_bias", False)),
-        "tied": bool(config.get("tie_word_embeddings", False)),
-    }
-    return fields | _by_layer(config, fields["n_layer"]) | FAMILIES[family]
-
-
-def _heads(config: dict, dim: int, n_head: int) -> dict:
-    n_local_heads = config.get("num_key_value_heads") or n_head
+def _heads(where: object, values: dict) -> dict:
+    dim, n_head = values["hidden_size"], values["num_attention_heads"]
+    n_local_heads = values["num_key_value_heads"] or n_head
     if n_head % n_local_heads:
-        raise UserError(f"config.json: num_key_value_heads {n_local_heads} does not divide {n_head} attention heads")
-    return {"n_local_heads": n_local_heads, "head_dim": config.get("head_dim") or dim // n_head}
+        raise UserError(f"{where}: num_key_value_heads {n_local_heads} does not divide {n_head} attention heads")
+    head_dim = values["head_dim"] or read_one(where, "hidden_size / num_attention_heads", integer(), dim // n_head)
+    return {"n_local_heads": n_local_heads, "head_dim": head_dim}
 
 
-def _rope(config: dict, head_dim: int) -> dict:
-    """Positions: transformers 5 keeps all that concerns them in rope_parameters, before it was spread."""
-    context = config.get("max_position_embeddings", 2048)
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope = {key: value for key, value in rope.items() if value is not None}
-    rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"  # `type` is the older spelling
-    if missing := [key for key in ROPE_TYPES[_choice("rope_type", kind, ROPE_TYPES)] if key not in rope]:
-        raise UserError(f"config.json: rope_type {kind!r} needs {', '.join(missing)}")
-    original = config.get("original_max_position_embeddings") or context
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+def _rope_parameters(where: object, config: Mapping) -> dict:
+    """All that stands in rope_parameters, where transformers 5 keeps it, and in rope_scaling, an addition to it."""
+    parts = read(where, dict.fromkeys(("rope_parameters", "rope_scaling"), mapping(default={})), config)
+    rope = {key: value for part in parts.values() for key, value in part.items() if value is not None}
+    by_layer_type = [value for value in rope.values() if isinstance(value, dict)]
+    if by_layer_type and any(value != by_layer_type[0] for value in [*by_layer_type, *rope.values()]):
+        raise UserError(f"{where}: rope_parameters differ between {shown(list(rope))}; one for all layers is supported")
+    return {key: value for key, value in by_layer_type[0].items() if value is not None} if by_layer_type else rope
+
+
+def _rope(where: object, values: dict, rope: Mapping, head_dim: int) -> dict:
+    """Positions. Raises UserError for parameters that are missing, out of range or do not fit each other."""
+    kind = rope.get("rope_type") or rope.get("type")  # the older spelling
+    if kind is None and "factor" in rope:
+        raise UserError(f"{where}: rope_scaling has a factor, but no rope_type; supported: {', '.join(ROPE_TYPES)}")
+    table = ROPE_TYPES[_choice("rope_type", kind := kind or "default", ROPE_TYPES)]
+    if missing := [key for key, field in table.items() if field.default is NEEDED and key not in rope]:
+        raise UserError(f"{where}: rope_type {kind!r} needs {', '.join(missing)}")
+    scaling, context = read(where, table, rope), values["max_position_embeddings"]
+    original = values["original_max_position_embeddings"] or max(2, context)
+    rotary_dim = int(head_dim * values["partial_rotary_factor"] + 1e-9)  # of a quotient, perhaps a little less
+    if rotary_dim % 2 or not rotary_dim:
+        raise UserError(f"{where}: {rotary_dim} of {head_dim} features of a head rotate; an even number is needed")
+    for key in ("short_factor", "long_factor"):
+        if len(scaling.get(key, ())) not in (0, rotary_dim // 2) or scaling.get(key) == ():
+            raise UserError(f"{where}: {key} has {len(scaling[key])} numbers; {rotary_dim // 2} are needed")
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        if low in scaling and scaling[low] >= scaling[high]:
+            raise UserError(f"{where}: {low} {scaling[low]:g} must be less than {high} {scaling[high]:g}")
+    # What yarn stretches may be told before or after it is.
+    stretched = int(original * scaling["factor"]) if kind == "yarn" else 0
+    lengths = {"original_max_position_embeddings": original, "max_position_embeddings": context}
     return {
-        "block_size": context,
-        "rope_base": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        "rope_scaling": {"original_max_position_embeddings": original, "max_position_embeddings": context, **rope},
-        "rotary_dim": int(head_dim * partial),
+        "block_size": read_one(where, "the context", integer(), max(context, stretched)),
+        "rope_base": values["rope_theta"],
+        "rope_scaling": {"rope_type": kind, **lengths, **scaling},
+        "rotary_dim": rotary_dim,
     }
 
 
-def _by_layer(config: dict, n_layer: int) -> dict:
-    """Fields that hold a value a layer, or none where all layers are alike."""
-    fields = {
-        "windows": _windows(config, n_layer),
-        "rope_layers": tuple(bool(r) for r in config.get("no_rope_layers") or ()),
-    }
-    for name, values in fields.items():
-        if len(values) not in (0, n_layer):
-            raise UserError(f"config.json: {name} are told of {len(values)} layers of {n_layer}")
-    return fields
+def _rope_layers(where: object, values: dict) -> tuple[bool, ...]:
+    """Whether each layer rotates, () where all do."""
+    if interval := not values["no_rope_layers"] and values.get("no_rope_layer_interval"):
+        return tuple((layer + 1) % interval != 0 for layer in range(values["num_hidden_layers"]))
+    return tuple(map(bool, _for_each_layer(where, values, "no_rope_layers")))
 
 
-def _windows(config: dict, n_layer: int) -> tuple[int, ...]:
+def _windows(where: object, values: dict) -> tuple[int, ...]:
     """Each layer's sliding window (transformers' rules: layer_types, else use_sliding_window and max_window_layers)."""
-    window = config.get("sliding_window") or 0
-    if not window or not config.get("use_sliding_window", True):
+    window, used, types = values["sliding_window"], values["use_sliding_window"], values["layer_types"]
+    _for_each_layer(where, values, "layer_types")
+    if used is False or not (window or "sliding_attention" in types):
         return ()
-    if types := config.get("layer_types"):
+    if not window:
+        raise UserError(f"{where}: layer_types has sliding_attention, but sliding_window is missing")
+    if types:
         return tuple(window if kind == "sliding_attention" else 0 for kind in types)
-    first = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0
-    return tuple(window if layer >= first else 0 for layer in range(n_layer))
+    first = values["max_window_layers"] if used else 0
+    return tuple(window if layer >= first else 0 for layer in range(values["num_hidden_layers"]))
 
 
-def _positive(config: dict, key: str) -> int:
-    if not isinstance(config.get(key), int) or config[key] <= 0:
-        raise UserError(f"config.json: {key} is {config.get(key)!r}; a positive integer is needed")
-    return config[key]
+def _for_each_layer(where: object, values: dict, key: str) -> tuple:
+    if len(values[key]) not in (0, values["num_hidden_layers"]):
+        raise UserError(f"{where}: {key} are told of {len(values[key])} layers of {values['num_hidden_layers']}")
+    return values[key]
 
 
 def _choice(what: str, value: object, known: Collection[str]) -> str:
-    if value not in known:
-        raise UserError(f"{what} {value!r} is not supported; supported: {', '.join(sorted(known))}")
+    if not isinstance(value, str) or value not in known:
+        raise UserError(f"{what} {shown(value)} is not supported; supported: {', '.join(sorted(known))}")
     return value
 
 

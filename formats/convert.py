@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import abridged, new_state_dict
+from checkpoint import DTYPES, abridged, new_state_dict
 from errors import UserError
 from formats import gguf, huggingface, llama2c, meta
 from formats.source import Source
 from model import ModelConfig, Transformer
 
-# The first of these that a directory has files of is read, by a function of the files and of open_source's model_name.
-FORMATS: dict[str, Callable[[list[Path], str | None], Source]] = {
+# The first of these that a directory has files of is read, by a function of the files.
+FORMATS: dict[str, Callable[[list[Path]], Source]] = {
     "*.safetensors": huggingface.open_safetensors,
     "pytorch_model*.bin": huggingface.open_bin,
     "consolidated.*.pth": meta.open_consolidated,
@@ -36,8 +36,14 @@ def open_source(directory: Path, model_name: str | None = None) -> Source:
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory")
     for pattern, opener in FORMATS.items():
-        if files := sorted(directory.glob(pattern)):
-            return opener(files, model_name)
+        if files := sorted(file for file in directory.glob(pattern) if not file.name.startswith("adapter_")):
+            if not model_name:
+                return opener(files)
+            if opener in (huggingface.open_safetensors, huggingface.open_bin):
+                return opener(files, model_name)
+            raise UserError(f"{files[0].name} says what the model is; --model_name is for Hugging Face's weights alone")
+    if any(directory.glob("adapter_*")):
+        raise UserError(f"{directory} holds an adapter (LoRA); merge it into its model first: peft's merge_and_unload")
     raise UserError(f"{directory} holds no weights to convert; accepted: {', '.join(FORMATS)}")
 
 
@@ -59,18 +65,30 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
     with new_state_dict(directory / "model.pth", blank) as target:
         for name, tensor in tqdm(target.items(), desc="converting", unit="tensor", disable=None):
             value = source.read(name)
-            if not value.isfinite().all():
-                raise UserError(f"{' + '.join(source.names[name])} holds NaN or infinite weights")
             tensor.copy_(value if source.interleaved else _interleave(value, config, name))
-        for name, text in {"config.json": json.dumps(source.config, indent=2), **source.files}.items():
+            if not tensor.isfinite().all():
+                raise UserError(_not_finite(abridged(source.names[name]), value, dtype))
+        written = {**source.config, "tie_word_embeddings": config.tied}
+        for name, text in {"config.json": json.dumps(written, indent=2), **source.files}.items():
             _write_new(directory / name, text)  # before model.pth is there, whose presence says that all is
     return directory / "model.pth"
 
 
+def _not_finite(names: str, value: Tensor, dtype: torch.dtype) -> str:
+    """What to say of weights that are not finite in a dtype."""
+    largest = value.abs().max()
+    if not largest.isfinite():
+        return f"{names} holds NaN or infinite weights"
+    fitting = [name for name, wider in DTYPES.items() if largest.to(wider).isfinite()]
+    short = {dtype: name for name, dtype in DTYPES.items()}[dtype]
+    return f"{names} holds {largest:g}, too large for {short}; --dtype that holds it: {' or '.join(fitting) or 'none'}"
+
+
 def _untied(source: Source) -> bool:
     """Whether a source that calls its output tied stores another one (some fine-tunes do)."""
-    output, embedding = (source.tensors.get(*source.names[f"{name}.weight"]) for name in ("output", "tok_embeddings"))
-    return output is not None and embedding is not None and not torch.equal(output.read(), embedding.read())
+    pair = ("output.weight", "tok_embeddings.weight")
+    stored = all(source.names[name][0] in source.tensors for name in pair)
+    return stored and not torch.equal(*map(source.read, pair))
 
 
 def _check(source: Source, config: ModelConfig, blank: dict[str, Tensor]) -> None:
@@ -85,7 +103,7 @@ def _check(source: Source, config: ModelConfig, blank: dict[str, Tensor]) -> Non
         raise UserError(f"unexpected tensors: {abridged(sorted(unexpected))}")
     for name, tensor in blank.items():
         shape, parts = tuple(tensor.shape), [source.tensors[n].shape for n in needed[name]]
-        if (sum(part[0] for part in parts), *shape[1:]) != shape or any(part[1:] != shape[1:] for part in parts):
+        if any(part[1:] != shape[1:] or not part for part in parts) or sum(part[0] for part in parts) != shape[0]:
             detail = ", ".join(f"{n} {list(part)}" for n, part in zip(needed[name], parts))
             raise UserError(f"wrongly shaped tensor: {detail}; {name} needs {list(shape)}")
 

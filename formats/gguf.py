@@ -1,105 +1,142 @@
-"""GGUF: *.gguf, one file of weights, hyperparameters and tokenizer. The PyPI package gguf parses and dequantises it.
+"""GGUF: *.gguf, weights, hyperparameters and tokenizer in one file or in parts. The PyPI package gguf dequantises it.
 
 Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from errors import UserError
-from formats.config import llama3_scaling
+from checkpoint import abridged
+from errors import UserError, shown
+from formats.config import KEYS, ROPE_TYPES, config_fields, llama3_scaling
+from formats.fields import NEEDED, Field, integer, read, read_one, text
+from formats.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from formats.gguf_tokenizer import gguf_tokenizer_files
-from formats.source import GGUF, Lazy, Source, named, only
+from formats.source import GGUF, Lazy, Source, named, one_model
 from model import ModelConfig, rope_table
 
 # Architectures, called like model_types: whether q and k are interleaved already (llama.cpp's llama_rope_type).
 ARCHITECTURES = {"llama": True, "smollm3": True, "qwen2": False, "qwen3": False, "phi3": False}
 INSTEAD = "convert the Hugging Face checkpoint instead"
+# The file's keys, which come after the architecture's name, in config.json's terms; those of _OPTIONAL may be absent.
+TERMS = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "attention.sliding_window": "sliding_window",
+}
+_OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta", "sliding_window")
+SCALING = {
+    "rope.scaling.type": text(("none", "linear", "yarn", "longrope"), default="none"),
+    "rope.scaling.original_context_length": KEYS["original_max_position_embeddings"],
+}
+SPLIT = {
+    "split.no": integer(0, 99998, default=0),
+    "split.count": integer(0, 99999, default=0),
+    "split.tensors.count": integer(0, default=None),
+}
+_PART = re.compile(r"(.*)-\d{5}-of-\d{5}")
 
 
-def open_gguf(files: list[Path], _: str | None) -> Source:
+def open_gguf(files: list[Path]) -> Source:
     """Raises UserError for a damaged file, and for an architecture, tokenizer or scaling that is not supported."""
-    from gguf import GGUFReader  # the PyPI package, not this file
-
-    path = only(files)
-    try:
-        reader = GGUFReader(path)
-        meta = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, OSError, IndexError, KeyError, OverflowError) as error:
-        raise UserError(f"{path} is truncated or not a GGUF file ({error})") from None
+    one_model(files, {match[1] if (match := _PART.fullmatch(file.stem)) else file.stem for file in files})
+    path, parts = files[0], [read_gguf(file) for file in files]
+    stored = _joined(parts)
+    meta = parts[0].metadata
     arch = meta.get("general.architecture")
-    if arch not in ARCHITECTURES:
-        raise UserError(f"GGUF architecture {arch!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
-    tokenizer_files = gguf_tokenizer_files(meta)
-    tensors = {}
-    for tensor in reader.tensors:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        tensors[tensor.name] = Lazy(shape, lambda t=tensor, shape=shape: _dequantize(t).view(shape))
-    meta = {key.removeprefix(f"{arch}."): value for key, value in meta.items()}
-    try:
-        config = _config(arch, meta, tensors)
-    except KeyError as error:
-        raise UserError(f"{path} lacks the key {arch}.{error.args[0]}") from None
-    config["rope_scaling"] = _rope_scaling(path, meta, tensors, config)
-    return named(GGUF, config, tensors, interleaved=ARCHITECTURES[arch], files=tokenizer_files)
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UserError(f"GGUF architecture {shown(arch)} is not supported; supported: {known}")
+    tensors = {name: Lazy(t.shape, lambda name=name, t=t: _dequantize(name, t)) for name, t in stored.items()}
+    config = _config(path, arch, meta, tensors)
+    config["rope_scaling"] = _rope_scaling(path, arch, meta, tensors, config)
+    more = {"interleaved": ARCHITECTURES[arch], "files": gguf_tokenizer_files(meta)}
+    return named(GGUF, config, tensors, where=path, **more)
 
 
-def _dequantize(tensor: Any) -> Tensor:
-    """The values of one of GGUFReader's tensors, flat or not."""
+def _joined(parts: list[GGUFFile]) -> dict[str, GGUFTensor]:
+    """The tensors of all parts of a model. Raises UserError where some are missing or of another model."""
+    path, splits = parts[0].path, [read(part.path, SPLIT, part.metadata) for part in parts]
+    count = max(1, splits[0]["split.count"])
+    if any(max(1, split["split.count"]) != count for split in splits):
+        raise UserError(f"{path.parent}: the parts of {path.name} are not of one model: their split.count differs")
+    found = [split["split.no"] for split in splits]
+    if missing := sorted(set(range(count)) - set(found)):
+        stem = match[1] if (match := _PART.fullmatch(path.stem)) else path.stem
+        names = [f"{stem}-{no + 1:05}-of-{count:05}.gguf" for no in missing]
+        raise UserError(f"{path.parent} lacks {abridged(names)}: all parts of a model are needed")
+    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    stored, total = sum(len(part.tensors) for part in parts), splits[0]["split.tensors.count"]
+    if len(parts) != count or len(tensors) != stored or total not in (None, stored):
+        raise UserError(f"{path.parent}: the {len(parts)} parts of {path.name} do not fit together")
+    return tensors
+
+
+def _dequantize(name: str, tensor: GGUFTensor) -> Tensor:
+    import numpy as np
     from gguf.quants import dequantize
 
+    rows = np.frombuffer(tensor.data, np.uint8).reshape(*tensor.shape[:-1], -1)
     try:
-        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        return torch.from_numpy(dequantize(rows, tensor.kind).reshape(tensor.shape).copy())
     except NotImplementedError:  # all that the package says of a type it has no code for
-        kind = tensor.tensor_type.name
-        raise UserError(f"{tensor.name} has GGUF type {kind}, which the gguf package cannot dequantise") from None
+        raise UserError(
+            f"{shown(name)} has GGUF type {tensor.kind.name}, which the gguf package cannot dequantise"
+        ) from None
 
 
-def _config(arch: str, meta: Mapping[str, Any], tensors: Mapping[str, Lazy]) -> dict:
-    """config.json's terms for the file's keys, which come without the architecture before them."""
-    heads, dim = meta["attention.head_count"], meta["embedding_length"]
-    head_dim = meta.get("attention.key_length", dim // heads)
-    return {
+def _config(path: Path, arch: str, meta: Mapping[str, Any], tensors: Mapping[str, Lazy]) -> dict:
+    """The file's keys in config.json's terms."""
+
+    def field(ours: str) -> Field:
+        return replace(KEYS[ours], default=None if ours in _OPTIONAL else NEEDED)
+
+    table = {f"{arch}.{theirs}": field(ours) for theirs, ours in TERMS.items()}
+    config = dict(zip(TERMS.values(), read(path, table, meta).values()))
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise UserError(f"{path}: missing tensors: token_embd.weight of two dimensions")
+    config |= {
         "model_type": arch,
-        "hidden_size": dim,
-        "num_hidden_layers": meta["block_count"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": meta.get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "intermediate_size": meta["feed_forward_length"],
-        "vocab_size": tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 0,
-        "max_position_embeddings": meta["context_length"],
-        "rms_norm_eps": meta["attention.layer_norm_rms_epsilon"],
-        "rope_theta": meta.get("rope.freq_base", 10000.0),
-        "partial_rotary_factor": meta.get("rope.dimension_count", head_dim) / head_dim,
+        "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in tensors,
-        "sliding_window": meta.get("attention.sliding_window"),
-        # The file does not say: every fourth layer of SmolLM3 goes without.
-        "no_rope_layers": [int(i % 4 != 3) for i in range(meta["block_count"])] if arch == "smollm3" else None,
     }
+    head_dim = config_fields(config, path)["head_dim"]
+    rotating = read_one(path, key := f"{arch}.rope.dimension_count", integer(2, head_dim, head_dim), meta.get(key))
+    return {**config, "head_dim": head_dim, "partial_rotary_factor": rotating / head_dim}
 
 
-def _rope_scaling(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Lazy], config: dict) -> dict | None:
-    kind, factor = meta.get("rope.scaling.type"), meta.get("rope.scaling.factor")
-    if kind == "yarn":
-        original = meta.get("rope.scaling.original_context_length")
-        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    if "rope_factors_long.weight" in tensors:
+def _rope_scaling(
+    path: Path, arch: str, meta: Mapping[str, Any], tensors: Mapping[str, Lazy], config: dict
+) -> dict | None:
+    kind, original = read(path, {f"{arch}.{key}": field for key, field in SCALING.items()}, meta).values()
+    if kind in ("linear", "yarn"):
+        factor = read_one(path, key := f"{arch}.rope.scaling.factor", ROPE_TYPES[kind]["factor"], meta.get(key))
+        return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
+    if kind == "longrope" or "rope_factors_long.weight" in tensors:
         raise UserError(f"{path}: longrope GGUF files are not supported; {INSTEAD}")
     if "rope_freqs.weight" not in tensors:
         return None
     # Llama 3.1's scaling is stored as its divisors. Recover the factor, and check that nothing else is in them.
-    divisors = tensors["rope_freqs.weight"].read().flatten()
-    scaling = llama3_scaling(float(divisors.max()))
-    plain, scaled = (rope_table(ModelConfig.from_hf({**config, "rope_scaling": s}), 2) for s in (None, scaling))
+    divisors, plain = tensors["rope_freqs.weight"].read(), rope_table(ModelConfig.from_hf(config), 2)
+    factor = float(divisors.max()) if divisors.shape == plain.shape[1:2] else 0.0
+    scaling = llama3_scaling(factor if factor >= 1 else 1.0)  # less, or NaN, is not Llama's
+    scaled = rope_table(ModelConfig.from_hf({**config, "rope_scaling": scaling}), 2)
     angle = [torch.atan2(table[1, :, 1], table[1, :, 0]) for table in (plain, scaled)]
-    if not torch.allclose(angle[0] / angle[1], divisors, rtol=1e-3):
+    if not factor >= 1 or not torch.allclose(angle[0] / angle[1], divisors, rtol=1e-3):
         raise UserError(f"{path}: rope_freqs.weight is not Llama 3.1's scaling; {INSTEAD}")
     return scaling

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from errors import UserError
+from errors import UserError, shown
+from formats.fields import flag, integer, list_of, number, read, text
 from formats.tokenizer_files import LLAMA3_SPLIT
 
 
@@ -42,6 +43,20 @@ GGUF_PRE_TOKENIZERS = {
     "tekken": _PreTokenizer(_TEKKEN_SPLIT, ignore_merges=True, adds_bos=True),
     "gpt-4o": _PreTokenizer(_O200K_SPLIT),
 }
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_ENDS = ("eos", "eot", "eom")
+KEYS = {
+    "model": text(default=None),
+    "pre": text(default=""),
+    "tokens": list_of(text(), default=None),
+    "token_type": list_of(integer(0, 100), default=None),
+    "merges": list_of(text(), default=None),
+    "scores": list_of(number(-1e38, 1e38), default=None),
+    "add_bos_token": flag(default=None),
+    "add_space_prefix": flag(default=True),
+    **dict.fromkeys((f"{role}_token_id" for role in (*_ROLES.values(), *_ENDS)), integer(0, default=None)),
+}
+_TEMPLATE = {"tokenizer.chat_template": text(default=None)}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 
 
@@ -51,29 +66,32 @@ def gguf_tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
     metadata: the GGUF's key/values as plain Python values. Supported are byte-level BPE (tokenizer.ggml.model "gpt2")
     and SentencePiece BPE ("llama"). Raises UserError for others, for an unknown pre-tokenizer and for missing keys.
     """
-    given = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    kind, pre = given.get("model"), given.get("pre") or "default"
+    values = read("the GGUF", {f"tokenizer.ggml.{key}": field for key, field in KEYS.items()}, metadata)
+    given = dict(zip(KEYS, values.values()))
+    kind, pre = given["model"], given["pre"] or "default"
     needed = {"gpt2": ("tokens", "token_type", "merges"), "llama": ("tokens", "token_type", "scores")}
     if kind not in needed:
-        raise UserError(f"the GGUF's tokenizer.ggml.model is {kind!r}; supported are 'gpt2' and 'llama'")
-    if missing := [f"tokenizer.ggml.{key}" for key in needed[kind] if given.get(key) is None]:
+        raise UserError(f"the GGUF's tokenizer.ggml.model is {shown(kind)}; supported are 'gpt2' and 'llama'")
+    if missing := [f"tokenizer.ggml.{key}" for key in needed[kind] if given[key] is None]:
         raise UserError(f"the GGUF has no {', '.join(missing)}; its tokenizer cannot be rebuilt")
     if kind == "gpt2" and pre not in GGUF_PRE_TOKENIZERS:
         known = ", ".join(GGUF_PRE_TOKENIZERS)
-        raise UserError(f"the GGUF's tokenizer.ggml.pre is {pre!r}; supported are {known}")
-    tokens, types = list(map(str, given["tokens"])), list(map(int, given["token_type"]))
+        raise UserError(f"the GGUF's tokenizer.ggml.pre is {shown(pre)}; supported are {known}")
+    tokens, types = given["tokens"], given["token_type"]
     if len(types) != len(tokens) or (kind == "llama" and len(given["scores"]) != len(tokens)):
         raise UserError("the GGUF's tokenizer.ggml.tokens, token_type and scores differ in length")
-    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {role: given[f"{key}_token_id"] for role, key in roles.items() if given.get(f"{key}_token_id") is not None}
-    if wrong := {role: i for role, i in ids.items() if not 0 <= i < len(tokens)}:
-        raise UserError(f"the GGUF's token ids {wrong} are outside its {len(tokens)} tokens")
+    told = {key: given[f"{key}_token_id"] for key in (*_ROLES.values(), *_ENDS)}
+    if wrong := {key: i for key, i in told.items() if i is not None and i >= len(tokens)}:
+        raise UserError(f"the GGUF's token ids {shown(wrong)} are outside its {len(tokens)} tokens")
+    ids = {role: told[key] for role, key in _ROLES.items() if told[key] is not None}
 
     if kind == "gpt2":
         pipeline = _byte_level_bpe(tokens, given["merges"], GGUF_PRE_TOKENIZERS[pre])
     else:
-        pipeline = _sentencepiece_bpe(tokens, types, given["scores"], given.get("add_space_prefix", True))
-    add_bos = given.get("add_bos_token", kind == "llama" or GGUF_PRE_TOKENIZERS[pre].adds_bos) and "bos_token" in ids
+        pipeline = _sentencepiece_bpe(tokens, types, given["scores"], given["add_space_prefix"])
+    adds_bos = given["add_bos_token"]
+    adds_bos = (kind == "llama" or GGUF_PRE_TOKENIZERS[pre].adds_bos) if adds_bos is None else adds_bos
+    adds_bos = adds_bos and "bos_token" in ids
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
         {"id": i, "content": token, **flags, "special": t != _USER_DEFINED}
@@ -81,15 +99,14 @@ def gguf_tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
         if t in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
     names = {role: tokens[i] for role, i in ids.items()}
-    post = _bos_post_processor(names["bos_token"], ids["bos_token"]) if add_bos else None
+    post = _bos_post_processor(names["bos_token"], ids["bos_token"]) if adds_bos else None
     shape = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "post_processor": post}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(add_bos), **names}
-    if "tokenizer.chat_template" in metadata:
-        config["chat_template"] = metadata["tokenizer.chat_template"]
-    ends = {int(given[key]) for key in ("eos_token_id", "eot_token_id", "eom_token_id") if given.get(key) is not None}
-    generation = {"eos_token_id": sorted(ends)}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": adds_bos, **names}
+    if template := read("the GGUF", _TEMPLATE, metadata)["tokenizer.chat_template"]:
+        config["chat_template"] = template
+    generation = {"eos_token_id": sorted({told[key] for key in _ENDS if told[key] is not None})}
     if "bos_token" in ids:
-        generation["bos_token_id"] = int(ids["bos_token"])
+        generation["bos_token_id"] = ids["bos_token"]
     files = {"tokenizer": shape | pipeline, "tokenizer_config": config, "generation_config": generation}
     return {f"{name}.json": json.dumps(value, ensure_ascii=False, indent=1) + "\n" for name, value in files.items()}
 
@@ -103,11 +120,16 @@ def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: _PreTokenizer
     if pre.pattern:
         steps.insert(0, {"type": "Split", "pattern": {"Regex": pre.pattern}, "behavior": "Isolated", "invert": False})
     vocab = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    if wrong := [merge for merge, pair in zip(merges, pairs) if len(pair) != 2]:
+        raise UserError(f"the GGUF's tokenizer.ggml.merges holds {shown(wrong[0])}; two parts with a space are needed")
+    # To llama.cpp one that makes no token is of no effect, to the tokenizers library an error.
+    known = [pair for pair in pairs if {*pair, "".join(pair)} <= vocab.keys()]
     return {
         "normalizer": {"type": "NFC"} if pre.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": list(merges), "ignore_merges": pre.ignore_merges},
+        "model": {"type": "BPE", "vocab": vocab, "merges": known, "ignore_merges": pre.ignore_merges},
     }
 
 

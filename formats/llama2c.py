@@ -8,19 +8,20 @@ from pathlib import Path
 import torch
 
 from checkpoint import torch_load
-from errors import UserError
+from formats.fields import mapping, read
 from formats.meta import meta_config
-from formats.source import META, Lazy, Source, named, only
+from formats.source import META, Source, dense, named, one_model, tensors_of
+
+CHECKPOINT = {"model": mapping(), "model_args": mapping()}
 
 
-def open_stories(files: list[Path], _: str | None) -> Source:
+def open_stories(files: list[Path]) -> Source:
     """Raises UserError for a file that is damaged or another program's."""
-    checkpoint = torch_load(path := only(files))
-    if not isinstance(checkpoint.get("model"), dict) or not isinstance(checkpoint.get("model_args"), dict):
-        raise UserError(f"{path} is not a llama2.c checkpoint: it lacks 'model' or 'model_args'")
-    weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
-    shared = [weights.get(f"{name}.weight", torch.empty(0)) for name in ("output", "tok_embeddings")]
-    if torch.equal(*shared):  # llama2.c stores a tied matrix twice
-        weights.pop("output.weight", None)
-    tensors = {name: Lazy(tuple(t.shape), lambda t=t: t) for name, t in weights.items()}
-    return named(META, meta_config(checkpoint["model_args"], tensors), tensors, interleaved=True)
+    one_model(files, files)
+    weights, args = read(files[0], CHECKPOINT, torch_load(files[0])).values()
+    stored = tensors_of(files[0], weights, weights.__getitem__)
+    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in stored.items()}
+    shared = ("output.weight", "tok_embeddings.weight")
+    if all(name in tensors for name in shared) and torch.equal(*(dense(name, tensors[name].read()) for name in shared)):
+        del tensors["output.weight"]  # llama2.c stores a tied matrix twice
+    return named(META, meta_config(files[0], args, tensors), tensors, where=files[0], interleaved=True)

@@ -4,7 +4,7 @@ Converting then holds about one layer in memory.
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint import torch_load
-from errors import UserError
+from checkpoint import abridged, torch_load
+from errors import UserError, shown
 from formats.config import config_fields
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Lazy(NamedTuple):
@@ -34,21 +36,36 @@ class Source:
 
     def read(self, name: str) -> Tensor:
         """The source's rows for our tensor of this name."""
-        return torch.cat([self.tensors[theirs].read() for theirs in self.names[name]])
+        return torch.cat([dense(theirs, self.tensors[theirs].read()) for theirs in self.names[name]])
+
+
+def dense(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, if a cast is all it needs. Raises UserError for integers, fp8, complex, sparse or no data at all."""
+    if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided or tensor.is_meta:
+        layout = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+        found = f"{str(tensor.dtype).removeprefix('torch.')} and {layout}"
+        raise UserError(f"{shown(name)} is {found}; accepted: strided float64, float32, float16 or bfloat16")
+    return tensor
+
+
+def tensors_of(where: object, values: Mapping, read: Callable[[str], Tensor]) -> dict[str, Lazy]:
+    """The tensors among what torch.save wrote. Raises UserError for names that are no texts."""
+    if odd := [name for name in values if not isinstance(name, str)]:
+        raise UserError(f"{where}: {shown(odd[0])} is no tensor's name; a text is needed")
+    shapes = {name: tuple(t.shape) for name, t in values.items() if isinstance(t, Tensor)}
+    return {name: Lazy(shape, lambda name=name: read(name)) for name, shape in shapes.items()}
 
 
 def torch_tensors(path: Path) -> dict[str, Lazy]:
     """The tensors of a file that torch.save wrote, such as .pth and .bin. Raises UserError for a damaged one."""
-    tensors = torch_load(path)  # not kept: of files that cannot be mapped, torch_load keeps but the latest two
-    shapes = {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)}
-    return {name: Lazy(shape, lambda name=name: torch_load(path)[name]) for name, shape in shapes.items()}
+    # The file's dict is not kept: of files that cannot be mapped, torch_load keeps but the latest two.
+    return tensors_of(path, torch_load(path), lambda name: torch_load(path)[name])
 
 
-def only(files: list[Path]) -> Path:
-    """The file of a format that keeps a model in one. Raises UserError for several models."""
-    if len(files) > 1:
-        raise UserError(f"{files[0].parent} holds several models: {', '.join(f.name for f in files)}; keep one")
-    return files[0]
+def one_model(files: list[Path], models: Collection) -> None:
+    """Raises UserError for files of several models."""
+    if len(models) > 1:
+        raise UserError(f"{files[0].parent} holds several models: {abridged([f.name for f in files])}; keep one")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -78,12 +95,22 @@ _LAYER = {  # several names are stacked along the rows
 _FUSED = (("self_attn.qkv_proj", "mlp.gate_up_proj"), None, ("attn_qkv", "ffn_up"))  # Phi-3's: wqkv, and w1 above w3
 
 
-def named(style: int, config: dict, tensors: dict[str, Lazy], **more) -> Source:
-    """The Source of tensors that are named in one of the styles. more: its other fields. Raises UserError of config."""
+def named(style: int, config: dict, tensors: dict[str, Lazy], where: object = "config.json", **more) -> Source:
+    """The Source of tensors that are named in one of the styles. where: of config; more: the Source's other fields.
+
+    Raises UserError of config, and where there are not as many layers as it says.
+    """
     names = {f"{ours}.weight": [f"{theirs[style]}.weight"] for ours, theirs in _TOP.items()}
+    prefix, n_layer = f"{_LAYERS[style]}.", config_fields(config, where)["n_layer"]
+    layers = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
+    if not layers:  # another program's file
+        absent = {f"{prefix}*", *itertools.chain.from_iterable(names.values())} - tensors.keys()
+        raise UserError(f"missing tensors: {abridged(sorted(absent))}")
+    if n_layer > len(layers):  # before any is built
+        raise UserError(f"missing tensors: {where} has {n_layer} layers; there are tensors of {len(layers)}")
     qkv, gate_up = _FUSED[style] or ("", "")
     fused = qkv and any(f".{qkv}." in name for name in tensors)
-    for layer, kind in itertools.product(range(config_fields(config)["n_layer"]), ("weight", "bias")):
+    for layer, kind in itertools.product(range(n_layer), ("weight", "bias")):
         our_layer, their_layer = f"layers.{layer}", f"{_LAYERS[style]}.{layer}"
         for ours, theirs in _LAYER.items():
             names[f"{our_layer}.{ours}.{kind}"] = [f"{their_layer}.{name}.{kind}" for name in theirs[style].split()]
@@ -98,7 +125,8 @@ def _halves(name: str, tensors: dict[str, Lazy]) -> list[str]:
     """Put the upper and the lower half of a tensor, if it is there, in its place. Returns their names."""
     halves = [f"{name}[0]", f"{name}[1]"]
     if whole := tensors.pop(name, None):
-        shape = (whole.shape[0] // 2, *whole.shape[1:])
+        rows = whole.shape[0] if whole.shape else 0
         for i, half in enumerate(halves):
-            tensors[half] = Lazy(shape, lambda i=i: whole.read().chunk(2)[i])
+            shape = ((rows + 1 - i) // 2, *whole.shape[1:])  # halves of an odd size then fit nowhere
+            tensors[half] = Lazy(shape, lambda i=i: dense(name, whole.read()).chunk(2)[i])
     return halves

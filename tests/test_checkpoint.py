@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from checkpoint import load_model, new_state_dict, read_config, torch_load
 from errors import UserError
 from formats.config import BUILTIN, llama3_scaling
 from formats.convert import convert
+from formats.gguf_file import read_gguf
 from linear import Int8
 from model import ModelConfig, rope_table
 from quantize import quantize_checkpoint
@@ -185,6 +187,94 @@ def test_gguf(tmp_path, hf, kind):
         json.loads((tmp_path / name).read_text())
 
 
+def split_gguf(folder, state):
+    """The state dict's GGUF in two parts, named as llama.cpp does: their paths, and the state dict they stand for."""
+    expected = write_gguf(folder / "whole.gguf", state, gguf.GGMLQuantizationType.Q8_0)
+    whole = read_gguf(folder / "whole.gguf")
+    (folder / "whole.gguf").unlink()
+    names, paths = list(whole.tensors), [folder / f"m-{i:05}-of-00002.gguf" for i in (1, 2)]
+    for no, path in enumerate(paths):
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_uint16("split.no", no)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(names))
+        for key, value in {} if no else whole.metadata.items():
+            if key != "general.architecture":
+                writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+        for name in names[:7] if no else names[7:]:
+            tensor = whole.tensors[name]
+            rows = np.frombuffer(tensor.data, np.uint8).reshape(*tensor.shape[:-1], -1)
+            writer.add_tensor(name, rows, raw_dtype=tensor.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths, expected
+
+
+def test_gguf_in_parts_is_one_model(tmp_path, hf):
+    (first, second), expected = split_gguf(tmp_path, even(hf[1]))
+    assert_same(tmp_path, expected)
+    for lost in (first, second):
+        lost.rename(tmp_path / "away")
+        with pytest.raises(UserError, match=rf"lacks {lost.name}: all parts of a model are needed"):
+            convert(tmp_path)
+        (tmp_path / "away").rename(lost)
+    (tmp_path / "other.gguf").touch()
+    with pytest.raises(UserError, match=r"holds several models: m-00001-of-00002\.gguf, .*, other\.gguf; keep one"):
+        convert(tmp_path)
+    (tmp_path / "other.gguf").unlink()
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(UserError, match=r"lacks m-00002-of-00002\.gguf"):
+        convert(tmp_path)
+
+
+def header(*values, tensors=0, count=None):
+    """A GGUF's header with so many keys (of one byte each): their values' bytes, types before them."""
+    keys = b"".join(struct.pack("<Q", 1) + bytes([65 + i]) + value for i, value in enumerate(values))
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(values) if count is None else count) + keys
+
+
+def info(shape, kind=0, offset=0):
+    """The header of a tensor called t."""
+    sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return struct.pack("<Qc", 1, b"t") + sizes + struct.pack("<IQ", kind, offset) + bytes(99)
+
+
+MANY = 2**63
+BAD_GGUF = {
+    "no magic": (b"GGML" + bytes(99), "begins with b'GGML'"),
+    "a version": (b"GGUF" + struct.pack("<IQQ", 9, 0, 0), "version is 9"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "version is"),
+    "keys without end": (header(count=MANY), "ends within its header"),
+    "tensors without end": (header(tensors=MANY), "ends within its header"),
+    "a long text": (header(struct.pack("<IQ", 8, MANY)), "ends within its header"),
+    "a long array": (header(struct.pack("<IIQ", 9, 10, MANY)), "ends within its header"),
+    "a long array of texts": (header(struct.pack("<IIQ", 9, 8, MANY) + bytes(999)), "ends within its header"),
+    "arrays in arrays": (header(struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 2000), "type 9 in 4 arrays"),
+    "arrays without end": (header(struct.pack("<IIQ", 9, 9, MANY) + struct.pack("<IQ", 4, 0) * 99), "ends within"),
+    "an unknown type": (header(struct.pack("<I", 99)), "type 99"),
+    "a key twice": (header(count=2) + (struct.pack("<QcI", 1, b"k", 0) + b"0") * 2, "'k' twice"),
+    "bytes that are no text": (header(struct.pack("<IQ", 8, 1) + b"\xff"), "utf-8"),
+    "an offset beyond": (header(tensors=1) + info([32], offset=2**64 - 32), "does not fit"),
+    "an offset askew": (header(tensors=1) + info([1], offset=1), "does not fit"),
+    "a large tensor": (header(tensors=1) + info([2**40, 2**40]), "does not fit"),
+    "half a block": (header(tensors=1) + info([16], kind=2), "does not fit"),
+    "an unknown quantisation": (header(tensors=1) + info([1], kind=77), "77"),
+    "many dimensions": (header(tensors=1) + struct.pack("<QcI", 1, b"t", 2**32 - 1), "4294967295 dimensions"),
+    "no dimensions": (header(tensors=1) + info([]), "0 dimensions"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GGUF)
+def test_gguf_is_checked_before_it_is_believed(tmp_path, case):
+    data, words = BAD_GGUF[case]
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(UserError, match=rf"m.gguf is truncated or not a GGUF file .*{words}") as error:
+        convert(tmp_path)
+    assert len(str(error.value)) <= 300
+
+
 def test_gguf_of_smollm3_knows_which_layers_do_not_rotate(tmp_path, hf):
     state = {name: tensor for name, tensor in even(hf[1]).items() if not name.startswith("layers.")}
     state |= {
@@ -244,6 +334,25 @@ def test_model_name_stands_for_a_missing_config(tmp_path):
         convert(tmp_path)
     convert(tmp_path, model_name="stories15M")
     assert read_config(tmp_path) == ModelConfig.from_name("stories15M")
+    with pytest.raises(UserError, match=r"config.json says what the model is; --model_name is for weights without it"):
+        convert(tmp_path, model_name="7B")
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "stories1M.pt", "m.gguf"])
+def test_model_name_is_of_no_use_to_formats_that_say_it(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"{name} says what the model is; --model_name is for Hugging Face's weights"):
+        convert(tmp_path, model_name="7B")
+
+
+def test_an_untied_output_makes_a_config_that_says_so(tmp_path, monkeypatch):
+    config = transformers.LlamaConfig(**BUILTIN["stories15M"], tie_word_embeddings=False)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    monkeypatch.setitem(BUILTIN, "stories15M", {**BUILTIN["stories15M"], "tie_word_embeddings": True})
+    convert(tmp_path, model_name="stories15M")
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    assert "output.weight" in torch_load(tmp_path / "model.pth")
 
 
 def damage(source, change):
@@ -302,6 +411,144 @@ def test_truncated_files(tmp_path, hf):
             with pytest.raises(UserError, match=rf"{name}.* is truncated"):
                 convert(directory)
             assert not list(directory.glob("model.pth*"))
+
+
+def kinds_of(weight):
+    """Tensors of its shape whose values a cast does not give, by what they are called."""
+    return {
+        "int8": weight.to(torch.int8),
+        "bool": weight > 0,
+        "float8_e4m3fn": weight.to(torch.float8_e4m3fn),
+        "complex64": weight.to(torch.complex64),
+        "meta": weight.to("meta"),
+        "sparse_coo": weight.to_sparse(),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds_of(torch.ones(2, 2)))
+def test_weights_must_be_dense_and_real(tmp_path, hf, kind):
+    source, state = hf
+    name, theirs = "model.layers.1.self_attn.o_proj.weight", "layers.1.attention.wo.weight"
+    tensors, config = load_file(source / "model.safetensors"), (source / "config.json").read_text()
+    odd = kinds_of(tensors[name])[kind]
+    folders = ["bin", "meta", "story"]
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(config)
+    (tmp_path / "meta" / "params.json").write_text(json.dumps(PARAMS))
+    torch.save({**tensors, name: odd}, tmp_path / "bin" / "pytorch_model.bin")
+    torch.save({**meta_names(state), theirs: odd}, tmp_path / "meta" / "consolidated.00.pth")
+    story = {"model": {**meta_names(state), theirs: odd}, "model_args": PARAMS}
+    torch.save(story, tmp_path / "story" / "stories1M.pt")
+    if kind in ("int8", "bool", "float8_e4m3fn"):
+        save_file({**tensors, name: odd}, source / "model.safetensors")
+        folders.append("hf")
+    for folder in folders:
+        words = rf"(o_proj|wo)\.weight' is .*{kind}.*; accepted: strided float64, float32"
+        with pytest.raises(UserError, match=words) as error:
+            convert(tmp_path / folder)
+        assert len(str(error.value)) <= 300
+        assert not list((tmp_path / folder).glob("*model.pth*"))
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.empty(0), torch.ones(1, 1, 1), "text", None])
+def test_weights_must_have_a_shape(tmp_path, hf, value):
+    source, state = hf
+    tensors = load_file(source / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.gate_proj.weight"):
+        torch.save({**tensors, name: value}, tmp_path / "pytorch_model.bin")
+        with pytest.raises(UserError, match=rf"(missing tensors|wrongly shaped tensor): {name}"):
+            convert(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS))
+    for name in ("tok_embeddings.weight", "norm.weight", "layers.0.feed_forward.w1.weight"):
+        torch.save({**meta_names(state), name: value}, tmp_path / "consolidated.00.pth")
+        with pytest.raises(UserError, match=rf"(missing tensors|wrongly shaped tensor): {name}"):
+            convert(tmp_path)
+
+
+def test_names_of_tensors_must_be_texts(tmp_path, hf):
+    torch.save({0: torch.ones(2), **load_file(hf[0] / "model.safetensors")}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text((hf[0] / "config.json").read_text())
+    with pytest.raises(UserError, match=r"pytorch_model.bin: 0 is no tensor's name"):
+        convert(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "words"),
+    [
+        (7e4, torch.float16, r"lm_head\.weight holds 70000, too large for fp16; .*: bf16 or fp32"),
+        (3.4e38, torch.bfloat16, r"lm_head\.weight holds 3\.4e\+38, too large for bf16; .*: fp32"),
+        (1e300, torch.float32, r"lm_head\.weight holds 1e\+300, too large for fp32; .*: none"),
+        (float("-inf"), torch.float32, r"lm_head\.weight holds NaN or infinite"),
+    ],
+)
+def test_what_a_dtype_cannot_hold_is_no_infinity(hf, value, dtype, words):
+    source, _ = hf
+    row = torch.tensor([3])
+    damage(source, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].double().index_fill(0, row, value)}))
+    with pytest.raises(UserError, match=words):
+        convert(source, dtype)
+    assert not list(source.glob("*model.pth*"))
+
+
+def test_a_stale_index_beside_a_whole_file(hf):
+    source, state = hf
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(source, state)
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        *(None, {}, [], "x", {"a": None}, {"a": ["x"]}, {"a": 1}, {"a": ""}, {"a": "."}, {"a": ".."}),
+        *({"a": "../other/x"}, {"a": "sub/x"}, {"a": "x\0"}, {"a": "x\n"}, {"a": "{}/x"}),
+    ],
+)
+def test_an_index_names_files_of_its_directory(tmp_path, hf, weight_map):
+    source, _ = hf
+    (outside := tmp_path / "other").mkdir()
+    (outside / "x").write_bytes((source / "model.safetensors").read_bytes())
+    text = json.dumps({"weight_map": weight_map}).replace("{}/x", str(outside / "x"))
+    (source / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"weight_map is .*; accepted: an object, each value the name of a file in"):
+        convert(source)
+
+
+def test_adapters_are_called_so(tmp_path, hf):
+    source, state = hf
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    save_file({"base_model.model.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"holds an adapter \(LoRA\); merge it into its model first"):
+        convert(tmp_path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # beside the model that it was merged into
+        (tmp_path / name).rename(source / name)
+    assert_same(source, state)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "consolidated.00.pth", "m.gguf", "stories1M.pt"]
+)
+def test_a_pipe_is_no_file(tmp_path, hf, name):
+    (tmp_path / "config.json").write_text((hf[0] / "config.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS))
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=name):
+        convert(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "params.json"])
+def test_a_pipe_is_no_json(hf, name):
+    source, state = hf
+    if name == "params.json":
+        torch.save(meta_names(state), source / "consolidated.00.pth")
+        (source / "model.safetensors").unlink()
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    with pytest.raises(UserError, match=f"{name} is not a regular file"):
+        convert(source)
 
 
 def test_a_training_checkpoint_is_refused(hf):

@@ -195,10 +195,13 @@ DAMAGES = {
         r"rope_type 'mrope' is not supported; supported: default",
     ),
     "unknown activation": (lambda d: edit_json(d / "config.json", hidden_act="relu2"), r"hidden_act 'relu2'"),
-    "config of a wrong type": (lambda d: edit_json(d / "config.json", num_key_value_heads="2"), r"config\.json: .*str"),
+    "config of a wrong type": (
+        lambda d: edit_json(d / "config.json", num_key_value_heads="2"),
+        r"num_key_value_heads is '2'; accepted: an integer",
+    ),
     "windows of other layers": (
         lambda d: edit_json(d / "config.json", sliding_window=8, layer_types=["sliding_attention"] * 9),
-        r"windows are told of 9 layers of",
+        r"layer_types are told of 9 layers of",
     ),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), r"tokenizer"),
     "malformed tokenizer": (lambda d: truncate(d / "tokenizer.json"), r"tokenizer\.json"),
