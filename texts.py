@@ -5,26 +5,32 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from torch.utils._pytree import tree_map
-
 from errors import UserError
 
 BUILTIN_CHARACTERS = 100_000  # of the built-in text: some 25,000 tokens
+MAX_BYTES = 2**28  # of a text file: more than anybody would wait for
 
 
-def read_text(path: Path | None = None) -> str:
-    """A UTF-8 text file, or what every Python brings: the start of its language reference."""
+def read_text(path: Path | None = None, what: str = "") -> str:
+    """A UTF-8 text file, or what every Python brings: the start of its language reference. A byte-order mark is no
+    text, and every line ends in a newline. what: the argument that named the file, for messages.
+    """
     if path is None:
         from pydoc_data.topics import topics  # half a megabyte that nothing else needs
 
         return "\n\n".join(topics[name] for name in sorted(topics))[:BUILTIN_CHARACTERS]
+    name = f"{what} {path}".strip()
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as UTF-8 text: {error}") from None
+        size = path.stat().st_size
+        if path.exists() and not path.is_file():
+            raise UserError(f"{name} is not a regular file; a text file is needed")
+        if size > MAX_BYTES:
+            raise UserError(f"{name} has {size} bytes; texts of up to {MAX_BYTES} are read")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {name} as UTF-8 text: {error}") from None
     if not text:
-        raise UserError(f"{path} is empty; a text of at least one token is needed")
+        raise UserError(f"{name} is empty; a text of at least one token is needed")
     return text
 
 
@@ -66,6 +72,8 @@ def load_tasks(names: list[str], include_path: Path | None = None) -> dict:
         if not manager.match_tasks([name]):
             close = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=5)) or "none"
             raise UserError(f"lm-eval has no task {name!r}; close names: {close}")
+    import numpy as np
+
     random.seed(0)  # lm-eval's own seeds, for tasks that shuffle what they load
     np.random.seed(1234)  # noqa: NPY002
     try:
@@ -80,6 +88,7 @@ def load_tasks(names: list[str], include_path: Path | None = None) -> dict:
 def _anchor_data_files(manager, root: Path) -> None:
     """In the manager's index, make data files absolute that lie beside the YAML which names them."""
     from lm_eval.tasks._yaml_loader import load_yaml  # the index holds functions unresolved
+    from torch.utils._pytree import tree_map
 
     for entry in manager.task_index.values():
         options = (entry.cfg or {}).get("dataset_kwargs") or {}
