@@ -1,6 +1,7 @@
 """Texts to measure a model on or to calibrate it by: a file, a text that every Python brings, lm-eval's tasks."""
 
 import difflib
+import functools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,8 @@ def load_tasks(names: list[str], include_path: Path | None = None) -> dict:
         raise UserError("--tasks needs lm-eval: pip install 'lm-eval>=0.4.13'; --perplexity does without") from None
     if include_path and not include_path.is_dir():
         raise UserError(f"--include_path {include_path} is not a directory")
+    if include_path:
+        _check_yaml(include_path)
     # Indexing lm-eval's own 15,000 tasks takes a quarter of a minute, so only where one of them is wanted.
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not set(names) <= set(manager.all_subtasks):
@@ -76,6 +79,7 @@ def load_tasks(names: list[str], include_path: Path | None = None) -> dict:
 
     random.seed(0)  # lm-eval's own seeds, for tasks that shuffle what they load
     np.random.seed(1234)  # noqa: NPY002
+    _probe_hub()
     try:
         if include_path:
             _anchor_data_files(manager, include_path.resolve())
@@ -83,6 +87,29 @@ def load_tasks(names: list[str], include_path: Path | None = None) -> dict:
     except Exception as error:  # a task is YAML, code and data of others, and can raise anything
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot load lm-eval's {', '.join(names)}: {reason}") from error
+
+
+def _check_yaml(root: Path) -> None:
+    """lm-eval passes over files that it cannot read, and would take its own task of the same name."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for path in sorted(root.glob("**/*.yaml")):
+        try:
+            load_yaml(path, resolve_func=False)
+        except Exception as error:  # YAML's, and those of files that it includes
+            raise UserError(f"{path} is no task: {' '.join(str(error).split())[:200]}") from None
+
+
+@functools.cache
+def _probe_hub() -> None:
+    """Where the hub does not answer, the libraries would try for a minute before they look at what they have."""
+    import datasets
+    import huggingface_hub
+
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # of a library that has changed
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def _anchor_data_files(manager, root: Path) -> None:
