@@ -24,10 +24,10 @@ from torch._dynamo.utils import counters
 
 import eval as evaluation
 import generate
-import texts
 from checkpoint import load_model, read_config, torch_load
 from errors import UserError, run_cli
 from eval import LanguageModel, evaluate, perplexity, rolling_windows
+from formats import lm_eval_tasks
 from quantize import gptq_checkpoint
 from texts import load_tasks, read_text
 from tokenizer import load_tokenizer
@@ -523,10 +523,10 @@ def test_an_unreachable_hub_is_one_line(tmp_path, capfd, monkeypatch):
     for module in (huggingface_hub.constants, datasets.config):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    texts._probe_hub.cache_clear()
+    lm_eval_tasks._probe_hub.cache_clear()
     start = time.monotonic()
     status, out, err = run(capfd, monkeypatch, "--tasks", "far", "--include_path", tmp_path)
-    texts._probe_hub.cache_clear()
+    lm_eval_tasks._probe_hub.cache_clear()
     assert (status, out, err.count("\n")) == (2, "", 1), err
     assert err.startswith("error: cannot load lm-eval's far: Couldn't reach 'nobody/nothing' on the Hub")
     assert time.monotonic() - start < 20
