@@ -1,8 +1,10 @@
 """What the commands share: arguments that say which model runs where and how, devices, and peak memory."""
 
 import argparse
+import math
 import os
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -36,6 +38,21 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def check_flags(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    clashes: Mapping[str, Collection[str]],
+    needs: Mapping[str, Collection[str]],
+) -> None:
+    """Refuse flags that would do nothing: those that clash with another one, and those that need one of others."""
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    for name in sorted(given):
+        if clash := sorted(given.intersection(clashes.get(name, ()))):
+            raise UserError(f"--{clash[0]} does nothing beside --{name}; give one of them")
+        if name in needs and not given.intersection(needs[name]):
+            raise UserError(f"--{name} needs --{' or --'.join(needs[name])}")
+
+
 def pick_device(name: str | None) -> torch.device:
     """The device asked for, by default a GPU where there is one, and under torchrun the GPU that is this rank's.
     Raises UserError when it is not there.
@@ -60,3 +77,11 @@ def peak_memory() -> int:
     import resource  # Unix only; a GPU machine of another kind does not need it
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_memory() -> float:
+    """Bytes of main memory that can still be had, as far as the system says."""
+    try:
+        return 1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
+    except (OSError, IndexError):  # not Linux
+        return math.inf

@@ -5,7 +5,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Set
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,19 @@ DECODE_BLOCK = 8  # steps a GPU takes at a time: the host reads the tokens of on
 MAX_DEFAULT_CONTEXT = 8192  # cache length of a chat when --max_seq_length does not say
 
 
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Around calls that torch.compile serves, whose limit on compilations of a function engines share, each of which is
+    wanted. Raises UserError where it fails, mostly for want of a C++ compiler.
+    """
+    try:
+        with torch._dynamo.config.patch(recompile_limit=1000):
+            yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        reason = str(error.inner_exception).strip().splitlines()[0]
+        raise UserError(f"no working C++ compiler? torch.compile failed ({reason}); run without --compile") from error
+
+
 def compile_blocks(model: Transformer) -> Callable[[Tensor, Tensor, KVCache], Tensor]:
     """model.hidden with its blocks compiled for symbolic sizes: one graph serves all layers and lengths, and all
     numbers of rows but one. For more tokens than ops.row_limits: up to there kernels are as fast, and their choices
@@ -36,8 +49,8 @@ def compile_blocks(model: Transformer) -> Callable[[Tensor, Tensor, KVCache], Te
     blocks = [torch.compile(layer.forward, fullgraph=True, dynamic=True) for layer in model.layers]
 
     def hidden(x: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
-        # Sizes that happen to be equal when a graph is made must not count as one; models share the limit.
-        with symbolic.patch(use_duck_shape=False), torch._dynamo.config.patch(recompile_limit=1000):
+        # Sizes that happen to be equal when a graph is made must not count as one.
+        with symbolic.patch(use_duck_shape=False), compiling():
             for block, k, v in zip(blocks, cache.k, cache.v):
                 x = block(x, input_pos, k, v, cache.rope)
         return x
@@ -92,8 +105,7 @@ class Engine:
             if decode:
                 # Where every hot operation is a kernel of ours, the CUDA graph alone is what torch.compile would add.
                 inductor = not ops.has_kernels(self.device, self.model.norm.weight.dtype)
-                # Engines share the limit on compilations of a function, each of which is wanted.
-                with torch._dynamo.config.patch(recompile_limit=1000) if inductor else nullcontext():
+                with compiling() if inductor else nullcontext():
                     self._compile_decode(inductor)
         self.seed(0)
         self.state.synchronize()

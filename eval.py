@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 import ops
 from checkpoint import DTYPES, load_model
-from cli import add_model_arguments, natural, pick_device, positive
+from cli import add_model_arguments, check_flags, natural, pick_device, positive
 from engine import MAX_DEFAULT_CONTEXT, compile_blocks
-from errors import UserError, run_cli
+from errors import UserError, run_cli, shown
 from generate import LLM, answer
 from model import KVCache, Transformer
 from ranks import session
@@ -255,7 +255,10 @@ def evaluate(lm, tasks: dict, *, limit: int | None = None, num_fewshot: int | No
         fixed = task.get_config("num_fewshot")
         if fixed is None or (num_fewshot is not None and fixed != 0):  # a task that says 0 means it
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
+            if num_fewshot and num_fewshot >= (known := len(task.fewshot_docs())):  # one may be the question itself
+                raise UserError(f"--num_fewshot {shown(num_fewshot)} is too many; {name} has {known} examples")
         task.set_fewshot_seed(seed=1234)
+    limit = min(limit, sys.maxsize) if limit else None
     return lm_eval.evaluator.evaluate(lm, tasks, limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat)
 
 
@@ -276,6 +279,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the model")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON line, last")
     args = parser.parse_args(argv)
+    if args.tasks or args.perplexity is not None:
+        check_flags(parser, args, {}, dict.fromkeys(("num_fewshot", "chat", "include_path"), ("tasks",)))
     if not args.tasks and args.perplexity is None:
         args.tasks = ["hellaswag"]  # gpt-fast's default
     return args

@@ -19,18 +19,26 @@ from pathlib import Path
 import torch
 
 from checkpoint import DTYPES, load_model, read_config
-from cli import DEFAULT_CHECKPOINT, add_model_arguments, pick_device, positive
+from cli import DEFAULT_CHECKPOINT, add_model_arguments, check_flags, free_memory, pick_device, positive
 from engine import Engine
-from errors import UserError, run_cli
+from errors import UserError, run_cli, shown
 from measure import Measure, print_measures
 from model import ModelConfig, Transformer
 from ranks import session
 from sampling import Sampler
 from speculate import LOOKUP_K, MODEL_K, PROMPT_LOOKUP
+from texts import read_text
 from tokenizer import StopStrings, StreamDecoder, Tokenizer, load_tokenizer
 from tp import TensorParallel
 
 K_HELP = f"draft tokens of a step, or auto; {MODEL_K}, or {LOOKUP_K} by prompt lookup"
+CLASHES = {  # a flag, and others that would do nothing beside it
+    "interactive": ("prompt", "prompt_file", "num_samples", "batch_size", "json", "profile"),
+    "prompt_file": ("prompt", "batch_size"),
+    "speculate": ("draft_checkpoint_path",),
+}
+NEEDS = {"speculate_k": ("draft_checkpoint_path", "speculate")}
+MAX_PROMPTS = 2**16 - 1  # of a file: what an axis of a CUDA kernel's grid holds
 PROBES = ("The quick brown fox, 1984!", " naïve\n\tdéjà vu", "def f(x):\n    return x")  # tell tokenizers apart
 
 
@@ -273,30 +281,34 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--profile", type=Path, help="write a Chrome trace of the last sample to PROFILE.json")
     parser.add_argument("--stream", action="store_true", help="print text as it comes")
     parser.add_argument("--json", action="store_true", help="print the measures as one JSON line, last")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_flags(parser, args, CLASHES, NEEDS)
+    if args.chat and isinstance(args.prompt, int):
+        raise UserError(f"--chat needs a text; --prompt {shown(args.prompt)} is a number of tokens")
+    if not all(args.stop):
+        raise UserError("--stop is empty; a non-empty string is needed")
+    return args
 
 
 def _int_or_str(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
+    return int(text[:4000]) if text.isdecimal() else text  # Python refuses to read a longer number
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[list[int]]:
-    """The prompts of the command line as token ids."""
-    texts = [args.prompt] * args.batch_size
+    """The prompts of the command line as token ids, each once."""
+    texts = [args.prompt]
     if args.prompt_file:
-        try:
-            texts = [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --prompt_file {args.prompt_file}: {error}") from None
-        if not texts:
-            raise UserError(f"--prompt_file {args.prompt_file} holds no prompts; one a line is needed")
-    if isinstance(texts[0], int):
+        text = read_text(args.prompt_file, "--prompt_file")
+        texts = [line for line in text.split("\n", MAX_PROMPTS) if line.strip()]
+        if not texts or "\n" in texts[-1]:
+            count = f"more than {MAX_PROMPTS}" if texts else "no"
+            raise UserError(f"--prompt_file {args.prompt_file} holds {count} prompts; one a line is needed")
+    if isinstance(args.prompt, int):
         if args.prompt > config.block_size:
-            raise UserError(f"--prompt {args.prompt} exceeds the model's context of {config.block_size} tokens")
+            raise UserError(f"--prompt {shown(args.prompt)} exceeds the model's context of {config.block_size} tokens")
         # Ids from the low thousand exist in every vocabulary and are ordinary tokens in most.
-        generator = torch.Generator().manual_seed(args.seed)
-        ids = torch.randint(0, min(1024, config.vocab_size), (args.prompt,), generator=generator).tolist()
-        prompts = [ids] * args.batch_size
+        generator = torch.Generator().manual_seed(args.seed % 2**63)
+        prompts = [torch.randint(0, min(1024, config.vocab_size), (args.prompt,), generator=generator).tolist()]
     elif args.chat:
         prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
     else:
@@ -313,14 +325,8 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
-    sampler = Sampler(args.repetition_penalty, args.temperature, args.top_k or None, args.top_p, args.min_p)
-    if not all(args.stop):
-        raise UserError("--stop is empty; a non-empty string is needed")
+    sampler = Sampler(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
     draft = args.draft_checkpoint_path or args.speculate
-    if args.draft_checkpoint_path and args.speculate:
-        raise UserError("--draft_checkpoint_path and --speculate are two ways to speculate; give one of them")
-    if args.speculate_k is not None and not draft:
-        raise UserError("--speculate_k needs --draft_checkpoint_path PATH or --speculate prompt_lookup")
     if args.profile and not os.access(args.profile.parent, os.W_OK):
         raise UserError(f"--profile {args.profile}: its directory does not exist or cannot be written to")
     device = pick_device(args.device)
@@ -331,11 +337,14 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     print(f"Time to load model: {load_seconds:.02f} seconds", file=sys.stderr)
     reads = tp.rank == 0 and not args.interactive
     prompts = tp.share(read_prompts(args, tokenizer, model.config) if reads else [])
+    rows, length = max(len(prompts), 1) * args.batch_size, _cache_length(args, model.config, prompts)
+    _check_memory(model, rows, length or 0)
+    prompts *= args.batch_size
     llm = LLM(
         model,
         tokenizer,
-        batch_size=max(len(prompts), 1),
-        max_seq_length=_cache_length(args, model.config, max(map(len, prompts), default=0)),
+        batch_size=rows,
+        max_seq_length=length,
         sampler=sampler,
         compile=args.compile,
         compile_prefill=args.compile_prefill,
@@ -351,9 +360,17 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         print_measures(llm, _samples(llm, prompts, args), args.json, load_seconds)
 
 
-def _cache_length(args: argparse.Namespace, config: ModelConfig, longest: int) -> int | None:
+def _check_memory(model: Transformer, rows: int, length: int) -> None:
+    """Refuse a cache that main memory cannot hold: the system would give it, and end some process as it fills."""
+    needed, free = rows * length * model.cache(1, 1).bytes_per_position, free_memory()
+    if model.norm.weight.is_cpu and needed > free:
+        sizes = f"{needed / 1e9:.1f} GB of memory for keys and values; {free / 1e9:.1f} GB are free"
+        raise UserError(f"{rows} rows of {length} tokens need {sizes} (--batch_size, --max_seq_length)")
+
+
+def _cache_length(args: argparse.Namespace, config: ModelConfig, prompts: list[list[int]]) -> int | None:
     """The cache's length: as asked for, or what the prompts and answers need, within the model's context."""
-    context = config.block_size
+    context, longest = config.block_size, max(map(len, prompts), default=0)
     if args.max_seq_length and args.max_seq_length > context:
         raise UserError(f"--max_seq_length {args.max_seq_length} exceeds the model's context of {context} tokens")
     if args.interactive:

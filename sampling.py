@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import ops
-from errors import UserError
+from errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -15,20 +15,21 @@ class Sampler:
 
     repetition_penalty: float = 1.0  # CTRL's (arXiv 1909.05858), over the prompt and the answer
     temperature: float = 0.8
-    top_k: int | None = 200
+    top_k: int | None = 200  # 0 or None: all
     top_p: float | None = None  # nucleus sampling (arXiv 1904.09751)
     min_p: float | None = None  # tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
 
     def __post_init__(self):
         for name, value, low, high in (
             ("temperature", self.temperature, 0, 100),
-            ("top_k", self.top_k, 1, 2**31 - 1),
+            ("top_k", self.top_k or None, 1, 2**31 - 1),
             ("top_p", self.top_p, 1e-9, 1),
             ("min_p", self.min_p, 0, 1),
             ("repetition_penalty", self.repetition_penalty, 1e-3, 100),
         ):
             if value is not None and not low <= value <= high:
-                raise UserError(f"{name} is {value}; accepted: {low} to {high}")
+                off = ", or 0 for all" if name == "top_k" else ""
+                raise UserError(f"{name} is {shown(value)}; accepted: {low} to {high}{off}")
         if self.temperature < 1e-6:  # by which no logits could be divided
             object.__setattr__(self, "temperature", 0.0)
 

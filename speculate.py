@@ -2,7 +2,7 @@
 
 Rejection sampling after Leviathan et al. (arXiv 2211.17192): whatever the draft proposes, the tokens follow the
 distribution of the target, and at temperature 0 they are plain greedy decoding's. The draft is a smaller model of the
-same vocabulary (a quantised copy of the target will do) or no model at all: prompt lookup copies what followed the last
+same tokenizer (a quantised copy of the target will do) or no model at all: prompt lookup copies what followed the last
 tokens before.
 
 A speculation step (draft, verify, accept, resample, advance) runs on the device alone, from each row's position and
@@ -53,12 +53,11 @@ class PromptLookup:
 
 
 class DraftModel:
-    """A draft by a model of the target's vocabulary, with a cache of its own."""
+    """A draft by a model of the target's tokenizer, with a cache of its own. Vocabularies may be padded differently: a
+    token that the draft lacks is never proposed, and fed to it as its last one.
+    """
 
     def __init__(self, model: Transformer, target: Transformer, state: RunState):
-        vocab, own = target.config.vocab_size, model.config.vocab_size
-        if own != vocab:
-            raise UserError(f"the draft's vocabulary has {own} tokens, the target's {vocab}; they must be the same")
         # Of all ranks together: a draft may be whole on each of them.
         size, most = (sum(t.nbytes for t in m.parameters()) * m.tp.world / 1e6 for m in (model, target))
         if size > most:
@@ -69,8 +68,9 @@ class DraftModel:
 
     def read(self, start: Tensor, n: int) -> None:
         """Feed n tokens of each row from position `start` (B,) on."""
-        tokens = self.state.history.gather(1, start[:, None] + torch.arange(n, device=start.device))
         model = self.model
+        tokens = self.state.history.gather(1, start[:, None] + torch.arange(n, device=start.device))
+        tokens = tokens.clamp(max=model.config.vocab_size - 1)
         for _ in feed(lambda part, pos, _: model.hidden(model.tok_embeddings(part), pos, self.cache), tokens, start):
             pass
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import ops
@@ -18,6 +19,7 @@ class RunState:
     """Everything is on the device, so that a step needs nothing of the host."""
 
     sampler: Sampler
+    vocab_size: int  # the model's; a draft may have another
     cache: KVCache  # the model's; a draft has its own
     history: Tensor  # int64 (B, T + 2 + MAX_K), tokens by position
     pos: Tensor  # int64 (B,), position of the token to feed
@@ -30,14 +32,19 @@ class RunState:
         # A full cache still has one token to come, and a speculation step there writes MAX_K + 1 behind it.
         shapes = ((batch_size, length + 2 + MAX_K), (batch_size,), (2,))
         tensors = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes)
-        return cls(sampler, model.cache(batch_size, length), *tensors)
+        return cls(sampler, model.config.vocab_size, model.cache(batch_size, length), *tensors)
 
     def step(self, model: Transformer, cache: KVCache, pos: Tensor, rows: int = 1) -> Tensor:
         """Feed the `rows` tokens that end at pos (B,), draw the next one, write it behind them and advance pos. Returns
-        the logits it was drawn from, fp32 (B, V)."""
+        the logits it was drawn from, fp32 (B, V): those that a draft lacks are minus infinity, others than V are cut.
+        """
         start = pos - (rows - 1) if rows > 1 else pos
-        x = model.hidden(model.tok_embeddings(self.history, start, rows), start, cache)
-        logits = self.sampler.penalized(model.logits(x[:, -1:])[:, -1], self.history, pos)
+        missing = self.vocab_size - model.config.vocab_size
+        history = self.history.clamp(max=model.config.vocab_size - 1) if missing > 0 else self.history
+        x = model.hidden(model.tok_embeddings(history, start, rows), start, cache)
+        logits = model.logits(x[:, -1:])[:, -1]
+        logits = F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
+        logits = self.sampler.penalized(logits, self.history, pos)
         self.sampler.draw(logits, self.rng, self.history, pos)
         return logits
 

@@ -8,17 +8,14 @@ the libraries do the same; on invalid byte tokens they differ, and some take bac
 """
 
 import codecs
-import functools
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from errors import UserError, read_json
-from formats.tokenizer_files import Backend, load_backend, token_text
+from formats import chat_template, fields
+from formats.tokenizer_files import EOS_IDS, Backend, load_backend, read_config
 
 # Tokens that end a turn or a text in some family. Generation stops at those that a vocabulary has as added tokens,
 # whatever the configs say: many fine-tunes list only their base model's end of text.
@@ -26,30 +23,6 @@ END_TOKENS = (
     *("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>"),
     *("<end_of_turn>", "<|end_of_turn|>", "<end_of_utterance>", "<|return|>"),
 )
-
-# How a family, told by one of its tokens, chats when its files bring no template: ChatML, Llama 3, Llama 2.
-FAMILY_TEMPLATES = {
-    "<|im_start|>": """\
-{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}
-{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
-    "<|start_header_id|>": """\
-{% set header = '<|start_header_id|>%s<|end_header_id|>\n\n' %}{{ bos_token }}
-{%- for m in messages %}{{ header % m['role'] + m['content'] | trim + '<|eot_id|>' }}{% endfor %}
-{% if add_generation_prompt %}{{ header % 'assistant' }}{% endif %}""",
-    "</s>": """\
-{% if messages[0]['role'] == 'system' %}
-{% set system, messages = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n', messages[1:] %}
-{% endif %}
-{% for m in messages %}
-{% if m['role'] != ('user', 'assistant')[loop.index0 % 2] %}
-{{ raise_exception('roles must alternate user, assistant, user, ... after an optional system message') }}
-{% elif m['role'] == 'user' %}
-{{- bos_token + '[INST] ' + ((loop.first and system or '') + m['content']) | trim + ' [/INST]' -}}
-{% else %}
-{{- ' ' + m['content'] | trim + ' ' + eos_token -}}
-{% endif %}
-{% endfor %}""",
-}
 
 
 @dataclass(eq=False)
@@ -94,12 +67,11 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise UserError(f"{self.name} has no chat template in tokenizer_config.json or chat_template.jinja")
-        names = {"tools": None, "documents": None, **self.template_tokens, **variables}
+        names = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
         try:
-            render = _compile_template(self.chat_template)
-            return render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
+            return chat_template.render(self.chat_template, **names | self.template_tokens | variables)
         except Exception as error:  # a template is the checkpoint's own code and can raise anything
-            raise UserError(f"{self.name}: the chat template failed: {error!r}") from error
+            raise UserError(f"{self.name}: the chat template failed: {error!r:.200}") from error
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True, **variables: Any) -> list[int]:
         """Token ids of a chat. BOS is the template's business alone, as in transformers' apply_chat_template."""
@@ -174,22 +146,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     holds the whole pipeline, added tokens included. A damaged one is an error even beside a good tokenizer.model: to
     go on in silence would hide a broken download. Raises UserError that names the file and what is accepted.
     """
-    names = ("special_tokens_map.json", "tokenizer_config.json")
-    config = {key: value for name in names for key, value in read_json(folder / name, missing={}).items()}
+    config = read_config(folder)
     backend = load_backend(folder, config)
     roles = {"bos_token": "", "eos_token": ""} | backend.roles
-    roles |= {key: token for key, value in config.items() if key.endswith("_token") and (token := token_text(value))}
+    roles |= {role: token.content for role, token in config.roles.items()}
     eos_ids = {backend.added[roles["eos_token"]]} if roles["eos_token"] in backend.added else set()
     for path in (folder / "generation_config.json", folder / "config.json"):
-        value = read_json(path, missing={}).get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(i) is int for i in ids):
-            raise UserError(f"{path}: eos_token_id is {value!r}; expected a token id or a list of them")
-        eos_ids.update(ids)
-    roles["eos_token"] = roles["eos_token"] or backend.tokens.get(min(eos_ids, default=None), b"").decode()
+        ids = fields.read_one(path, "eos_token_id", EOS_IDS, read_json(path, missing={}).get("eos_token_id"))
+        eos_ids.update(ids if isinstance(ids, tuple) else [ids])
+    roles["eos_token"] = roles["eos_token"] or backend.tokens.get(min(eos_ids, default=None), b"").decode(
+        errors="replace"
+    )
     bos_id = backend.added.get(roles["bos_token"])
     # The post-processor in a tokenizer.json decides about BOS, whatever add_bos_token says: so does transformers 5.
-    add_bos = config.get("add_bos_token") is not False if backend.adds_bos is None else backend.adds_bos
+    add_bos = config.add_bos is not False if backend.adds_bos is None else backend.adds_bos
     return Tokenizer(
         name=str(folder),
         backend=backend,
@@ -197,39 +167,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         add_bos=add_bos and bos_id is not None,
         eos_ids=frozenset(eos_ids),
         stop_ids=frozenset(eos_ids | {backend.added[token] for token in END_TOKENS if token in backend.added}),
-        chat_template=_read_chat_template(folder, config, backend),
+        chat_template=chat_template.find(folder, config.chat_template, backend.added),
         template_tokens=roles,
     )
-
-
-def _read_chat_template(folder: Path, config: Mapping[str, Any], backend: Backend) -> str | None:
-    """The template's source: its own file before the config, as in transformers, before the family's."""
-    if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8", errors="replace")
-    template = config.get("chat_template")
-    if template is None:
-        return next((template for token, template in FAMILY_TEMPLATES.items() if token in backend.added), None)
-    if isinstance(template, list):
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if not isinstance(template, str):
-        raise UserError(f"{folder}: chat_template must be a text, or a list of named ones with one called 'default'")
-    return template
-
-
-@functools.cache
-def _compile_template(source: str) -> Callable[..., str]:
-    """Compile in a sandbox (templates come with downloads), with the settings and names that transformers provides."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    # Jinja's own filter escapes HTML, which the models were not trained on.
-    env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    # {% generation %} marks the answers in training data; a comment treats the space around it alike.
-    return env.from_string(re.sub(r"{%([-+]?)\s*(?:end)?generation\s*([-+]?)%}", r"{#\1 \2#}", source)).render

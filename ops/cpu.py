@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,7 @@ ready._dynamo_marked_constant = True  # all that torch.compiler.assume_constant_
 def _load() -> bool:
     try:
         torch.ops.load_library(_build())
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home directory
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:  # no home, odd quotes in CXX
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
         print(f"plain PyTorch serves: the CPU kernels cannot be compiled ({reason})", file=sys.stderr)
         return False
@@ -50,8 +51,9 @@ def _build() -> Path:
     """The compiled library, of the user's cache or anew. Raises OSError or CalledProcessError where that fails."""
     home = Path(torch.__file__).parent
     flags = (*FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()), f"-I{home / 'include'}")
-    command = [os.environ.get("CXX", "c++"), *flags, str(SOURCE), f"-L{home / 'lib'}", "-ltorch_cpu"]
-    made_by = (command[0], flags, torch.__version__, platform.machine())
+    compiler = shlex.split(os.environ.get("CXX") or "c++")  # more than a word with ccache
+    command = [*compiler, *flags, str(SOURCE), f"-L{home / 'lib'}", "-ltorch_cpu"]
+    made_by = (compiler, flags, torch.__version__, platform.machine())
     key = hashlib.sha256(repr(made_by).encode() + SOURCE.read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptfast"
     library = folder / f"cpu-{key.hexdigest()[:16]}.so"

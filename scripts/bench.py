@@ -26,8 +26,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
 import ops
-from checkpoint import DTYPES, load_model
-from cli import pick_device
+from checkpoint import DTYPES, load_model, read_config
+from cli import check_flags, pick_device, positive
 from engine import Engine
 from errors import UserError, read_json, run_cli
 from formats.config import BUILTIN
@@ -112,7 +112,7 @@ def measure(name: str, mode: str, model: Transformer, args: argparse.Namespace, 
     device = model.norm.weight.device
     start = time.perf_counter()
     length = args.prompt_length + args.max_new_tokens
-    sampler = Sampler(temperature=args.temperature, top_k=args.top_k or None)
+    sampler = Sampler(temperature=args.temperature, top_k=args.top_k)
     llm = Engine(model, max_seq_length=length, sampler=sampler, compile=True)
     generator = torch.Generator().manual_seed(0)  # the same on every rank
     prompt = torch.randint(0, min(1024, model.config.vocab_size), (args.prompt_length,), generator=generator).tolist()
@@ -220,26 +220,37 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=MODES, choices=KINDS, metavar="MODE", help="also fp8, int4:GROUP")
     parser.add_argument("--checkpoint_path", type=Path, help="measure this model instead of random shapes")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--prompt_length", type=int, default=5)
-    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--prompt_length", type=positive, default=5)
+    parser.add_argument("--max_new_tokens", type=positive, default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top_k", type=int, default=200)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--rows", type=int, nargs="*", default=[], help="also time a step with so many rows")
+    parser.add_argument("--runs", type=positive, default=5)
+    parser.add_argument("--rows", type=positive, nargs="*", default=[], help="also time a step with so many rows")
     parser.add_argument("--device")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, and what they were measured on")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speed against the limit (needs matplotlib)")
     with session() as tp:
-        _run(parser.parse_args(), tp)
+        args = parser.parse_args()
+        check_flags(parser, args, {"checkpoint_path": ("models", "modes")}, {})
+        _run(args, tp)
 
 
 def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
-    if args.runs < 1 or args.max_new_tokens < 2 or args.prompt_length < 1:
-        raise UserError("--runs and --prompt_length must be at least 1, --max_new_tokens at least 2")
+    if args.max_new_tokens < 2:
+        raise UserError(f"--max_new_tokens is {args.max_new_tokens}; at least 2 are needed")
+    length = args.prompt_length + args.max_new_tokens
+    if max(args.rows, default=1) > length - length // 2:  # which begin in the middle of the context
+        most = length - length // 2
+        raise UserError(f"--rows {max(args.rows)} exceeds {most}, half of --prompt_length and --max_new_tokens")
+    Sampler(temperature=args.temperature, top_k=args.top_k)  # what is wrong with these shows before a model is made
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: its directory does not exist")
     device, dtype = pick_device(args.device), DTYPES[args.precision]
-    configs = {name: ModelConfig.from_name(name) for name in args.models}
+    paths = [args.checkpoint_path.parent] if args.checkpoint_path else []
+    configs = {path.name: read_config(path) for path in paths} or {n: ModelConfig.from_name(n) for n in args.models}
+    for name, config in configs.items():
+        if length > config.block_size:
+            raise UserError(f"{length} tokens (--prompt_length, --max_new_tokens) exceed {name}'s {config.block_size}")
     bandwidth = ops.read_bandwidth(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: reads {bandwidth / 1e9:.1f} GB/s")

@@ -7,9 +7,12 @@ import math
 import random
 import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import pytest
 import tokenizers
 import torch
@@ -25,6 +28,7 @@ import ops
 from checkpoint import load_model, read_config, torch_load
 from errors import UserError, run_cli
 from eval import LanguageModel, evaluate, perplexity, rolling_windows
+from formats import lm_eval_tasks
 from quantize import gptq_checkpoint
 from texts import load_tasks, read_text
 from tokenizer import load_tokenizer
@@ -40,9 +44,9 @@ TEMPLATE = (
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory):
     """Data sets are built in a directory of the test's own, without a look at the network."""
-    import datasets
-
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         patch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
         yield
@@ -473,6 +477,18 @@ def test_command_line(tiny, cli, tmp_path):
         (["--perplexity", "--max_seq_length", "999"], "--max_seq_length 999 exceeds the model's context of 256 tokens"),
         (["--perplexity", "--quantize", "int5"], "cannot quantise to 'int5'"),
         (["--tasks", "answers", "--include_path", "nowhere"], "--include_path nowhere is not a directory"),
+        (["--tasks", "winogrande", "--include_path", "{dir}/bad"], "bad/winogrande.yaml is no task: while parsing"),
+        (
+            ["--tasks", "winogrande", "--include_path", "{dir}/text"],
+            "text/winogrande.yaml is no task: Expected",
+        ),
+        (["--perplexity", "--chat"], "--chat needs --tasks"),
+        (["--perplexity", "--num_fewshot", "1"], "--num_fewshot needs --tasks"),
+        (["--perplexity", "/dev/zero"], "/dev/zero is not a regular file"),
+        (
+            ["--tasks", "answers", "--include_path", str(DATA), "--num_fewshot", "9" * 20],
+            "--num_fewshot 99999999999999999999 is too many; answers has",
+        ),
         (["--tasks", "broken", "--include_path", "{dir}/broken"], "cannot load lm-eval's broken: Unable to find"),
     ],
 )
@@ -482,6 +498,9 @@ def test_bad_input_is_one_line(tiny, tmp_path, capsys, monkeypatch, args, messag
     (tiny.directory / "broken" / "broken.yaml").write_text(
         (DATA / "answers.yaml").read_text().replace("task: answers", "task: broken")
     )
+    for name, content in (("bad", "task: [winogrande"), ("text", "task winogrande")):
+        (tiny.directory / name).mkdir(exist_ok=True)
+        (tiny.directory / name / "winogrande.yaml").write_text(content)
     monkeypatch.chdir(tmp_path)
     args = [arg.format(dir=tiny.directory) for arg in args]
     status, out, err = run(capsys, monkeypatch, "--checkpoint_path", tiny.directory / "model.pth", *args)
@@ -495,6 +514,23 @@ def test_unknown_task_lists_close_names(capsys, monkeypatch):
     status, _, err = run(capsys, monkeypatch, "--tasks", "helaswag")
     assert status == 2
     assert "lm-eval has no task 'helaswag'; close names: hellaswag" in err.splitlines()[-1]
+
+
+def test_an_unreachable_hub_is_one_line(tmp_path, capfd, monkeypatch):
+    """At once, and not after five retries, of which each has two lines of its own."""
+    keys = {"task": "far", "dataset_path": "nobody/nothing", "output_type": "loglikelihood", "test_split": "test"}
+    keys |= {"doc_to_text": "{{a}}", "doc_to_target": "{{b}}"}
+    (tmp_path / "far.yaml").write_text(json.dumps(keys))
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    lm_eval_tasks._probe_hub.cache_clear()
+    start = time.monotonic()
+    status, out, err = run(capfd, monkeypatch, "--tasks", "far", "--include_path", tmp_path)
+    lm_eval_tasks._probe_hub.cache_clear()
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("error: cannot load lm-eval's far: Couldn't reach 'nobody/nothing' on the Hub")
+    assert time.monotonic() - start < 20
 
 
 def test_without_lm_eval(tiny, capsys, monkeypatch):

@@ -2,7 +2,9 @@
 compilation counts, and the real model's golden tokens."""
 
 import json
+import os
 import sys
+from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 
@@ -17,9 +19,10 @@ import state
 from cli import peak_memory
 from engine import Engine
 from errors import UserError
-from generate import answer, generate, load
+from generate import answer, generate, load, read_prompts
 from measure import report
 from sampling import Sampler
+from tokenizer import Tokenizer, load_tokenizer
 
 GREEDY = Sampler(temperature=0.0)
 ORACLE = json.loads((REPO / "tests/data/smollm2_135m_instruct.json").read_text())
@@ -286,6 +289,116 @@ def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch):
 def test_engine_without_a_tokenizer(tiny):
     llm = Engine(tiny_engine(tiny).model, sampler=GREEDY, max_seq_length=32)
     assert list(generate(llm, [5, 6], 4)) == reference_greedy(tiny[1], [5, 6], 4)
+
+
+# --- what the command line says ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--interactive", "--prompt_file", "x"], "--prompt_file does nothing beside --interactive; give one of them"),
+        (["--interactive", "--prompt", "Hi"], "--prompt does nothing beside --interactive"),
+        (["--interactive", "--batch_size", "2"], "--batch_size does nothing beside --interactive"),
+        (["--interactive", "--num_samples", "2"], "--num_samples does nothing beside --interactive"),
+        (["--interactive", "--json"], "--json does nothing beside --interactive"),
+        (["--interactive", "--profile", "x"], "--profile does nothing beside --interactive"),
+        (["--prompt_file", "x", "--batch_size", "2"], "--batch_size does nothing beside --prompt_file"),
+        (["--prompt_file", "x", "--prompt", "Hi"], "--prompt does nothing beside --prompt_file"),
+        (["--chat", "--prompt", "7"], "--chat needs a text; --prompt 7 is a number of tokens"),
+        (["--speculate_k", "2"], "--speculate_k needs --draft_checkpoint_path or --speculate"),
+        (["--top_k", "-1"], "top_k is -1; accepted: 1 to 2147483647, or 0 for all"),
+        *((["--temperature", bad], f"temperature is {bad}; accepted: 0 to 100") for bad in ("nan", "inf")),
+        *(([f"--{flag}", "nan"], f"{flag} is nan; accepted") for flag in ("top_p", "min_p", "repetition_penalty")),
+        (["--seed", str(-(2**64)), "--prompt", "3"], "the seed is -18446744073709551616; accepted: 64-bit"),
+        (["--prompt", "9" * 5000], r"--prompt 9+\.\.\.9+ exceeds the model's context of 256"),
+        (["--prompt", "1", "--batch_size", "999999999"], "999999999 rows of 201 tokens need .* GB of memory"),
+        (["--max_seq_length", "9" * 30], "--max_seq_length 9+ exceeds the model's context of 256"),
+        (["--prompt_file", "/dev/zero"], "--prompt_file /dev/zero is not a regular file"),
+        (["--prompt_file", "/tmp"], "--prompt_file /tmp is not a regular file"),
+        (["--prompt_file", "a\0b"], "cannot read --prompt_file"),
+    ],
+)
+def test_flags_that_cannot_be(tiny, refuses, flags, words):
+    refuses("generate.py", "--checkpoint_path", tiny[0] / "model.pth", "--device", "cpu", *flags, words=words)
+
+
+@pytest.fixture
+def prompts_of(tiny, tmp_path):
+    """The texts that read_prompts finds in a file of these bytes."""
+    tokenizer = load_tokenizer(tiny[0])
+
+    def read(data: bytes | None) -> list[str]:
+        if data is not None:
+            (tmp_path / "prompts.txt").write_bytes(data)
+        args = Namespace(prompt="", prompt_file=tmp_path / "prompts.txt", chat=False)
+        return [tokenizer.decode(ids) for ids in read_prompts(args, tokenizer, None)]
+
+    return read
+
+
+def test_prompts_end_at_line_ends_alone(prompts_of):
+    text = "\ufeffone\x0b\x0c1\r\ntwo\x1c\x1d\x1e\x852\rthree\u2028\u20293\n\n \t\n four \ufeff"
+    expected = ["one\x0b\x0c1", "two\x1c\x1d\x1e\x852", "three\u2028\u20293", " four \ufeff"]
+    assert prompts_of(text.encode()) == expected
+
+
+def test_files_that_hold_no_prompts(prompts_of, tmp_path):
+    for data, words in (
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
+        (b"\n \r\n", "holds no prompts; one a line"),
+        (b"a\xff", "cannot read --prompt_file .*prompts.txt as UTF-8 text"),
+        ("a".encode("utf-16"), "as UTF-8 text"),
+        (b"a\n" * 70_000, "holds more than 65535 prompts"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prompts_of(data)
+    with (tmp_path / "prompts.txt").open("wb") as file:
+        file.truncate(2**40)  # a hole, for which there is no room in memory
+    with pytest.raises(UserError, match="has 1099511627776 bytes; texts of up to"):
+        prompts_of(None)
+    (tmp_path / "prompts.txt").unlink()
+    os.mkfifo(tmp_path / "prompts.txt")
+    with pytest.raises(UserError, match="is not a regular file"):
+        prompts_of(None)
+
+
+def test_copies_of_a_prompt_are_tokenized_once(tiny, monkeypatch, refuses):
+    calls, encode = [], Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda *args, **options: calls.append(1) or encode(*args, **options))
+    monkeypatch.setattr("cli.free_memory", lambda: 1e6)
+    args = ("--checkpoint_path", tiny[0] / "model.pth", "--device", "cpu", "--batch_size", 1_000_000)
+    refuses("generate.py", *args, words="1000000 rows of 217 tokens need 55.6 GB of memory .* 0.0 GB are free")
+    assert len(calls) == 1
+
+
+def test_compilation_without_a_compiler_is_a_user_error(tiny):
+    torch._dynamo.reset()
+    patch = torch._inductor.config.patch({"cpp.cxx": (None, "ccache absent"), "force_disable_caches": True})
+    with patch, pytest.raises(UserError, match=r"no working C\+\+ compiler.*run without --compile") as error:
+        tiny_engine(tiny, compile_prefill=True)  # the decode step may have kernels of ours alone
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--rows", "-1"], "'-1' is not a positive integer"),
+        (["--rows", "104"], "--rows 104 exceeds 103, half of"),
+        (["--prompt_length", "100000"], "100200 tokens .* exceed 7B's 4096"),
+        (["--max_new_tokens", "1"], "--max_new_tokens is 1; at least 2"),
+        (["--runs", "0"], "'0' is not a positive integer"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--top_k", "-1"], "top_k is -1"),
+        (
+            ["--checkpoint_path", "/absent/model.pth", "--models", "7B"],
+            "--models does nothing beside --checkpoint_path",
+        ),
+    ],
+)
+def test_flags_of_the_benchmark(refuses, flags, words):
+    refuses("scripts/bench.py", *flags, words=words)
 
 
 # --- the real model ---------------------------------------------------------------------------------------------------

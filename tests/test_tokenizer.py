@@ -4,8 +4,14 @@ import base64
 import functools
 import io
 import json
+import os
 import random
 import re
+import resource
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +26,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from errors import UserError
 from formats.gguf_tokenizer import gguf_tokenizer_files
-from formats.tokenizer_files import LLAMA3_SPLIT, _byte_level
+from formats.tokenizer_files import LLAMA3_SPLIT, LONG_BLANKS, _byte_level
 from tokenizer import StopStrings, StreamDecoder, load_tokenizer
 
 CORPUS = [
@@ -269,17 +275,115 @@ def test_special_tokens_in_text(kind, every, data):
     assert ids.count(i) == 1 and tok.decode(ids) in (f"dog{name}fox", f"dog{name} fox")
 
 
-def test_sentencepiece_added_tokens_beyond_the_model(tmp_path, llama2_model, every):
+def token(content: str, **flags) -> dict:
+    keys = ("special", "lstrip", "rstrip", "single_word", "normalized")
+    return {"content": content, **dict.fromkeys(keys, False), **flags}
+
+
+@pytest.mark.parametrize("declared_in", ["decoder", "added_tokens"])
+def test_sentencepiece_added_tokens_beyond_the_model(tmp_path, llama2_model, every, declared_in):
     size = len(every["sentencepiece-bpe"].backend.tokens)
-    added = {"1": {"content": "<s>"}, str(size): {"content": "<|im_start|>"}}
-    config = {"added_tokens_decoder": added, "eos_token": "<|im_end|>"}
-    files = {"tokenizer_config_json": config, "added_tokens_json": {"<|im_end|>": size + 1, "<s>!": size + 2}}
-    tok = load_tokenizer(write(tmp_path, tokenizer_model=llama2_model, **files))
+    ids = {"<s>": 1, "<|im_start|>": size, "<|im_end|>": size + 1, "<s>!": size + 2}
+    config = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
+    if declared_in == "decoder":
+        config["added_tokens_decoder"] = {str(i): token(name, special=name[1] == "|") for name, i in ids.items()}
+        files = {"added_tokens_json": {"ignored": size + 7}}  # as transformers does beside the other
+    else:
+        files = {"added_tokens_json": ids}
+    tok = load_tokenizer(write(tmp_path, tokenizer_model=llama2_model, tokenizer_config_json=config, **files))
     assert len(tok.backend.tokens) == size + 3 and tok.encode("<s>!", bos=False) == [size + 2]  # the longer name
+    assert tok.backend.special_ids == {1, 2, size, size + 1}
+    assert tok.encode("<s>!", bos=False, special=False) == [size + 2]  # not special, and so text
     assert tok.eos_ids == {size + 1} and tok.stop_ids == {size + 1, 2}
     ids = tok.encode_chat([{"role": "user", "content": "The dog"}])
     assert ids.count(size) == 2 and ids.count(size + 1) == 1
     assert tok.decode([size, size + 1]) == "<|im_start|><|im_end|>"
+
+
+ROLE_TAGS = {  # files beside a tokenizer.json of N tokens: what transformers makes of them is right
+    "decoder": {"config": {"added_tokens_decoder": {"N": token("<|user|>", special=True), "M": token("<think>")}}},
+    "added tokens": {"added_tokens_json": {"<|user|>": "N", "<think>": "M"}},
+    "out of order": {"added_tokens_json": {"<think>": "M", "<|user|>": "N"}},
+    "both": {"config": {"added_tokens_decoder": {"N": token("<|user|>")}}, "added_tokens_json": {"<think>": "N"}},
+    "special by a list": {
+        "config": {"additional_special_tokens": ["<|user|>"]},
+        "added_tokens_json": {"<|user|>": "N", "<think>": "M"},
+    },
+    "named in a list alone": {"config": {"extra_special_tokens": ["<|user|>", "<think>"]}},
+    "named by keys": {"config": {"extra_special_tokens": {"user_token": "<|user|>"}, "image_token": "<think>"}},
+    "roles": {"config": {"pad_token": "<|user|>", "eos_token": {"__type": "AddedToken", **token("<|eot_id|>")}}},
+    "special tokens map": {
+        "config": {"eos_token": "<|eot_id|>", "pad_token": "<think>"},
+        "special_tokens_map_json": {"eos_token": token("<|end_of_text|>"), "unk_token": "<|user|>"},
+    },
+    "map beside a decoder": {
+        "config": {"eos_token": "<|eot_id|>", "added_tokens_decoder": {"N": token("<|user|>")}},
+        "special_tokens_map_json": {"eos_token": "<|end_of_text|>", "unk_token": "<think>"},
+    },
+    "part of the vocabulary": {"config": {"unk_token": "the"}, "added_tokens_json": {"and": "N"}},
+    "flags": {
+        "config": {
+            "added_tokens_decoder": {
+                "N": token("<|user|>", lstrip=True, special=True),
+                "M": token("<think>", rstrip=True, normalized=True),
+                "9999": token("fox", single_word=True),
+            }
+        }
+    },
+    "flags of known ones": {"config": {"added_tokens_decoder": {"3": token("<tool>", special=True, rstrip=True)}}},
+    "a taken id": {"added_tokens_json": {"<|user|>": 3}},
+    "null is absent": {"config": {"eos_token": None, "extra_special_tokens": None, "chat_template": None}},
+}
+
+
+@pytest.mark.parametrize("name", ROLE_TAGS)
+def test_added_tokens_beside_a_tokenizer_json_as_in_transformers(tmp_path, byte_level_json, name):
+    size = tokenizers.Tokenizer.from_str(byte_level_json).get_vocab_size()
+    files = json.dumps(ROLE_TAGS[name]).replace('"M"', str(size + 1)).replace('"N"', str(size))
+    files = json.loads(re.sub(r"(\d+): ", r'"\1": ', files))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **files.pop("config", {})}
+    tok = load_tokenizer(write(tmp_path, tokenizer_json=byte_level_json, tokenizer_config_json=config, **files))
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    tokens = reference.added_tokens_decoder
+    assert tok.backend.added == {token.content: i for i, token in tokens.items()}
+    assert tok.backend.special_ids == {i for i, token in tokens.items() if token.special}
+    assert tok.eos_ids == ({reference.eos_token_id} if reference.eos_token else set())
+    for text in (
+        "a<|user|>b",
+        "a  <|user|> <think>  b",
+        " <think>\n\nx",
+        "foxes fox, the end and",
+        "<tool>  a",
+        *CORPUS,
+    ):
+        assert tok.encode(text) == reference(text).input_ids
+        assert tok.encode(text, special=False) == reference(text, split_special_tokens=True).input_ids
+
+
+def test_sentencepiece_flags_of_added_tokens(tmp_path, llama2_model, every):
+    base, size = every["sentencepiece-bpe"], len(every["sentencepiece-bpe"].backend.tokens)
+    flags = ({"lstrip": True}, {"rstrip": True}, {"single_word": True}, {})
+    decoder = {str(size + i): token(f"<{i}>", special=True, **flag) for i, flag in enumerate(flags)}
+    config = {"added_tokens_decoder": decoder}
+    tok = load_tokenizer(write(tmp_path, tokenizer_model=llama2_model, tokenizer_config_json=config))
+    a, b = base.encode("a", bos=False), base.encode("b", bos=False)
+    assert tok.encode("a \n<0>b", bos=False) == [*a, size, *b]
+    assert tok.encode("a<1> \nb", bos=False) == [*a, size + 1, *b]
+    assert tok.encode("a<2> b", bos=False).count(size + 2) == 0
+    assert tok.encode("a <2>", bos=False)[-1] == size + 2
+    assert tok.encode("a<3>b", bos=False) == [*a, size + 3, *b]
+
+
+def test_names_of_tiktokens_special_tokens_come_from_the_config(tmp_path, tiktoken_ranks):
+    n = tiktoken_ranks.count(b"\n")
+    config = {"added_tokens_decoder": {str(n + 5): token("<|user|>", special=True), str(n + 6): token("<think>")}}
+    tok = load_tokenizer(write(tmp_path, tokenizer_model=tiktoken_ranks, tokenizer_config_json=config))
+    assert tok.encode("<|user|>", bos=False) == [n + 5] and tok.decode([n + 5]) == "<|user|>"
+    assert tok.encode("<think>", bos=False, special=False) == [n + 6]
+    assert (
+        n + 5 not in tok.encode("<|user|>", special=False) and "<|reserved_special_token_2|>" not in tok.backend.added
+    )
+    assert tok.backend.added["<|eot_id|>"] == n + 9
 
 
 def test_stop_ids_are_the_union(tmp_path, byte_level_json):
@@ -298,6 +402,22 @@ def test_llama3_names_of_special_tokens(every):
     names = ("begin_of_text", "end_of_text", "start_header_id", "eom_id", "eot_id", "python_tag")
     assert [at[f"<|{name}|>"] for name in names] == [128000, 128001, 128006, 128008, 128009, 128010]
     assert at["<|reserved_special_token_247|>"] == 128255
+
+
+@pytest.mark.parametrize("before", ["", "a", "!", "!\n", "\n \n", "1", "é"])
+def test_tiktoken_reads_long_runs_of_blanks_as_its_pattern_does(monkeypatch, every, before):
+    tok = every["tiktoken"]
+    monkeypatch.setattr("formats.tokenizer_files.LONG_BLANKS", re.compile(LONG_BLANKS.pattern.replace("100000", "3")))
+    for after in ("", "a", "!", "1", "\n", "\nx", "\r\n  y", "<|eot_id|>", "\x1c", "<|eot_id|> b"):
+        for blanks in ("   ", "    ", " \t\u3000\x85 ", "\t" * 9, "   \n    ", "\x1c   "):
+            text = before + blanks + after + before + blanks
+            assert tok.encode(text, bos=False) == tok.backend.library.encode(text, allowed_special="all")
+            assert tok.encode(text, bos=False, special=False) == tok.backend.library.encode_ordinary(text)
+
+
+def test_a_million_blanks(every):
+    text = "a" + " " * 1_200_000 + "b"  # of which tiktoken's own pattern would die
+    assert every["tiktoken"].decode(every["tiktoken"].encode(text, bos=False)) == text
 
 
 def test_tokenizer_json_is_preferred_and_content_decides(tmp_path, llama2_model, byte_level_json, tiktoken_ranks):
@@ -442,7 +562,7 @@ def test_where_the_chat_template_comes_from(tmp_path, byte_level_json, every):
     assert render("named", named) == "plain"
     assert render("jinja", "text", chat_template_jinja="own file") == "own file"
     for n, wrong in enumerate([[named[0], named[0]], 7, [{"name": "default"}], {"default": "x"}]):
-        with pytest.raises(UserError, match="chat_template must be"):
+        with pytest.raises(UserError, match=r"tokenizer_config\.json: chat_template is .* called 'default'"):
             render(f"wrong{n}", wrong)
     with pytest.raises(UserError, match="has no chat template"):
         every["metaspace-json"].render_chat(CHATS[0])
@@ -470,6 +590,48 @@ def test_bad_and_hostile_templates_end_in_one_line(tmp_path, byte_level_json, te
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}", "has more than 10000000 characters"),
+        ("{{ 'a' * 10**9 }}", "more than 10000000 characters|MemoryError"),
+        ("{{ 'a' * 10**10 }}", "MemoryError"),
+        ("{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}", "MemoryError"),
+        ("{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}", "more than 0.3 seconds"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ 10 ** (10 ** 9) }}", "more than 0.3 seconds|MemoryError"),
+        ("{{ " + "(" * 500 + "}}", "failed"),
+    ],
+)
+def test_templates_have_bounds(tmp_path, monkeypatch, byte_level_json, template, words):
+    monkeypatch.setattr("formats.chat_template.MAX_SECONDS", 0.3 if "0.3" in words else 10)
+    files = {"tokenizer_json": byte_level_json, "tokenizer_config_json": {"chat_template": template}}
+    before = signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=words) as error:
+        load_tokenizer(write(tmp_path, **files)).render_chat(CHATS[0])
+    assert time.monotonic() - start < 10 and len(str(error.value)) < 300 + len(str(tmp_path))
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert before == (signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS))
+
+
+def test_templates_render_in_other_threads(every):
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(every["tiktoken"].render_chat, CHATS[0]).result() == every["tiktoken"].render_chat(CHATS[0])
+
+
+def test_a_templates_file_is_text(tmp_path, byte_level_json):
+    folder = write(tmp_path, tokenizer_json=byte_level_json, chat_template_jinja=b"\xef\xbb\xbfA\r\nB")
+    assert load_tokenizer(folder).render_chat([]) == "A\nB"
+    write(tmp_path, chat_template_jinja=b"\xff")
+    with pytest.raises(UserError, match=r"cannot read .*chat_template\.jinja as UTF-8 text"):
+        load_tokenizer(folder)
+    (tmp_path / "chat_template.jinja").unlink()
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    with pytest.raises(UserError, match=r"chat_template\.jinja is not a regular file"):
+        load_tokenizer(folder)
+
+
 # --- bad files --------------------------------------------------------------------------------------------------------
 
 
@@ -490,16 +652,32 @@ BAD = [
     ("config_json", b"\xff\xfe", "is not valid JSON"),
     ("config_json", {"eos_token_id": [1, None]}, "eos_token_id is [1, None]"),
     ("generation_config_json", {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+    ("generation_config_json", {"eos_token_id": [-1]}, "eos_token_id is [-1]"),
+    ("generation_config_json", {"eos_token_id": 10**30}, "eos_token_id is 1000"),
+    ("tokenizer_config_json", {"eos_token": 7}, "eos_token is 7; accepted: a text, or an object"),
+    ("tokenizer_config_json", {"bos_token": {"content": None}}, "bos_token is {'content': None}"),
+    ("tokenizer_config_json", {"bos_token": {"content": "a", "lstrip": 1}}, "bos_token is {"),
+    ("tokenizer_config_json", {"add_bos_token": "yes"}, "add_bos_token is 'yes'; accepted: true or false"),
+    ("tokenizer_config_json", {"added_tokens_decoder": []}, "added_tokens_decoder is []"),
+    ("tokenizer_config_json", {"added_tokens_decoder": {"-1": "a"}}, "added_tokens_decoder is {'-1': 'a'}"),
+    ("tokenizer_config_json", {"added_tokens_decoder": {"1": None}}, "added_tokens_decoder is {'1': None}"),
+    ("tokenizer_config_json", {"extra_special_tokens": "<a>"}, "extra_special_tokens is '<a>'"),
+    ("tokenizer_config_json", {"chat_template": {"a": "x" * 10**5}}, "chat_template is {'a': 'xxx"),
+    ("special_tokens_map_json", {"eos_token": ["</s>"]}, "eos_token is ['</s>']"),
+    ("added_tokens_json", {"<a>": "1"}, "<a> is '1'; accepted: an integer"),
+    ("added_tokens_json", {"<a>": -1}, "<a> is -1"),
+    ("added_tokens_json", {"<a>": True}, "<a> is True"),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD)
 def test_bad_files(tmp_path, byte_level_json, name, content, message):
-    good = {"tokenizer_json": byte_level_json} if "config" in name else {}
+    good = {} if name in ("nothing_txt", "tokenizer_model", "tokenizer_json") else {"tokenizer_json": byte_level_json}
     with pytest.raises(UserError) as error:
         load_tokenizer(write(tmp_path, **good, **{name: content}))
-    path = tmp_path if name == "nothing_txt" else tmp_path / name.replace("_json", ".json").replace("_model", ".model")
+    path = tmp_path if name == "nothing_txt" else tmp_path / ".".join(name.rsplit("_", 1))
     assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 300 + len(str(path))
 
 
 def test_files_cut_short(tmp_path, llama2_model, byte_level_json, tiktoken_ranks):
@@ -515,6 +693,16 @@ def test_files_cut_short(tmp_path, llama2_model, byte_level_json, tiktoken_ranks
     write(lines, tokenizer_model=b"".join(tiktoken_ranks.splitlines(keepends=True)[:-3]))
     with pytest.raises(UserError, match=f"has {size - 3} tokens, but the model {size}: it is cut short"):
         load_tokenizer(lines)
+
+
+@pytest.mark.parametrize("library", ["tokenizers", "sentencepiece", "tiktoken"])
+def test_a_missing_library_is_called_missing(
+    tmp_path, monkeypatch, llama2_model, byte_level_json, tiktoken_ranks, library
+):
+    data = {"tokenizers": byte_level_json, "sentencepiece": llama2_model, "tiktoken": tiktoken_ranks}[library]
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=rf"tokenizer\.model needs .*: pip install {library}$"):
+        load_tokenizer(write(tmp_path, tokenizer_model=data))
 
 
 def test_unsupported_decoder(tmp_path, byte_level_json):
