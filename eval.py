@@ -4,6 +4,11 @@ python eval.py --checkpoint_path checkpoints/$MODEL_REPO/model.pth --compile --t
 python eval.py --checkpoint_path checkpoints/$MODEL_REPO/model_int8.pth --perplexity
 """
 
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("eval")
+
 import argparse
 import json
 import math
@@ -24,7 +29,7 @@ import ops
 from checkpoint import DTYPES, load_model
 from cli import add_model_arguments, natural, pick_device, positive
 from engine import MAX_DEFAULT_CONTEXT, compile_blocks
-from errors import UserError, run_cli
+from errors import Parser, UserError
 from generate import LLM, answer
 from model import KVCache, Transformer
 from ranks import session
@@ -263,7 +268,7 @@ def evaluate(lm, tasks: dict, *, limit: int | None = None, num_fewshot: int | No
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure a checkpoint's accuracy: lm-eval tasks, or perplexity.")
+    parser = Parser(description="Measure a checkpoint's accuracy: lm-eval tasks, or perplexity.")
     add_model_arguments(parser)
     parser.add_argument("--tasks", nargs="+", default=[], help="lm-eval tasks, groups, tags or patterns")
     parser.add_argument("--perplexity", nargs="?", const="", metavar="FILE", help="of a text file, or a built-in text")
@@ -318,7 +323,3 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> None:
     print(f"Time to run eval: {time.perf_counter() - start:.02f} seconds", file=sys.stderr)
     if args.json:
         print(json.dumps(report, default=float))
-
-
-if __name__ == "__main__":
-    run_cli(main)

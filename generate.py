@@ -6,6 +6,11 @@ As a library, two lines:
     for token in generate(llm, llm.tokenizer.encode("Hello"), max_new_tokens=50): ...
 """
 
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("generate")
+
 import argparse
 import itertools
 import os
@@ -21,7 +26,7 @@ import torch
 from checkpoint import DTYPES, load_model, read_config
 from cli import DEFAULT_CHECKPOINT, add_model_arguments, pick_device, positive
 from engine import Engine
-from errors import UserError, run_cli
+from errors import Parser, UserError
 from measure import Measure, print_measures
 from model import ModelConfig, Transformer
 from ranks import session
@@ -248,7 +253,7 @@ def _emit(text: str) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Generate text from a transformer checkpoint, fast.")
+    parser = Parser(description="Generate text from a transformer checkpoint, fast.")
     add_model_arguments(parser)
     parser.add_argument("--prompt", type=_int_or_str, default="Hello, my name is", help="text, or a number of tokens")
     parser.add_argument("--prompt_file", type=Path, help="a prompt a line, generated as one ragged batch")
@@ -387,7 +392,3 @@ def _samples(llm: LLM, prompts: list[list[int]], args: argparse.Namespace) -> li
         )
         measures.append(measure)
     return measures
-
-
-if __name__ == "__main__":
-    run_cli(main)

