@@ -127,7 +127,7 @@ def command(name: str) -> NoReturn:
     seconds, so that a signal during them, too, is a line and not a traceback."""
     _open_streams()
     with _handled(_end_at_once):
-        run_cli(importlib.import_module(name).main)
+        run_cli(lambda: _handled(_unwind)(importlib.import_module(name).main)())
         sys.exit()
 
 
@@ -136,9 +136,8 @@ def run_cli(main: Callable[[], None]) -> None:
     a signal (128 + its number) or a reader that has left (141) ends it without a traceback.
     """
     try:
-        with _handled(_unwind):
-            main()
-            sys.stdout.flush()
+        main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         _end(ENDING[signal.SIGINT], 128 + signal.SIGINT)
     except Ended as error:
@@ -147,7 +146,7 @@ def run_cli(main: Callable[[], None]) -> None:
         _end("", 141)
     except UserError as error:
         _end(f"error: {error}", 2)
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, ImportError) as error:
         _end(f"error: {reason(error)}", 2)
     except RecursionError:
         _end("error: something is nested too deeply", 2)

@@ -150,6 +150,8 @@ class LanguageModel(TemplateLM or object):
             logprobs.append(logits.gather(-1, target)[..., 0] - logits.logsumexp(-1))
             greedy.append(logits.argmax(-1) == target[..., 0])
         logprobs, greedy = torch.cat(logprobs, 1).cpu().double(), torch.cat(greedy, 1).cpu()  # (B, S)
+        if not logprobs.isfinite().all():
+            raise UserError("the model's logits are NaN or infinite: weights that are, or too large for --precision")
         lengths = [len(target) for _, target in rows]
         return [(logprobs[row, :n].sum().item(), bool(greedy[row, :n].all())) for row, n in enumerate(lengths)]
 
@@ -240,8 +242,6 @@ def perplexity(lm: LanguageModel, text: str, *, window: int = TEXT_WINDOW, max_t
         text = lm.text_tokenizer.decode(tokens)
     window = min(window, lm.max_length)
     nll = -sum(logprob for logprob, _ in lm.score(rolling_windows(tokens, lm.prefix_token_id, window), progress=True))
-    if not math.isfinite(nll):
-        raise UserError(f"the text's negative log-likelihood is {nll}: the weights overflow or hold NaN")
     size = len(text.encode())
     result = {"tokens": len(tokens), "bytes": size, "window": window, "nll": nll}
     return result | {"perplexity": math.exp(min(nll / len(tokens), 700)), "bits_per_byte": nll / math.log(2) / size}

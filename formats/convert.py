@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import abridged, new_state_dict
-from errors import UserError
+from errors import UserError, write_text
 from formats import gguf, huggingface, llama2c, meta
 from formats.source import Source
 from model import ModelConfig, Transformer
@@ -104,11 +104,5 @@ def _interleave(value: Tensor, config: ModelConfig, name: str) -> Tensor:
 
 def _write_new(path: Path, text: str) -> None:
     """Write a text file, whole or not at all, unless there is one."""
-    if path.exists():
-        return
-    partial = path.with_name(f"{path.name}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if not path.exists():
+        write_text(path, text)

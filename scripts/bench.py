@@ -35,7 +35,7 @@ import ops
 from checkpoint import DTYPES, load_model
 from cli import pick_device
 from engine import Engine
-from errors import Parser, UserError, read_json
+from errors import Parser, UserError, read_json, write_text
 from formats.config import BUILTIN
 from generate import generate
 from linear import GROUPS, Linear
@@ -246,7 +246,8 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         raise UserError(f"--json {args.json}: its directory does not exist")
     device, dtype = pick_device(args.device), DTYPES[args.precision]
     configs = {name: ModelConfig.from_name(name) for name in args.models}
-    bandwidth = ops.read_bandwidth(device)
+    if (bandwidth := ops.read_bandwidth(device)) is None:
+        raise UserError(f"{device} has too little free memory for its read bandwidth to be measured")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: reads {bandwidth / 1e9:.1f} GB/s")
     about = {"device": name, **provenance(), "read_bandwidth": bandwidth}
@@ -258,7 +259,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         print(table([row]).splitlines()[2], flush=True)
         if args.json and tp.rank == 0:
             found = about | {"rows": [vars(row) for row in rows]}
-            args.json.write_text(json.dumps(kept | found, indent=1) + "\n")
+            write_text(args.json, json.dumps(kept | found, indent=1) + "\n")
 
     if args.checkpoint_path:
         model = load_model(args.checkpoint_path, device=device, dtype=dtype, tp=tp)

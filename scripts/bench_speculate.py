@@ -34,7 +34,7 @@ import ops
 from checkpoint import DTYPES, load_model
 from cli import DEFAULT_CHECKPOINT, pick_device
 from engine import Engine
-from errors import Parser, read_json
+from errors import Parser, read_json, write_text
 from generate import generate
 from model import ModelConfig, Transformer
 from sampling import Sampler
@@ -218,7 +218,7 @@ def main() -> None:
         "precision": args.precision,
         "read_bandwidth": ops.read_bandwidth(args.device),
     }
-    args.save = lambda: args.out.write_text(json.dumps(result, indent=1) + "\n")
+    args.save = lambda: write_text(args.out, json.dumps(result, indent=1) + "\n")
     for name in args.sections:
         start, result[name] = time.perf_counter(), {"about": about}
         sections[name](args, result[name])

@@ -34,7 +34,7 @@ import torch.distributed._symmetric_memory as symm_mem
 
 import ops
 from cli import pick_device
-from errors import Parser, UserError
+from errors import Parser, UserError, write_text
 from model import ModelConfig
 from ops import linear_triton
 from ranks import session
@@ -69,7 +69,7 @@ def main() -> None:
     for n in args.gpus:
         results[n] = _finish(_torchrun(args, n), args.timeout)
         about |= {key: results[n].get(key) for key in ("device", "read_bandwidth")}
-        args.json.write_text(json.dumps(about | {"gpus": results}, indent=1) + "\n")
+        write_text(args.json, json.dumps(about | {"gpus": results}, indent=1) + "\n")
     print(_table(results))
 
 

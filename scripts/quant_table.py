@@ -37,7 +37,7 @@ from torch import Tensor
 
 from checkpoint import load_model, new_state_dict
 from cli import pick_device
-from errors import Parser, UserError, read_json
+from errors import Parser, UserError, read_json, write_text
 from linear import GROUPS, Linear
 from quantize import open_model
 from tokenizer import load_tokenizer
@@ -155,6 +155,6 @@ def main() -> None:
             entry |= {"tokens": len(tokens), "perplexity": perplexity(path, tokens, pick_device(args.device))}
         if timed or scored:
             entry["bytes"] = path.stat().st_size
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        write_text(args.output, json.dumps(results, indent=1) + "\n")
         print(basis, kind, json.dumps(entry), flush=True)
     print(quant(results))

@@ -146,7 +146,8 @@ def edit_state(path, change):
 
 FLAGS = {
     "no such checkpoint": (["--checkpoint_path", "/absent/model.pth"], r"/absent/model\.pth does not exist"),
-    "a directory as checkpoint": (["--checkpoint_path", "/tmp"], r"/tmp"),
+    "a directory as checkpoint": (["--checkpoint_path", "/tmp"], r"/tmp is a directory; give /tmp/model\.pth"),
+    "a device as checkpoint": (["--checkpoint_path", os.devnull], r"/dev/null is no file"),
     "unknown device": (["--device", "tpu9"], r"tpu9"),
     "absent GPU": (["--device", "cuda:99"], r"cuda:99"),
     "unknown precision": (["--precision", "fp8"], r"invalid choice: 'fp8'"),
@@ -166,7 +167,11 @@ FLAGS = {
     "unsupported device": (["--device", "meta"], r"'meta' is not supported; accepted: cpu, cuda"),
     "seed of 65 bits": (["--seed", "18446744073709551616"], r"the seed is 18446744073709551616; accepted: 64-bit"),
     "top_k of 32 bits": (["--top_k", "4294967296"], r"top_k is 4294967296; accepted: 1 to 2147483647"),
-    "profile into nowhere": (["--profile", "/absent/x"], r"--profile /absent/x: its directory does not exist"),
+    "profile into nowhere": (["--profile", "/absent/x"], r"cannot write /absent/x\.json: No such file"),
+    "profile of no name": (["--profile", ""], r"--profile '\.' is no name of a file"),
+    "abbreviated flag": (["--max_new", "5"], r"unrecognized arguments: --max_new"),
+    "long value": (["--device", "x" * 9999], r"^error: .*x\.\.\.x.*; accepted: cpu, cuda, cuda:N, mps$"),
+    "lines and escapes in a value": (["--device", "a\n\x1b[31mb"], r"device 'a"),
     "batch larger than memory": (["--batch_size", "999999999", "--prompt", "1"], r"memory"),
     "cache longer than the context": (["--max_seq_length", "300"], r"300 exceeds the model's context of 256"),
     "no such prompt file": (["--prompt_file", "/absent.txt"], r"cannot read --prompt_file /absent\.txt"),
