@@ -125,7 +125,9 @@ class LanguageModel(TemplateLM or object):
         longest = max((len(rows[i][0]) + len(rows[i][1]) for i in order), default=1)
         size = max(1, min(self.batch_size, MAX_BATCH_TOKENS // longest))
         results = [(0.0, True)] * len(rows)  # what an empty continuation gets
-        for a in tqdm(range(0, len(order), size), desc="log-likelihoods", unit="batch", disable=not progress):
+        for a in tqdm(
+            range(0, len(order), size), desc="log-likelihoods", unit="batch", disable=None if progress else True
+        ):
             batch = order[a : a + size]
             for i, result in zip(batch, self._score_batch([rows[i] for i in batch])):
                 results[i] = result

@@ -61,10 +61,10 @@ def write_checkpoint(
             target[name].copy_(state[name])
             check()
         for name, tensors in tqdm(results, desc="quantising", total=len(linears), unit="layer", disable=None):
-            check()
             del pending[name]
             for key, tensor in tensors.items():
                 target[f"{name}.{key}"].copy_(tensor)
+            check()
         assert not pending, f"nothing was made of {list(pending)}"
 
 

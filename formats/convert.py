@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import abridged, new_state_dict
+from checkpoint import abridged, new_state_dict, unchanged
 from errors import UserError, write_text
 from formats import gguf, huggingface, llama2c, meta
 from formats.source import Source
@@ -47,6 +47,7 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
 
     Raises UserError, and leaves no model.pth, for truncated files and missing, unexpected or wrongly shaped tensors.
     """
+    check = unchanged(*itertools.chain.from_iterable(directory.glob(pattern) for pattern in FORMATS))
     source = open_source(directory, model_name)
     config = ModelConfig.from_hf(source.config)
     if config.tied and _untied(source):
@@ -62,6 +63,7 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
             if not value.isfinite().all():
                 raise UserError(f"{' + '.join(source.names[name])} holds NaN or infinite weights")
             tensor.copy_(value if source.interleaved else _interleave(value, config, name))
+            check()
         for name, text in {"config.json": json.dumps(source.config, indent=2), **source.files}.items():
             _write_new(directory / name, text)  # before model.pth is there, whose presence says that all is
     return directory / "model.pth"

@@ -32,9 +32,9 @@ from huggingface_hub.errors import (
     HTTPError,  # requests' or httpx's
     OfflineModeIsEnabled,
 )
-from huggingface_hub.file_download import get_hf_file_metadata, http_get, xet_get
+from huggingface_hub.file_download import get_hf_file_metadata, http_get, is_xet_available, xet_get
 from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import build_hf_headers, is_xet_available
+from huggingface_hub.utils import build_hf_headers
 
 from errors import Parser, UserError, read_json, reason, write_text
 
@@ -141,12 +141,11 @@ def fetch(url: str, target: Path, size: int | None, blob: str, headers: dict[str
                     url, file, resume_size=done, headers=headers, expected_size=size, displayed_filename=target.name
                 )
                 break
-            except (HTTPError, OSError) as error:
+            except (HTTPError, OSError):
                 if size is not None and file.tell() > size:  # as often as it is tried
                     raise UserError(f"{target.name} has more than the {size:,} bytes that the hub announces") from None
                 if file.tell() <= done:  # a connection that is lost again and again may still bring bytes
                     raise
-                print(f"{target.name}: {reason(error)} at {file.tell():,} bytes, resuming", file=sys.stderr)
     partial.replace(target)
 
 

@@ -239,7 +239,7 @@ def test_a_hub_that_never_answers(module, tmp_path, monkeypatch):
         monkeypatch.setattr(module.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr("huggingface_hub.hf_api.HfApi.endpoint", module.constants.ENDPOINT, raising=False)
         monkeypatch.setattr(module, "TIMEOUT", 0.2)
-        with pytest.raises(UserError, match="no connection to .*: run the same command again"):
+        with pytest.raises(UserError, match=r"no connection to .*: run the same command again"):
             module.download("org/model", tmp_path, None, None, None)
 
 
