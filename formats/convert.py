@@ -59,11 +59,12 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
     _check(source, config, blank)
     with new_state_dict(directory / "model.pth", blank) as target:
         for name, tensor in tqdm(target.items(), desc="converting", unit="tensor", disable=None):
+            check()
             value = source.read(name)
             if not value.isfinite().all():
                 raise UserError(f"{' + '.join(source.names[name])} holds NaN or infinite weights")
             tensor.copy_(value if source.interleaved else _interleave(value, config, name))
-            check()
+        check()
         for name, text in {"config.json": json.dumps(source.config, indent=2), **source.files}.items():
             _write_new(directory / name, text)  # before model.pth is there, whose presence says that all is
     return directory / "model.pth"

@@ -1,6 +1,7 @@
 """Commands as processes: what a signal, a second writer of the same file or a changed source leaves behind."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import tqdm
-from conftest import REPO
+from conftest import PROGRESS, REPO
 from stub_hub import StubHub
 from tiny import write_checkpoint
 
@@ -36,7 +37,7 @@ WRITERS = {  # a command, and the file it writes
     ),
 }
 EVAL = ("eval", "--checkpoint_path", "{}/model.pth", "--perplexity", "{}/text.txt", "--limit", "99", "--device", "cpu")
-GENERATE = ("generate", "--checkpoint_path", "{}/model.pth", "--device", "cpu", "--stream", "--temperature", "0")
+GENERATE = ("generate", "--checkpoint_path", "{}/model.pth", "--device", "cpu", "--stream", "--max_new_tokens", "20000")
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,9 @@ class Forked:
     first, -1 after the last) it waits for `go`."""
 
     def __init__(self, folder, command, pause=None):
-        self.errors, self.paused, self.resume = folder.parent / f"stderr{time.monotonic_ns()}", os.pipe(), os.pipe()
-        if self.errors and (pid := os.fork()) == 0:
+        self.errors = folder.parent / f"stderr{time.monotonic_ns()}"
+        self.out, self.paused, self.resume = os.pipe(), os.pipe(), os.pipe()
+        if (pid := os.fork()) == 0:
             try:
                 self._run([part.format(folder) for part in command], pause)
             except SystemExit as end:
@@ -73,7 +75,7 @@ class Forked:
     def _run(self, argv, pause):
         err = os.open(self.errors, os.O_CREAT | os.O_WRONLY)
         os.dup2(err, 2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(self.out[1], 1)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         sys.argv = argv
         if pause is not None:
@@ -142,13 +144,28 @@ def real(*command, **options):
 
 @pytest.mark.parametrize("number", ENDS)
 def test_a_signal_in_the_middle_of_an_answer(folder, number):
-    command = [part.format(folder) for part in GENERATE]
-    process = real(*command, "--max_new_tokens", "50000", "--prompt", "A long answer")
-    assert process.stdout.read(20)
-    process.send_signal(number)
-    _, lines = process.communicate(timeout=60)
-    assert (process.returncode, lines.splitlines()[-1]) == (128 + number, ENDS[number])
-    assert "Traceback" not in lines
+    writer = Forked(folder, GENERATE)
+    assert os.read(writer.out[0], 20)
+    status, lines = writer.end(number)
+    assert (status, lines[-1]) == (128 + number, ENDS[number])
+    assert all(re.match(PROGRESS, line) for line in lines[:-1])
+
+
+def test_an_ignored_signal_stays_ignored(folder):
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        writer = Forked(folder, WRITERS["int8"][0], 2)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    os.kill(writer.pid, signal.SIGHUP)
+    assert writer.go().end() == (0, [])
+
+
+def real(*command, **options):
+    script = f"{command[0]}.py" if (REPO / f"{command[0]}.py").exists() else f"scripts/{command[0]}.py"
+    line = [sys.executable, str(REPO / script), *command[1:]]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 STARTS = [*((name, signal.SIGINT) for name in ("generate", "quantize", "eval", "convert_hf_checkpoint", "bench"))]
@@ -183,28 +200,6 @@ def test_a_signal_during_a_download(tmp_path, number):
     assert not (tmp_path / "org" / "model" / "config.json").exists()
 
 
-def test_an_ignored_signal_stays_ignored(folder):
-    """As nohup has it."""
-    script = "trap '' HUP; exec \"$@\""
-    command = [part.format(folder) for part in GENERATE]
-    line = [
-        "sh",
-        "-c",
-        script,
-        "sh",
-        sys.executable,
-        str(REPO / "generate.py"),
-        *command[1:],
-        "--max_new_tokens",
-        "900",
-    ]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout.read(20)
-    process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=100)
-    assert process.returncode == 0
-
-
 # --- two commands on one output ---------------------------------------------------------------------------------------
 
 
@@ -237,7 +232,7 @@ def test_a_left_over_goes_when_nobody_writes_it(folder):
 @pytest.mark.parametrize("change", [lambda path: os.truncate(path, 5000), lambda path: os.utime(path, (1, 1))])
 def test_a_source_that_changes_meanwhile(folder, name, change):
     command, before = WRITERS[name][0], listing(folder)
-    writer, source = Forked(folder, command, -1), folder / ("model.safetensors" if name == "convert" else "model.pth")
+    writer, source = Forked(folder, command, 2), folder / ("model.safetensors" if name == "convert" else "model.pth")
     change(source)
     status, lines = writer.go().end()
     assert (status, lines) == (2, [f"error: {source} was changed while it was read; run the same command again"])
