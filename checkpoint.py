@@ -46,6 +46,8 @@ def _load_version(path: Path, version: tuple[int, ...]) -> dict:
         if isinstance(state, dict):
             return state
         detail = f"it holds a {type(state).__name__}"
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # the unpickler's and the zip reader's errors have no common base
         detail = reason(error)[:120]
     raise UserError(f"{path} is truncated or not a file of weights ({detail})")
@@ -139,7 +141,7 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(config, tp)
     tied = config.tied and not any(name.startswith("output.") for name in state)
-    if tied and quantize and "tok_embeddings.weight" in state:
+    if tied and quantize is not None and "tok_embeddings.weight" in state:
         state["output.weight"], tied = state["tok_embeddings.weight"], False
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -159,7 +161,7 @@ def load_model(
             module.weight = model.tok_embeddings.weight
         elif isinstance(module, Linear):
             kind_of(*module.shape, own, prefix)  # raises what is wrong with them
-            own = quantize_linear(quantize, own, prefix, device) if quantize else own
+            own = quantize_linear(quantize, own, prefix, device) if quantize is not None else own
             module.assign(placed(module.shard(own, prefix)), prefix)
         else:
             for name, parameter in module.named_parameters(recurse=False):

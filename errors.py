@@ -12,15 +12,14 @@ import re
 import reprlib
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 LONGEST = 300  # characters of an error's line
-ENDING = {getattr(signal, name, 0): f"error: ended by {name}" for name in ("SIGTERM", "SIGHUP")}  # Windows has no HUP
-ENDING[signal.SIGINT] = "interrupted"
+ENDING = {signal.SIGINT: "interrupted"}  # what is said of a signal
+ENDING |= {getattr(signal, n): f"error: ended by {n}" for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)}
 
 
 class UserError(Exception):
@@ -106,7 +105,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield partial
             partial.replace(path)
     finally:
-        if partial.exists():  # on a read-only file system, removing what is not there is an error too
+        with suppress(OSError):  # it is not there, having its name now or never made
             partial.unlink()
 
 
@@ -138,10 +137,9 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        _end(ENDING[signal.SIGINT], 128 + signal.SIGINT)
-    except Ended as error:
-        _end(ENDING[error.args[0]], 128 + error.args[0])
+    except (KeyboardInterrupt, Ended) as error:
+        number = error.args[0] if isinstance(error, Ended) else signal.SIGINT
+        _end(ENDING[number], 128 + number)
     except BrokenPipeError:
         _end("", 141)
     except UserError as error:
@@ -173,11 +171,8 @@ def _open_streams() -> None:
     """Make each stream one that can be used: what it cannot show is replaced, and a closed one leads nowhere. (The next
     file to be opened would have its number, and get what C code prints.)"""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # has the lowest free number
         if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # has the lowest free number, which is this one
             stream = os.fdopen(number, "w" if number else "r", closefd=False)
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
@@ -188,10 +183,7 @@ def _open_streams() -> None:
 @contextmanager
 def _handled(handler: Callable) -> Iterator[None]:
     """Let a function handle what ends a command, but for signals that are ignored, as under nohup."""
-    before = {number: signal.getsignal(number) for number in ENDING if number}
-    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, handler)
+    before = {n: signal.signal(n, handler) for n in ENDING if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         yield
     finally:
@@ -207,13 +199,11 @@ def _end_at_once(number: int, _) -> NoReturn:
 
 
 def _unwind(number: int, _) -> NoReturn:
-    """By an exception, so that what is half-written goes; where it is lost in other people's code, half a minute
-    later all the same. A second signal, as a closed terminal may send, must not cut that short."""
+    """By an exception, so that what is half-written goes. A second signal, as of a closed terminal, must not cut that
+    short; where other people's code swallows the exception, an alarm ends the process."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    for other in filter(None, ENDING):
+    for other in ENDING:
         signal.signal(other, signal.SIG_IGN)
-    timer = threading.Timer(30, os._exit, (128 + number,))
-    timer.daemon = True
-    timer.start()
+    signal.alarm(30)
     raise Ended(number)

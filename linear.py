@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ops
-from errors import UserError
+from errors import UserError, shown
 from tp import TensorParallel, cut
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -223,12 +223,11 @@ def interleaved(gate: Linear, up: Linear) -> Linear | None:
 def quantizer(mode: str) -> Callable[[Tensor], dict[str, Tensor]]:
     """What quantises a weight (N, K), a row at a time as far as the result goes, to "int8", "fp8", "int4" (in groups of
     32) or "int4:GROUP". Raises UserError for any other mode or group."""
-    kind, _, group = mode.partition(":")
-    if kind == "int4" and (group or "32") in map(str, GROUPS):
-        return partial(Int4.quantize, group=int(group or 32))
-    if mode in ("int8", "fp8"):
-        return Int8.quantize if mode == "int8" else FP8.quantize
-    raise UserError(f"cannot quantise to {mode!r}; accepted: int8, fp8, int4, int4:32, int4:64, int4:128, int4:256")
+    modes = {"int8": Int8.quantize, "fp8": FP8.quantize, "int4": partial(Int4.quantize, group=32)}
+    modes |= {f"int4:{group}": partial(Int4.quantize, group=group) for group in GROUPS}
+    if mode not in modes:
+        raise UserError(f"cannot quantise to {shown(mode)}; accepted: {', '.join(modes)}")
+    return modes[mode]
 
 
 def quantize_linear(

@@ -43,16 +43,9 @@ def open_model(path: Path) -> tuple[Transformer, dict[str, Tensor], list[str]]:
     return model, state, list(linears)
 
 
-def write_checkpoint(
-    source: Path,
-    path: Path,
-    state: dict[str, Tensor],
-    linears: list[str],
-    mode: str,
-    results: Iterable[tuple[str, dict]],
-) -> None:
-    """Write a quantised file: in place of each linear layer's weight what `results` has for it, all else as it is in
-    the source, which `state` is mapped from."""
+def write_checkpoint(source: Path, path: Path, state: dict, linears: list[str], mode: str, results: Iterable) -> None:
+    """Write a quantised file: in place of each linear layer's weight what `results`, of (name, tensors), has for it, all
+    else as it is in `state`, which is mapped from the source."""
     check = unchanged(source)
     pending = {name: state[f"{name}.weight"].to("meta") for name in linears}
     blank = {f"{name}.{key}": t for name, weight in pending.items() for key, t in quantizer(mode)(weight).items()}

@@ -162,12 +162,6 @@ def test_an_ignored_signal_stays_ignored(folder):
     assert writer.go().end() == (0, [])
 
 
-def real(*command, **options):
-    script = f"{command[0]}.py" if (REPO / f"{command[0]}.py").exists() else f"scripts/{command[0]}.py"
-    line = [sys.executable, str(REPO / script), *command[1:]]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
 STARTS = [*((name, signal.SIGINT) for name in ("generate", "quantize", "eval", "convert_hf_checkpoint", "bench"))]
 STARTS += [("generate", signal.SIGTERM), ("quantize", signal.SIGHUP), ("download", signal.SIGINT)]
 
