@@ -5,11 +5,8 @@ scripts/convert_hf_checkpoint.py makes them from other formats.
 
 import mmap
 import os
-import signal
-import sys
-import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from errors import UserError, read_json
+from errors import UserError, read_json, reason, replacing, shown
 from linear import Linear, kind_of, quantize_linear
 from model import Embedding, ModelConfig, Transformer
 from tp import TensorParallel
@@ -29,9 +26,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def torch_load(path: Path) -> dict:
     """A .pth, .pt or .bin file, memory-mapped where its format allows. Only tensors and containers are accepted."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist; scripts/prepare.sh makes checkpoints")
+        fault = f"is a directory; give {path}/model.pth" if path.is_dir() else "is no file"
+        raise UserError(f"{path} {fault if path.exists() else 'does not exist; scripts/prepare.sh makes checkpoints'}")
+    if path.suffix in (".gguf", ".safetensors"):
+        command = f"scripts/convert_hf_checkpoint.py --checkpoint_dir {path.parent}"
+        raise UserError(f"{path} is not a model.pth; {command} makes one of it")
+    return _load_version(path, _version(path))
+
+
+def _version(path: Path) -> tuple[int, ...]:
     stat = path.stat()
-    return _load_version(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 @lru_cache(maxsize=2)  # a layer may lie in two shards, which the old format, no zip, reads whole
@@ -41,8 +46,10 @@ def _load_version(path: Path, version: tuple[int, ...]) -> dict:
         if isinstance(state, dict):
             return state
         detail = f"it holds a {type(state).__name__}"
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # the unpickler's and the zip reader's errors have no common base
-        detail = " ".join(str(error).split())[:120] or type(error).__name__
+        detail = reason(error)[:120]
     raise UserError(f"{path} is truncated or not a file of weights ({detail})")
 
 
@@ -55,13 +62,10 @@ def new_state_dict(path: Path, like: dict[str, Tensor]) -> Iterator[dict[str, Te
     """Write a state dict larger than memory: yields its tensors, mapped from a temporary file, to be filled in place.
 
     like: tensors, perhaps on the meta device, of which only names, shapes and dtypes count. The result is an ordinary
-    torch.save file, which takes its name once it is complete; on any error, Ctrl-C or SIGTERM nothing is left behind.
+    torch.save file, which takes its name once it is complete; on any error nothing is left behind.
     Raises UserError when the disk is full or the directory not writable.
     """
-    partial = path.with_name(path.name + ".tmp")
-    main = threading.current_thread() is threading.main_thread()  # which alone receives signals
-    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if main else None
-    try:
+    with replacing(path) as partial:
         try:
             with FakeTensorMode():
                 fakes = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}
@@ -72,16 +76,24 @@ def new_state_dict(path: Path, like: dict[str, Tensor]) -> Iterator[dict[str, Te
                     os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
             with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
                 tensors = torch.load(partial, mmap=True, weights_only=True)
-        except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-            raise UserError(f"cannot write {path}: {reason}") from None
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        except RuntimeError:  # PyTorch does not say why
+            raise UserError(f"cannot write {path}: the disk is full, or files may not be that large") from None
         yield tensors
-        partial.replace(path)
-    finally:
-        if partial.exists():  # on a read-only file system, removing what is not there is an error too
-            partial.unlink()
-        if main:
-            signal.signal(signal.SIGTERM, previous)
+
+
+def unchanged(*files: Path) -> Callable[[], None]:
+    """What raises a UserError once one of these files, which are mapped, is no longer what it is now. Called between
+    two tensors, as it can do nothing for one that is being read: a page that is gone by then is a SIGBUS."""
+    before = [_version(file) for file in files]
+
+    def check() -> None:
+        for file, version in zip(files, before):
+            if not file.exists() or _version(file) != version:
+                raise UserError(f"{file} was changed while it was read; run the same command again")
+
+    return check
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -92,6 +104,19 @@ def read_config(directory: Path) -> ModelConfig:
     if (directory / "config.json").exists():
         return ModelConfig.from_hf(read_json(directory / "config.json"))
     return ModelConfig.from_name(directory.name)
+
+
+def _dense(path: Path) -> dict[str, Tensor]:
+    """The tensors of a model*.pth by name. Raises UserError where there is anything else, such as sparse ones."""
+    state = torch_load(path)
+    for name, t in state.items():
+        found = type(t).__name__
+        if type(name) is str and type(t) in (Tensor, torch.nn.Parameter):
+            if t.layout is torch.strided and t.is_cpu and not t.is_quantized and not t.is_neg():
+                continue
+            found = f"a tensor of {t.dtype}, {t.layout}, on {t.device}"
+        raise UserError(f"{path}: {shown(name)} is {found}; plain tensors under names are accepted")
+    return dict(state)
 
 
 def load_model(
@@ -107,14 +132,16 @@ def load_model(
 
     quantize: "int8", "int4", "int4:64", "fp8", ... to quantise a full-precision checkpoint on the way, each tensor on
     `device`: what quantize.py would have written. tp: read and load this rank's part only.
-    Raises UserError for a missing or damaged file and for missing, unexpected or wrongly shaped tensors.
+    Raises UserError for a missing or damaged file and for tensors that are missing, unexpected or not as they must be:
+    what runs on them trusts their dtypes and shapes.
     """
-    state = dict(torch_load(path))
-    config = config or read_config(path.parent)
+    state, config = _dense(path), config or read_config(path.parent)
+    if (last := f"layers.{config.n_layer - 1}.attention_norm.weight") not in state:
+        raise UserError(f"{path} lacks {last}; its config has {config.n_layer} layers")
     with torch.device("meta"):
         model = Transformer(config, tp)
     tied = config.tied and not any(name.startswith("output.") for name in state)
-    if tied and quantize and "tok_embeddings.weight" in state:
+    if tied and quantize is not None and "tok_embeddings.weight" in state:
         state["output.weight"], tied = state["tok_embeddings.weight"], False
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -123,7 +150,10 @@ def load_model(
 
     def placed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         plain = {key for key, t in tensors.items() if key in ("weight", "bias") and t.dtype in DTYPES.values()}
-        return {key: t.to(device, dtype if key in plain else None) for key, t in tensors.items()}
+        for key, t in tensors.items():  # what is small; of weights, the first logits tell
+            if (key != "weight" or t.ndim == 1) and not t.sum(dtype=torch.float32).isfinite():
+                raise UserError(f"{path}: {prefix}.{key} holds NaN or infinite values")
+        return {key: t.contiguous().to(device, dtype if key in plain else None) for key, t in tensors.items()}
 
     for prefix, module in model.named_modules():
         own = modules.pop(prefix, {})
@@ -131,14 +161,16 @@ def load_model(
             module.weight = model.tok_embeddings.weight
         elif isinstance(module, Linear):
             kind_of(*module.shape, own, prefix)  # raises what is wrong with them
-            own = quantize_linear(quantize, own, prefix, device) if quantize else own
+            own = quantize_linear(quantize, own, prefix, device) if quantize is not None else own
             module.assign(placed(module.shard(own, prefix)), prefix)
         else:
             for name, parameter in module.named_parameters(recurse=False):
                 value, shape = own.pop(name, None), list(getattr(module, "shape", parameter.shape))
-                if value is None or list(value.shape) != shape:
-                    found = "nothing" if value is None else list(value.shape)
-                    raise UserError(f"{path}: {prefix}.{name} needs shape {shape}; found {found}")
+                if value is None or list(value.shape) != shape or value.dtype not in DTYPES.values():
+                    found = "nothing" if value is None else f"{list(value.shape)} of {value.dtype}"
+                    raise UserError(
+                        f"{path}: {prefix}.{name} needs shape {shape} in {', '.join(DTYPES)}; found {found}"
+                    )
                 value = module.shard(value) if isinstance(module, Embedding) else value
                 setattr(module, name, torch.nn.Parameter(placed({name: value})[name], requires_grad=False))
             if own:

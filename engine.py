@@ -185,7 +185,9 @@ class Engine:
         if self.speculator:
             self.speculator.prefill(start, longest)
         state.pos.copy_(last)
-        state.sampler(self.model.logits(x), state.history, state.pos, state.rng)
+        logits = self.model.logits(x)
+        self._finite = to_host(logits.isfinite().all())  # read with the first token, for which the host waits anyway
+        state.sampler(logits, state.history, state.pos, state.rng)
 
     @functools.cached_property
     def reader(self) -> "Engine":
@@ -243,11 +245,17 @@ class Engine:
         With speculation rows get different numbers of tokens, none among them, and there is no end.
 
         On a GPU the tokens of a block of steps are fetched while the next block runs, so the device never waits for
-        the host, and stopping early throws away at most two blocks.
+        the host, and stopping early throws away at most two blocks. Raises UserError when the prefill's logits, from
+        which nothing could be drawn, are not finite.
         """
-        if self.speculator:
-            yield from self.speculator.decode(steps)
-            return
+        rows = self.speculator.decode(steps) if self.speculator else self._decode(steps)
+        first = next(rows)
+        if not self._finite():
+            raise UserError("the model's logits are NaN or infinite: weights that are, or too large for --precision")
+        yield first
+        yield from rows
+
+    def _decode(self, steps: int) -> Iterator[list[list[int]]]:
         history, begin = self.state.history, self.state.pos.clone()
         pending: deque[Callable[[], list]] = deque()
 

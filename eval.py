@@ -4,6 +4,11 @@ python eval.py --checkpoint_path checkpoints/$MODEL_REPO/model.pth --compile --t
 python eval.py --checkpoint_path checkpoints/$MODEL_REPO/model_int8.pth --perplexity
 """
 
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("eval")
+
 import argparse
 import json
 import math
@@ -24,7 +29,7 @@ import ops
 from checkpoint import DTYPES, load_model
 from cli import add_model_arguments, check_flags, natural, pick_device, positive
 from engine import MAX_DEFAULT_CONTEXT, compile_blocks
-from errors import UserError, run_cli, shown
+from errors import Parser, UserError, shown
 from generate import LLM, answer
 from model import KVCache, Transformer
 from ranks import session
@@ -120,7 +125,9 @@ class LanguageModel(TemplateLM or object):
         longest = max((len(rows[i][0]) + len(rows[i][1]) for i in order), default=1)
         size = max(1, min(self.batch_size, MAX_BATCH_TOKENS // longest))
         results = [(0.0, True)] * len(rows)  # what an empty continuation gets
-        for a in tqdm(range(0, len(order), size), desc="log-likelihoods", unit="batch", disable=not progress):
+        for a in tqdm(
+            range(0, len(order), size), desc="log-likelihoods", unit="batch", disable=None if progress else True
+        ):
             batch = order[a : a + size]
             for i, result in zip(batch, self._score_batch([rows[i] for i in batch])):
                 results[i] = result
@@ -145,6 +152,8 @@ class LanguageModel(TemplateLM or object):
             logprobs.append(logits.gather(-1, target)[..., 0] - logits.logsumexp(-1))
             greedy.append(logits.argmax(-1) == target[..., 0])
         logprobs, greedy = torch.cat(logprobs, 1).cpu().double(), torch.cat(greedy, 1).cpu()  # (B, S)
+        if not logprobs.isfinite().all():
+            raise UserError("the model's logits are NaN or infinite: weights that are, or too large for --precision")
         lengths = [len(target) for _, target in rows]
         return [(logprobs[row, :n].sum().item(), bool(greedy[row, :n].all())) for row, n in enumerate(lengths)]
 
@@ -235,8 +244,6 @@ def perplexity(lm: LanguageModel, text: str, *, window: int = TEXT_WINDOW, max_t
         text = lm.text_tokenizer.decode(tokens)
     window = min(window, lm.max_length)
     nll = -sum(logprob for logprob, _ in lm.score(rolling_windows(tokens, lm.prefix_token_id, window), progress=True))
-    if not math.isfinite(nll):
-        raise UserError(f"the text's negative log-likelihood is {nll}: the weights overflow or hold NaN")
     size = len(text.encode())
     result = {"tokens": len(tokens), "bytes": size, "window": window, "nll": nll}
     return result | {"perplexity": math.exp(min(nll / len(tokens), 700)), "bits_per_byte": nll / math.log(2) / size}
@@ -266,7 +273,7 @@ def evaluate(lm, tasks: dict, *, limit: int | None = None, num_fewshot: int | No
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure a checkpoint's accuracy: lm-eval tasks, or perplexity.")
+    parser = Parser(description="Measure a checkpoint's accuracy: lm-eval tasks, or perplexity.")
     add_model_arguments(parser)
     parser.add_argument("--tasks", nargs="+", default=[], help="lm-eval tasks, groups, tags or patterns")
     parser.add_argument("--perplexity", nargs="?", const="", metavar="FILE", help="of a text file, or a built-in text")
@@ -323,7 +330,3 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> None:
     print(f"Time to run eval: {time.perf_counter() - start:.02f} seconds", file=sys.stderr)
     if args.json:
         print(json.dumps(report, default=float))
-
-
-if __name__ == "__main__":
-    run_cli(main)

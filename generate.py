@@ -6,9 +6,13 @@ As a library, two lines:
     for token in generate(llm, llm.tokenizer.encode("Hello"), max_new_tokens=50): ...
 """
 
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("generate")
+
 import argparse
 import itertools
-import os
 import sys
 import time
 from collections import deque
@@ -21,7 +25,7 @@ import torch
 from checkpoint import DTYPES, load_model, read_config
 from cli import DEFAULT_CHECKPOINT, add_model_arguments, check_flags, free_memory, pick_device, positive
 from engine import Engine
-from errors import UserError, run_cli, shown
+from errors import Parser, UserError, replacing, shown
 from measure import Measure, print_measures
 from model import ModelConfig, Transformer
 from ranks import session
@@ -201,7 +205,6 @@ def answer(
 
 def chat(llm: LLM, args: argparse.Namespace) -> None:
     """A conversation on the terminal. The cache keeps earlier turns: only tokens it has not seen are prefilled."""
-    sys.stdin.reconfigure(errors="replace")
     messages: list[dict] = []
     cached: list[int] = []  # the tokens whose keys and values the cache holds
     print("Chat with the model: Ctrl-C stops an answer, /clear starts anew, Ctrl-D quits.", file=sys.stderr)
@@ -256,7 +259,7 @@ def _emit(text: str) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Generate text from a transformer checkpoint, fast.")
+    parser = Parser(description="Generate text from a transformer checkpoint, fast.")
     add_model_arguments(parser)
     parser.add_argument("--prompt", type=_int_or_str, default="Hello, my name is", help="text, or a number of tokens")
     parser.add_argument("--prompt_file", type=Path, help="a prompt a line, generated as one ragged batch")
@@ -319,16 +322,18 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelCo
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not lose an answer
     with session() as tp:
-        _run(parse_args(), tp)
+        args = parse_args()
+        if args.profile and not args.profile.name:
+            raise UserError(f"--profile {str(args.profile)!r} is no name of a file")
+        traced = args.profile and tp.rank == 0
+        with replacing(Path(f"{args.profile}.json")) if traced else nullcontext() as args.profile:
+            _run(args, tp)
 
 
 def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     sampler = Sampler(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
     draft = args.draft_checkpoint_path or args.speculate
-    if args.profile and not os.access(args.profile.parent, os.W_OK):
-        raise UserError(f"--profile {args.profile}: its directory does not exist or cannot be written to")
     device = pick_device(args.device)
     print(f"Using device={device}" + (f" and {tp.world} ranks" if tp.world > 1 else ""), file=sys.stderr)
     start = time.perf_counter()
@@ -396,7 +401,9 @@ def _samples(llm: LLM, prompts: list[list[int]], args: argparse.Namespace) -> li
             texts[0] = ""  # it is there already, but for the end of its line
         print("\n".join(texts))
         if profiler:
-            profiler.export_chrome_trace(f"{args.profile}.json")
+            profiler.export_chrome_trace(str(args.profile))
+            if not args.profile.read_bytes().rstrip().endswith(b"}"):  # it does not say so itself
+                raise UserError("cannot write the trace of --profile: the disk is full, or files may not be that large")
         print(
             f"Time for inference {sample}: {measure.seconds:.02f} sec total, "
             f"{measure.tokens_per_second:.02f} tokens/sec",
@@ -404,7 +411,3 @@ def _samples(llm: LLM, prompts: list[list[int]], args: argparse.Namespace) -> li
         )
         measures.append(measure)
     return measures
-
-
-if __name__ == "__main__":
-    run_cli(main)

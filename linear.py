@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ops
-from errors import UserError
+from errors import UserError, shown
 from tp import TensorParallel, cut
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS = (32, 64, 128, 256)
 CHUNK = 1 << 20  # weights quantised at a time: fp32 copies of a large output would not fit
 
@@ -31,7 +32,7 @@ class Plain:
 
     @staticmethod
     def matches(weight: Tensor, shapes: dict[str, tuple], N: int, K: int) -> bool:
-        return weight.dtype in (torch.float32, torch.float16, torch.bfloat16) and shapes == {"weight": (N, K)}
+        return weight.dtype in FLOATS and shapes == {"weight": (N, K)}
 
     @staticmethod
     def columns(tensors: dict[str, Tensor], part: range) -> dict[str, Tensor]:
@@ -128,7 +129,8 @@ KINDS = (Plain, Int8, FP8, Int4)
 def kind_of(N: int, K: int, tensors: dict[str, Tensor], name: str) -> type[Plain]:
     """The kind that dtypes and shapes tell. Raises UserError where they tell of no (N, K) linear layer."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if shapes.pop("bias", (N,)) == (N,) and "weight" in shapes:
+    floats = all(t.dtype in FLOATS for key, t in tensors.items() if key != "weight")
+    if floats and shapes.pop("bias", (N,)) == (N,) and "weight" in shapes:
         for kind in KINDS:
             if kind.matches(tensors["weight"], shapes, N, K):
                 return kind
@@ -221,12 +223,11 @@ def interleaved(gate: Linear, up: Linear) -> Linear | None:
 def quantizer(mode: str) -> Callable[[Tensor], dict[str, Tensor]]:
     """What quantises a weight (N, K), a row at a time as far as the result goes, to "int8", "fp8", "int4" (in groups of
     32) or "int4:GROUP". Raises UserError for any other mode or group."""
-    kind, _, group = mode.partition(":")
-    if kind == "int4" and (group or "32") in map(str, GROUPS):
-        return partial(Int4.quantize, group=int(group or 32))
-    if mode in ("int8", "fp8"):
-        return Int8.quantize if mode == "int8" else FP8.quantize
-    raise UserError(f"cannot quantise to {mode!r}; accepted: int8, fp8, int4, int4:32, int4:64, int4:128, int4:256")
+    modes = {"int8": Int8.quantize, "fp8": FP8.quantize, "int4": partial(Int4.quantize, group=32)}
+    modes |= {f"int4:{group}": partial(Int4.quantize, group=group) for group in GROUPS}
+    if mode not in modes:
+        raise UserError(f"cannot quantise to {shown(mode)}; accepted: {', '.join(modes)}")
+    return modes[mode]
 
 
 def quantize_linear(

@@ -70,7 +70,7 @@ def report(llm: Engine, measure: Measure) -> dict:
         "kv_bytes_per_step": round(kv),
         "bytes_per_second": read * rate,
         "read_bandwidth": read_bandwidth,
-        "bandwidth_fraction": read * rate / read_bandwidth,
+        "bandwidth_fraction": read_bandwidth and read * rate / read_bandwidth,
         "compile_seconds": llm.compile_seconds,
         "memory_bytes": memory,
     }
@@ -82,7 +82,7 @@ def print_measures(llm: Engine, measures: list[Measure], as_json: bool, load_sec
     r = report(llm, median) | {"load_seconds": load_seconds}
     r["tokens_per_second_of_samples"] = rates = [m.tokens_per_second for m in measures]
     total = f" ({r['decode_tokens_per_second_total']:.2f} in total)" if llm.batch_size > 1 else ""
-    megabytes = (r["weight_bytes_per_step"] + r["kv_bytes_per_step"]) / 1e6
+    reads, megabytes = r["read_bandwidth"], (r["weight_bytes_per_step"] + r["kv_bytes_per_step"]) / 1e6
     lines = [
         "==========",
         f"Batch Size: {llm.batch_size}",
@@ -90,7 +90,11 @@ def print_measures(llm: Engine, measures: list[Measure], as_json: bool, load_sec
         f"Prefill: {r['prefill_tokens_per_second']:.2f} tokens/sec",
         f"Decode: {r['decode_tokens_per_second']:.2f} tokens/sec{total}",
         f"Bandwidth achieved: {r['bytes_per_second'] / 1e9:.02f} GB/s ({megabytes:.1f} MB a step), "
-        f"{r['bandwidth_fraction']:.3f} of the {r['read_bandwidth'] / 1e9:.1f} GB/s this device reads",
+        + (
+            f"{r['bandwidth_fraction']:.3f} of the {reads / 1e9:.1f} GB/s this device reads"
+            if reads
+            else "not compared"
+        ),
     ]
     if llm.speculator:
         r["speculation"] = llm.speculator.report(measures[-1].decode_rate)

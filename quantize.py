@@ -3,6 +3,11 @@
 int8, fp8 and int4 stream tensor by tensor from the mapped source to the mapped target; int4-gptq goes layer by layer.
 """
 
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("quantize")
+
 import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ops
-from checkpoint import load_model, new_state_dict, torch_load
+from checkpoint import load_model, new_state_dict, torch_load, unchanged
 from cli import DEFAULT_CHECKPOINT, peak_memory, pick_device, positive
-from errors import UserError, run_cli
+from errors import Parser, UserError
 from gptq import Hessian, gptq
 from linear import GROUPS, Int4, Linear, Plain, quantize_linear, quantizer
 from model import KVCache, ModelConfig, RMSNorm, Transformer, TransformerBlock
@@ -38,19 +43,21 @@ def open_model(path: Path) -> tuple[Transformer, dict[str, Tensor], list[str]]:
     return model, state, list(linears)
 
 
-def write_checkpoint(
-    path: Path, state: dict[str, Tensor], linears: list[str], mode: str, results: Iterable[tuple[str, dict]]
-) -> None:
-    """Write a quantised file: in place of each linear layer's weight what `results` has for it, all else as it is."""
+def write_checkpoint(source: Path, path: Path, state: dict, linears: list[str], mode: str, results: Iterable) -> None:
+    """Write a quantised file: in place of each linear layer's weight what `results`, of (name, tensors), has for it,
+    all else as it is in `state`, which is mapped from the source."""
+    check = unchanged(source)
     pending = {name: state[f"{name}.weight"].to("meta") for name in linears}
     blank = {f"{name}.{key}": t for name, weight in pending.items() for key, t in quantizer(mode)(weight).items()}
     with new_state_dict(path, state | blank) as target:
         for name in state.keys() - blank.keys():
             target[name].copy_(state[name])
-        for name, tensors in tqdm(results, desc="quantising", total=len(linears), unit="layer"):
+            check()
+        for name, tensors in tqdm(results, desc="quantising", total=len(linears), unit="layer", disable=None):
             del pending[name]
             for key, tensor in tensors.items():
                 target[f"{name}.{key}"].copy_(tensor)
+            check()
         assert not pending, f"nothing was made of {list(pending)}"
 
 
@@ -62,7 +69,7 @@ def quantize_checkpoint(source: Path, target: Path, mode: str, device: torch.dev
     _, state, linears = open_model(source)
     tensors = ((name, {"weight": state[f"{name}.weight"]}) for name in linears)
     results = ((name, quantize_linear(mode, own, f"{source}: {name}", device)) for name, own in tensors)
-    write_checkpoint(target, state, linears, mode, results)
+    write_checkpoint(source, target, state, linears, mode, results)
 
 
 # --- GPTQ -------------------------------------------------------------------------------------------------------------
@@ -98,7 +105,7 @@ def gptq_checkpoint(
             linear.weight.data = ops.dequantize(*own.values(), linear.weight.dtype)[:, : linear.in_features]
             yield name, own
 
-    write_checkpoint(target, state, linears, f"int4:{group}", results())
+    write_checkpoint(source, target, state, linears, f"int4:{group}", results())
 
 
 def calibrated(
@@ -192,7 +199,7 @@ def calibration_sequences(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="a full-precision model.pth")
     parser.add_argument("--mode", "-q", default="int8", choices=("int8", "fp8", "int4", "int4-gptq"))
     parser.add_argument("--groupsize", type=int, default=32, choices=GROUPS, help="int4: weights that share a scale")
@@ -245,7 +252,3 @@ def main(argv: list[str] | None = None) -> None:
         memory += f", and {torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the GPU's"
     print(f"wrote {target} ({target.stat().st_size / 1e9:.3f} GB)")
     print(f"in {time.perf_counter() - start:.0f} s, with {memory}")
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -20,16 +20,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from errors import UserError
+from errors import ENDING, UserError
 from tp import TensorParallel
 
 ARRIVAL = timedelta(minutes=5)  # how long a rank waits for the others to start,
 SILENCE = timedelta(seconds=20)  # for a sign of life from them,
 PATIENCE = timedelta(days=7)  # and for what they send, which may be what a user has yet to type
-ENDING = {
-    signal.SIGINT: "interrupted",
-    signal.SIGTERM: "error: ended by SIGTERM, which torchrun sends when another rank has stopped",
-}
+WHY = {signal.SIGTERM: ", which torchrun sends when another rank has stopped"}
 
 
 @contextmanager
@@ -84,7 +81,7 @@ def session() -> Iterator[TensorParallel]:
 def _listen(end: Callable[[str, int], None]) -> None:
     """Wait for a signal that ends this process: the main thread, which may be waiting in C, would not hear it."""
     number = signal.sigwait(ENDING)
-    end(ENDING[number], 128 + number)
+    end(ENDING[number] + WHY.get(number, ""), 128 + number)
 
 
 def _watch(group: dist.ProcessGroup, done: threading.Event, end: Callable[[str, int], None]) -> None:

@@ -71,6 +71,7 @@ class Sampler:
         if (self.top_p or 1) < 1:
             values = torch.topk(logits, min(self.top_k or logits.shape[1], logits.shape[1])).values
             probs = torch.softmax(values / self.temperature, -1)
-            inside = probs.cumsum(-1) - probs < self.top_p  # the token that crosses top_p belongs to it
-            least = torch.maximum(least, values.gather(1, inside.sum(-1, keepdim=True) - 1))
+            outside = probs.cumsum(-1) - probs >= self.top_p  # the token that crosses top_p is not; nor is NaN
+            last = values.shape[1] - 1 - outside.sum(-1, keepdim=True)
+            least = torch.maximum(least, values.gather(1, last))
         return least

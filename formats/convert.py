@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import DTYPES, abridged, new_state_dict
-from errors import UserError
+from checkpoint import DTYPES, abridged, new_state_dict, unchanged
+from errors import UserError, write_text
 from formats import gguf, huggingface, llama2c, meta
 from formats.source import Source
 from model import ModelConfig, Transformer
@@ -53,6 +53,7 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
 
     Raises UserError, and leaves no model.pth, for truncated files and missing, unexpected or wrongly shaped tensors.
     """
+    check = unchanged(*itertools.chain.from_iterable(directory.glob(pattern) for pattern in FORMATS))
     source = open_source(directory, model_name)
     config = ModelConfig.from_hf(source.config)
     if config.tied and _untied(source):
@@ -64,10 +65,12 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
     _check(source, config, blank)
     with new_state_dict(directory / "model.pth", blank) as target:
         for name, tensor in tqdm(target.items(), desc="converting", unit="tensor", disable=None):
+            check()
             value = source.read(name)
             tensor.copy_(value if source.interleaved else _interleave(value, config, name))
             if not tensor.isfinite().all():
                 raise UserError(_not_finite(abridged(source.names[name]), value, dtype))
+        check()
         written = {**source.config, "tie_word_embeddings": config.tied}
         for name, text in {"config.json": json.dumps(written, indent=2), **source.files}.items():
             _write_new(directory / name, text)  # before model.pth is there, whose presence says that all is
@@ -122,11 +125,5 @@ def _interleave(value: Tensor, config: ModelConfig, name: str) -> Tensor:
 
 def _write_new(path: Path, text: str) -> None:
     """Write a text file, whole or not at all, unless there is one."""
-    if path.exists():
-        return
-    partial = path.with_name(f"{path.name}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if not path.exists():
+        write_text(path, text)

@@ -1,38 +1,69 @@
 """The device's read bandwidth: the ceiling of decoding, which reads each weight once."""
 
+import math
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ops.common import tl, triton
 
+CPU_BYTES = (2**30, 2**28, 2**26)  # of the array, the first that there is memory for: a cache would hold a smaller one
 
-def read_bandwidth(device: torch.device | str) -> float:
-    """Bytes a second that a sum over a large array reads, the fastest of several (5 on a CPU, 100 on a GPU)."""
+
+def read_bandwidth(device: torch.device | str) -> float | None:
+    """Bytes a second that a sum over a large array reads, the fastest of several (5 on a CPU, 100 on a GPU); None where
+    there is no memory for it.
+    """
     device = torch.device(device)
-    if device.type != "cuda" or triton is None:
-        x = torch.ones(2**28, dtype=torch.float32, device=device)  # 1 GiB
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            x.sum().item()
-            times.append(time.perf_counter() - start)
-        return x.nbytes / min(times)
-    free, _ = torch.cuda.mem_get_info(device)
-    n = min(2**30, free // 2 // 4)  # 4 GiB, many times any cache
-    x = torch.ones(n, dtype=torch.float32, device=device)
-    block, steps = 4096, 8
-    programs = triton.cdiv(n, block * steps)
-    out = torch.empty(programs, dtype=torch.float32, device=device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    sizes = (min(2**32, free // 2),) if device.type == "cuda" else CPU_BYTES  # 4 GiB, many times any cache
+    for size in (size for size in sizes if CPU_BYTES[-1] <= size <= free // 2):
+        try:
+            x = torch.ones(size // 4, dtype=torch.float32, device=device)
+            return x.nbytes / min(_gpu_times(x) if x.is_cuda and triton is not None else _times(x))
+        except RuntimeError as error:  # torch.OutOfMemoryError, but on a CPU
+            if "memory" not in str(error):
+                raise
+    return None
+
+
+def _free_memory() -> float:
+    """Bytes of main memory that can be had: the machine's, or a container's, which ends the process that takes more."""
+    free = [math.inf]
+    with suppress(OSError, StopIteration):  # Linux only
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    with suppress(OSError, ValueError, StopIteration):  # control groups, version 2; ValueError: no limit
+        group = Path(f"/sys/fs/cgroup{Path('/proc/self/cgroup').read_text().rpartition('::')[2].strip()}")
+        used = next(int(line[5:]) for line in (group / "memory.stat").read_text().splitlines() if line[:5] == "anon ")
+        free.append(int((group / "memory.max").read_text()) - used)  # files in its cache make room
+    return min(free)
+
+
+def _times(x: Tensor) -> list[float]:
     times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        x.sum().item()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _gpu_times(x: Tensor) -> list[float]:
+    block, steps = 4096, 8
+    programs = triton.cdiv(x.numel(), block * steps)
+    out, times = torch.empty(programs, dtype=torch.float32, device=x.device), []
     for _ in range(100):  # a GPU that was idle takes a while to run at full clock
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        _sum_kernel[(programs,)](out, x, n, BLOCK=block, STEPS=steps, num_warps=8)
+        _sum_kernel[(programs,)](out, x, x.numel(), BLOCK=block, STEPS=steps, num_warps=8)
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return x.nbytes / min(times)
+    return times
 
 
 if triton is not None:

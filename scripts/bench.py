@@ -9,6 +9,16 @@ a prompt of --prompt_length, prefill included. Fraction: bytes of the weights bu
 second, over the read bandwidth measured in the same run.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("bench")
+
 import argparse
 import gc
 import itertools
@@ -16,20 +26,16 @@ import json
 import shlex
 import statistics
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
 import ops
 from checkpoint import DTYPES, load_model, read_config
 from cli import check_flags, pick_device, positive
 from engine import Engine
-from errors import UserError, read_json, run_cli
+from errors import Parser, UserError, read_json, write_text
 from formats.config import BUILTIN
 from generate import generate
 from linear import GROUPS, Linear
@@ -215,7 +221,7 @@ def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help=f"of {', '.join(BUILTIN)}")
     parser.add_argument("--modes", nargs="+", default=MODES, choices=KINDS, metavar="MODE", help="also fp8, int4:GROUP")
     parser.add_argument("--checkpoint_path", type=Path, help="measure this model instead of random shapes")
@@ -251,7 +257,8 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     for name, config in configs.items():
         if length > config.block_size:
             raise UserError(f"{length} tokens (--prompt_length, --max_new_tokens) exceed {name}'s {config.block_size}")
-    bandwidth = ops.read_bandwidth(device)
+    if (bandwidth := ops.read_bandwidth(device)) is None:
+        raise UserError(f"{device} has too little free memory for its read bandwidth to be measured")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: reads {bandwidth / 1e9:.1f} GB/s")
     about = {"device": name, **provenance(), "read_bandwidth": bandwidth}
@@ -263,7 +270,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         print(table([row]).splitlines()[2], flush=True)
         if args.json and tp.rank == 0:
             found = about | {"rows": [vars(row) for row in rows]}
-            args.json.write_text(json.dumps(kept | found, indent=1) + "\n")
+            write_text(args.json, json.dumps(kept | found, indent=1) + "\n")
 
     if args.checkpoint_path:
         model = load_model(args.checkpoint_path, device=device, dtype=dtype, tp=tp)
@@ -280,7 +287,3 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     print(table(rows))
     if args.plot and tp.rank == 0:
         plot(rows, bandwidth, args.plot)
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -10,26 +10,31 @@ big       a 70B int4 target with a 7B int4 draft. Random weights agree on nothin
           the chances of --profile; everything is computed as if it were needed
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("bench_speculate")
+
 import argparse
 import gc
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
-
 from bench import KINDS, MODES, provenance, random_model
 
 import ops
 from checkpoint import DTYPES, load_model
 from cli import DEFAULT_CHECKPOINT, pick_device
 from engine import Engine
-from errors import read_json, run_cli
+from errors import Parser, read_json, write_text
 from generate import generate
 from model import ModelConfig, Transformer
 from sampling import Sampler
@@ -183,7 +188,7 @@ def force(llm: Engine, profile: list[float]) -> None:
 def main() -> None:
     tasks = read_json(REPO / "benchmarks" / "prompts.json")
     sections = {"steps": steps, "equality": equality, "speed": speed, "big": big}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("out", type=Path, help="JSON file to write; what it holds of other sections stays")
     parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--device")
@@ -213,14 +218,10 @@ def main() -> None:
         "precision": args.precision,
         "read_bandwidth": ops.read_bandwidth(args.device),
     }
-    args.save = lambda: args.out.write_text(json.dumps(result, indent=1) + "\n")
+    args.save = lambda: write_text(args.out, json.dumps(result, indent=1) + "\n")
     for name in args.sections:
         start, result[name] = time.perf_counter(), {"about": about}
         sections[name](args, result[name])
         result[name]["seconds"] = time.perf_counter() - start
         args.save()
         print(f"{name}: {result[name]['seconds']:.0f} s", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run_cli(main)

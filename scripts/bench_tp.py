@@ -7,29 +7,34 @@ Starts torchrun for each number of GPUs. Shapes are filled with random weights. 
 of whole generations, 200 tokens after a prompt of 5; the fraction is each GPU's own bytes over its own read bandwidth.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("bench_tp")
+
 import argparse
 import gc
 import itertools
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
+import bench
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
-
-import bench
-
 import ops
 from cli import pick_device
-from errors import UserError, run_cli
+from errors import Parser, UserError, write_text
 from model import ModelConfig
 from ops import linear_triton
 from ranks import session
@@ -39,7 +44,7 @@ LARGE = "70B"  # only on the largest number of GPUs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("json", type=Path, metavar="FILE", help="where the figures go")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--models", nargs="+", default=["7B", LARGE])
@@ -64,7 +69,7 @@ def main() -> None:
     for n in args.gpus:
         results[n] = _finish(_torchrun(args, n), args.timeout)
         about |= {key: results[n].get(key) for key in ("device", "read_bandwidth")}
-        args.json.write_text(json.dumps(about | {"gpus": results}, indent=1) + "\n")
+        write_text(args.json, json.dumps(about | {"gpus": results}, indent=1) + "\n")
     print(_table(results))
 
 
@@ -185,7 +190,3 @@ def _table(gpus: dict[int, dict]) -> str:
         for size, ways in found.get("all_reduce_us", {}).items():
             lines.append(f"all-reduce of {size}, {n} GPUs: " + ", ".join(f"{w} {t:.2f} us" for w, t in ways.items()))
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    run_cli(main)

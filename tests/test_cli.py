@@ -7,11 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPO, assert_one_line
 from tiny import write_checkpoint
+
+import quantize
+from errors import UserError
+from generate import generate, load, main
+from ops import read_bandwidth
+from sampling import Sampler
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +153,8 @@ def edit_state(path, change):
 
 FLAGS = {
     "no such checkpoint": (["--checkpoint_path", "/absent/model.pth"], r"/absent/model\.pth does not exist"),
-    "a directory as checkpoint": (["--checkpoint_path", "/tmp"], r"/tmp"),
+    "a directory as checkpoint": (["--checkpoint_path", "/tmp"], r"/tmp is a directory; give /tmp/model\.pth"),
+    "a device as checkpoint": (["--checkpoint_path", os.devnull], r"/dev/null is no file"),
     "unknown device": (["--device", "tpu9"], r"tpu9"),
     "absent GPU": (["--device", "cuda:99"], r"cuda:99"),
     "unknown precision": (["--precision", "fp8"], r"invalid choice: 'fp8'"),
@@ -166,13 +174,31 @@ FLAGS = {
     "unsupported device": (["--device", "meta"], r"'meta' is not supported; accepted: cpu, cuda"),
     "seed of 65 bits": (["--seed", "18446744073709551616"], r"the seed is 18446744073709551616; accepted: 64-bit"),
     "top_k of 32 bits": (["--top_k", "4294967296"], r"top_k is 4294967296; accepted: 1 to 2147483647"),
-    "profile into nowhere": (["--profile", "/absent/x"], r"--profile /absent/x: its directory does not exist"),
+    "profile into nowhere": (["--profile", "/absent/x"], r"cannot write /absent/x\.json: No such file"),
+    "profile of no name": (["--profile", ""], r"--profile '\.' is no name of a file"),
+    "abbreviated flag": (["--max_new", "5"], r"unrecognized arguments: --max_new"),
+    "long value": (["--device", "x" * 9999], r"^error: .*x\.\.\.x.*; accepted: cpu, cuda, cuda:N, mps$"),
+    "lines and escapes in a value": (["--device", "a\n\x1b[31mb"], r"device 'a"),
     "batch larger than memory": (["--batch_size", "999999999", "--prompt", "1"], r"memory"),
     "cache longer than the context": (["--max_seq_length", "300"], r"300 exceeds the model's context of 256"),
     "no such prompt file": (["--prompt_file", "/absent.txt"], r"cannot read --prompt_file /absent\.txt"),
     "unknown quantisation": (["--quantize", "int3"], r"int3"),
     "group that is none": (["--quantize", "int4:33"], r"33"),
+    "quantisation of no name": (["--quantize", ""], r"cannot quantise to ''; accepted: int8, fp8, int4, int4:32"),
+    "group of no size": (["--quantize", "int4:"], r"cannot quantise to 'int4:'; accepted"),
     "unknown flag": (["--fast"], r"unrecognized arguments: --fast"),
+}
+STRANGE = {  # what must not reach a kernel
+    "int8": lambda t: t.to(torch.int8),
+    "bool": lambda t: t.bool(),
+    "fp8": lambda t: t.to(torch.float8_e4m3fn),
+    "fp64": lambda t: t.double(),
+    "complex": lambda t: t.to(torch.complex64),
+    "sparse": lambda t: t.to_sparse(),
+    "meta": lambda t: t.to("meta"),
+    "quantised by PyTorch": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "scalar": lambda t: t.sum(),
+    "a list": lambda t: t.tolist(),
 }
 DAMAGES = {
     "truncated weights": (lambda d: truncate(d / "model.pth"), r"model\.pth is truncated"),
@@ -185,6 +211,35 @@ DAMAGES = {
     "wrong shape": (
         lambda d: edit_state(d / "model.pth", lambda s: s.update({"layers.0.attention.wo.weight": torch.ones(3, 64)})),
         r"layers\.0\.attention\.wo",
+    ),
+    "GGUF as checkpoint": (
+        lambda d: (d / "model.pth").rename(d / "model.gguf"),
+        r"model\.gguf is not a model\.pth; scripts/convert_hf_checkpoint\.py --checkpoint_dir .* makes one",
+    ),
+    **{
+        f"{name} that is {what}": (
+            lambda d, n=name, t=value: edit_state(d / "model.pth", lambda s: s.update({n: t(s[n])})),
+            words,
+        )
+        for name, words in (
+            ("tok_embeddings.weight", r"tok_embeddings\.weight"),
+            ("norm.weight", r"norm\.weight"),
+            ("layers.1.attention.wo.weight", r"layers\.1\.attention\.wo"),
+        )
+        for what, value in STRANGE.items()
+    },
+    "numbers for names": (
+        lambda d: edit_state(d / "model.pth", lambda s: s.update({7: torch.ones(1)})),
+        r": 7 is Tensor; plain",
+    ),
+    "a number for a tensor": (lambda d: edit_state(d / "model.pth", lambda s: s.update({"x": 7})), r"'x' is int"),
+    "infinite norm": (
+        lambda d: edit_state(d / "model.pth", lambda s: s["norm.weight"].fill_(torch.inf)),
+        r"norm\.weight holds NaN or infinite values",
+    ),
+    "more layers than tensors": (
+        lambda d: edit_json(d / "config.json", num_hidden_layers=10_000_000, layer_types=None),
+        r"lacks layers\.9999999\.attention_norm\.weight; its config has 10000000 layers",
     ),
     "no config": (lambda d: (d / "config.json").unlink(), r"model name 'damaged' is not supported; supported: 13B"),
     "malformed config": (lambda d: truncate(d / "config.json"), r"config\.json is not valid JSON"),
@@ -217,7 +272,99 @@ def test_bad_flags(refuses, tiny, case):
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damaged_checkpoints(refuses, tiny, tmp_path, case):
     change, words = DAMAGES[case]
-    refuses("generate.py", *damaged(tiny, tmp_path, change), words=words)
+    args = damaged(tiny, tmp_path, change)
+    if case == "GGUF as checkpoint":
+        args[1] = args[1].with_suffix(".gguf")
+    refuses("generate.py", *args, words=words)
+
+
+def test_a_fifo_as_checkpoint(refuses, tmp_path):
+    """A FIFO has no end to wait for."""
+    os.mkfifo(tmp_path / "model.pth")
+    refuses("generate.py", "--checkpoint_path", tmp_path / "model.pth", words=r"model\.pth is no file")
+
+
+@pytest.mark.parametrize("kind", ["scales", "zeros"])
+def test_scales_of_a_strange_type(refuses, tiny, tmp_path, kind, capsys):
+    directory = shutil.copytree(tiny, tmp_path / "int4")
+    quantize.main(["--checkpoint_path", str(directory / "model.pth"), "--device", "cpu", "--mode", "int4"])
+    capsys.readouterr()
+    path, name = directory / "model_int4.g32.pth", f"layers.0.attention.wo.{kind}"
+    edit_state(path, lambda s: s.update({name: s[name].to(torch.int16)}))
+    refuses(
+        "generate.py", "--checkpoint_path", path, "--device", "cpu", words=rf"layers\.0\.attention\.wo .*{kind} int16"
+    )
+
+
+def test_layouts_that_are_made_plain(tiny, tmp_path):
+    """Transposed and expanded tensors run like the contiguous ones that they equal."""
+    directory, found = shutil.copytree(tiny, tmp_path / "strided"), []
+    for change in (lambda t: t, lambda t: t.t().contiguous().t() if t.ndim == 2 else t[:, None].expand(-1, 2)[:, 1]):
+        edit_state(directory / "model.pth", lambda s, change=change: s.update({n: change(t) for n, t in s.items()}))
+        llm = load(directory / "model.pth", device="cpu", precision="fp32", sampler=Sampler(temperature=0))
+        assert all(p.is_contiguous() for p in llm.model.parameters())
+        found.append(list(generate(llm, [5, 6, 7], 9)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("flags", [[], ["--top_p", "0.9"], ["--temperature", "0"], ["--speculate", "prompt_lookup"]])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite(refuses, tiny, tmp_path, flags, value):
+    spoilt = damaged(tiny, tmp_path, lambda d: edit_state(d / "model.pth", lambda s: s["output.weight"].fill_(value)))
+    refuses("generate.py", *spoilt, *flags, words=r"the model's logits are NaN or infinite")
+
+
+def test_a_trace_that_cannot_be_written_loses_no_answer(tiny, tmp_path, capsys, monkeypatch):
+    """As PyTorch has it where the disk is full: no error, and half a file."""
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", lambda _, path: Path(path).write_text('{"a": ['))
+    args = [*run_args(tiny), "--prompt", "Hello", "--max_new_tokens", "3", "--profile", tmp_path / "trace"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, args)])
+    with pytest.raises(UserError, match="cannot write the trace"):
+        main()
+    assert capsys.readouterr().out.startswith("Hello") and not list(tmp_path.iterdir())
+
+
+def test_measures_do_without_memory(tiny, monkeypatch):
+    sizes, ones = [], torch.ones
+
+    def scarce(n, **options):
+        sizes.append(4 * n)
+        if 4 * n > limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return ones(n, **options)
+
+    monkeypatch.setattr(torch, "ones", scarce)
+    for limit, expected in ((2**29, [2**30, 2**28]), (2**20, [2**30, 2**28, 2**26])):
+        sizes.clear()
+        found = read_bandwidth("cpu")
+        assert sizes == expected and (found is None) == (limit == 2**20)
+
+
+def test_measures_that_are_none(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("ops.read_bandwidth", lambda device: None)
+    args = [*run_args(tiny), "--prompt", "Hello", "--max_new_tokens", "3", "--json"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, args)])
+    main()
+    out, err = capsys.readouterr()
+    measures = json.loads(out.splitlines()[-1])
+    assert measures["read_bandwidth"] is None and measures["bandwidth_fraction"] is None
+    assert "not compared" in err and "Average tokens/sec" in err
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(tiny, closed):
+    command = [sys.executable, REPO / "generate.py", *run_args(tiny), "--prompt", "Hello", "--max_new_tokens", "3"]
+    line = f'exec "$@" {closed}'
+    run = subprocess.run(["sh", "-c", line, "sh", *map(str, command)], capture_output=True, text=True)
+    assert run.returncode == 0 and "Traceback" not in run.stderr
+    assert run.stdout.startswith("Hello") is (">&-" not in closed.replace("2>&-", ""))
+
+
+def test_a_full_standard_output(tiny):
+    command = [sys.executable, REPO / "generate.py", *run_args(tiny), "--prompt", "Hello", "--max_new_tokens", "3"]
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr.splitlines()[-1]) == (2, "error: No space left on device")
 
 
 def test_chat_without_a_template(cli, tiny, tmp_path):

@@ -4,10 +4,12 @@ import hashlib
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPO
@@ -109,7 +111,7 @@ def test_a_cut_connection_is_resumed(download, tmp_path):
     with StubHub(REPO_ID, FILES, cut={name}) as hub:
         result = download(hub, "--repo_id", REPO_ID)
         assert result.status == 0, result.stderr
-        ranges = [r.range for r in hub.requests if r.path.endswith(name)]
+        ranges = [r.range for r in hub.gets(name)]
     assert ranges[0] is None and len(ranges) == 2
     start = int(ranges[1].removeprefix("bytes=").removesuffix("-"))
     assert 0 < start <= len(SHARD) // 2
@@ -135,13 +137,13 @@ def test_an_interrupted_run_is_resumed_by_the_next(download, tmp_path):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         stderr = process.communicate(timeout=60)[1]
-        assert process.returncode == 2
-        assert stderr.strip().splitlines()[-1] == "error: interrupted: run the same command again to resume"
+        assert process.returncode == 130
+        assert stderr.splitlines()[-1] == "interrupted"
         assert not (directory / name).exists()
 
         result = download(hub, "--repo_id", REPO_ID)
         assert result.status == 0, result.stderr
-        ranges = [r.range for r in hub.requests if r.path.endswith(name)]
+        ranges = [r.range for r in hub.gets(name)]
     assert ranges[0] is None and ranges[1].startswith("bytes=") and ranges[1] != "bytes=0-"
     assert (directory / name).read_bytes() == SHARD
     assert listing(directory) == WANTED
@@ -214,6 +216,53 @@ def test_disk_full_while_writing(download, tmp_path):
     assert result.status == 2
     assert result.stderr.strip().splitlines()[-1].startswith("error: the disk is full")
     assert "Traceback" not in result.stderr
+
+
+def test_a_hub_that_names_no_blob(download, tmp_path):
+    with StubHub(REPO_ID, FILES, blobs=False) as hub:
+        assert download(hub, "--repo_id", REPO_ID).status == 0
+        assert sorted(hub.fetched()) == WANTED and listing(tmp_path / "ckpt" / REPO_ID) == WANTED
+        assert "nothing to download" in download(hub, "--repo_id", REPO_ID).stdout
+
+
+def test_a_file_larger_than_announced(download, tmp_path):
+    name = "model-00001-of-00002.safetensors"
+    with StubHub(REPO_ID, FILES, sizes={name: 1000}, heads=False) as hub:
+        line = download(hub, "--repo_id", REPO_ID).stderr.splitlines()[-1]
+        assert line == f"error: {name} has more than the 1,000 bytes that the hub announces"
+        assert len(hub.gets(name)) <= 2
+    assert not (tmp_path / "ckpt" / REPO_ID / name).exists()
+
+
+def test_a_hub_that_never_answers(module, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(module.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("huggingface_hub.hf_api.HfApi.endpoint", module.constants.ENDPOINT, raising=False)
+        monkeypatch.setattr(module, "TIMEOUT", 0.2)
+        with pytest.raises(UserError, match=r"no connection to .*: run the same command again"):
+            module.download("org/model", tmp_path, None, None, None)
+
+
+def test_several_files_at_a_time(download):
+    with StubHub(REPO_ID, FILES, stall={"config.json"}) as hub:  # until another is asked for
+        hub.release_at = "tokenizer_config.json"
+        assert download(hub, "--repo_id", REPO_ID).status == 0
+
+
+def test_xet_is_used_where_a_file_has_it(module, tmp_path, monkeypatch):
+    """The library's own fast path: what is looked up beside the file's address is handed on to it."""
+    taken = []
+
+    def xet_get(*, incomplete_path, xet_file_data, headers, expected_size):
+        taken.append((xet_file_data, expected_size))
+        incomplete_path.write_bytes(b"by xet")
+
+    found = SimpleNamespace(xet_file_data="hash", size=6)
+    monkeypatch.setattr(module, "get_hf_file_metadata", lambda url, headers: found)
+    monkeypatch.setattr(module, "is_xet_available", lambda: True)
+    monkeypatch.setattr(module, "xet_get", xet_get)
+    module.fetch("http://127.0.0.1:9/x", tmp_path / "x", 6, "0" * 40, {})
+    assert taken == [("hash", 6)] and (tmp_path / "x").read_bytes() == b"by xet" and len(listing(tmp_path)) == 1
 
 
 def test_malformed_endpoint(download):
