@@ -1,7 +1,6 @@
 """What the commands share: arguments that say which model runs where and how, devices, and peak memory."""
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Collection, Mapping
@@ -77,11 +76,3 @@ def peak_memory() -> int:
     import resource  # Unix only; a GPU machine of another kind does not need it
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def free_memory() -> float:
-    """Bytes of main memory that can still be had, as far as the system says."""
-    try:
-        return 1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
-    except (OSError, IndexError):  # not Linux
-        return math.inf

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # first: what follows takes seconds to import
 
 import argparse
 import itertools
+import json
 import sys
 import time
 from collections import deque
@@ -21,12 +22,15 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+import ops
+from batches import serve
 from checkpoint import DTYPES, load_model, read_config
-from cli import DEFAULT_CHECKPOINT, add_model_arguments, check_flags, free_memory, pick_device, positive
+from cli import DEFAULT_CHECKPOINT, add_model_arguments, check_flags, pick_device, positive
 from engine import Engine
 from errors import Parser, UserError, replacing, shown
-from measure import Measure, print_measures
+from measure import Measure, Throughput, print_measures, print_throughput
 from model import ModelConfig, Transformer
 from ranks import session
 from sampling import Sampler
@@ -38,11 +42,11 @@ from tp import TensorParallel
 K_HELP = f"draft tokens of a step, or auto; {MODEL_K}, or {LOOKUP_K} by prompt lookup"
 CLASHES = {  # a flag, and others that would do nothing beside it
     "interactive": ("prompt", "prompt_file", "num_samples", "batch_size", "json", "profile"),
-    "prompt_file": ("prompt", "batch_size"),
+    "prompt_file": ("prompt", "num_samples", "stream", "profile"),
     "speculate": ("draft_checkpoint_path",),
 }
 NEEDS = {"speculate_k": ("draft_checkpoint_path", "speculate")}
-MAX_PROMPTS = 2**16 - 1  # of a file: what an axis of a CUDA kernel's grid holds
+SLOTS = 16  # rows at a time for the prompts of a file, unless --batch_size says otherwise
 PROBES = ("The quick brown fox, 1984!", " naïve\n\tdéjà vu", "def f(x):\n    return x")  # tell tokenizers apart
 
 
@@ -262,12 +266,14 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description="Generate text from a transformer checkpoint, fast.")
     add_model_arguments(parser)
     parser.add_argument("--prompt", type=_int_or_str, default="Hello, my name is", help="text, or a number of tokens")
-    parser.add_argument("--prompt_file", type=Path, help="a prompt a line, generated as one ragged batch")
+    parser.add_argument("--prompt_file", type=Path, help="a prompt a line, of any number, on --batch_size rows")
     parser.add_argument("--interactive", action="store_true", help="chat on the terminal")
     parser.add_argument("--chat", action="store_true", help="put the prompt in the model's chat template")
     parser.add_argument("--num_samples", type=positive, default=1, help="how often to generate")
     parser.add_argument("--max_new_tokens", type=positive, default=200)
-    parser.add_argument("--batch_size", type=positive, default=1, help="copies of the prompt to generate at once")
+    parser.add_argument(
+        "--batch_size", type=positive, help="copies of the prompt, or rows for a file's prompts, at once"
+    )
     parser.add_argument("--top_k", type=int, default=200, help="0 turns it off")
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--min_p", type=float)
@@ -283,7 +289,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--speculate_k", type=_int_or_str, help=K_HELP)
     parser.add_argument("--profile", type=Path, help="write a Chrome trace of the last sample to PROFILE.json")
     parser.add_argument("--stream", action="store_true", help="print text as it comes")
-    parser.add_argument("--json", action="store_true", help="print the measures as one JSON line, last")
+    parser.add_argument(
+        "--json", action="store_true", help="print the measures as one JSON line, last, and a file's results so"
+    )
     args = parser.parse_args()
     check_flags(parser, args, CLASHES, NEEDS)
     if args.chat and isinstance(args.prompt, int):
@@ -302,10 +310,9 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelCo
     texts = [args.prompt]
     if args.prompt_file:
         text = read_text(args.prompt_file, "--prompt_file")
-        texts = [line for line in text.split("\n", MAX_PROMPTS) if line.strip()]
-        if not texts or "\n" in texts[-1]:
-            count = f"more than {MAX_PROMPTS}" if texts else "no"
-            raise UserError(f"--prompt_file {args.prompt_file} holds {count} prompts; one a line is needed")
+        texts = [line for line in text.split("\n") if line.strip()]
+        if not texts:
+            raise UserError(f"--prompt_file {args.prompt_file} holds no prompts; one a line is needed")
     if isinstance(args.prompt, int):
         if args.prompt > config.block_size:
             raise UserError(f"--prompt {shown(args.prompt)} exceeds the model's context of {config.block_size} tokens")
@@ -342,9 +349,9 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     print(f"Time to load model: {load_seconds:.02f} seconds", file=sys.stderr)
     reads = tp.rank == 0 and not args.interactive
     prompts = tp.share(read_prompts(args, tokenizer, model.config) if reads else [])
-    rows, length = max(len(prompts), 1) * args.batch_size, _cache_length(args, model.config, prompts)
+    rows = min(args.batch_size or SLOTS, len(prompts)) if args.prompt_file else args.batch_size or 1
+    length = _cache_length(args, model.config, prompts)
     _check_memory(model, rows, length or 0)
-    prompts *= args.batch_size
     llm = LLM(
         model,
         tokenizer,
@@ -361,13 +368,15 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     llm.seed(args.seed)
     if args.interactive:
         chat(llm, args)
+    elif args.prompt_file:
+        print_throughput(llm, _queue(llm, prompts, args), args.json, load_seconds)
     else:
-        print_measures(llm, _samples(llm, prompts, args), args.json, load_seconds)
+        print_measures(llm, _samples(llm, prompts * rows, args), args.json, load_seconds)
 
 
 def _check_memory(model: Transformer, rows: int, length: int) -> None:
     """Refuse a cache that main memory cannot hold: the system would give it, and end some process as it fills."""
-    needed, free = rows * length * model.cache(1, 1).bytes_per_position, free_memory()
+    needed, free = rows * length * model.cache(1, 1).bytes_per_position, ops.free_memory()
     if model.norm.weight.is_cpu and needed > free:
         sizes = f"{needed / 1e9:.1f} GB of memory for keys and values; {free / 1e9:.1f} GB are free"
         raise UserError(f"{rows} rows of {length} tokens need {sizes} (--batch_size, --max_seq_length)")
@@ -384,6 +393,39 @@ def _cache_length(args: argparse.Namespace, config: ModelConfig, prompts: list[l
     if longest >= length:
         raise UserError(f"the prompt has {longest} tokens, which leaves no room in a context of {length} tokens")
     return length
+
+
+def _queue(llm: LLM, prompts: list[list[int]], args: argparse.Namespace) -> Throughput:
+    """Answer the prompts of a file: each answer is printed once those before it have been, or when all ends."""
+    answers = [Answer(llm.tokenizer, () if args.chat else prompt, args.stop) for prompt in prompts]
+    ended, printed = [False] * len(prompts), [False] * len(prompts)
+
+    def show(index: int) -> None:
+        prompt, text = llm.tokenizer.decode(prompts[index]), answers[index].text
+        result = {"index": index, "prompt": prompt, "text": text, "new_tokens": len(answers[index].tokens)}
+        result["finish_reason"] = "stop" if answers[index].stopped else "length"
+        print(json.dumps(result) if args.json else prompt + text, flush=True)
+        printed[index] = True
+
+    llm.reader  # noqa: B018  what it compiles is not the generation's time
+    begin = time.perf_counter()
+    try:
+        with tqdm(total=len(prompts), desc="generating", unit="prompt", disable=None) as bar:
+            for index, _, last in serve(
+                llm, prompts, args.max_new_tokens, is_stop=lambda i, token: answers[i].put(token)
+            ):
+                if last:
+                    answers[index].finish()
+                    ended[index] = True
+                    bar.update()
+                    for done in itertools.takewhile(ended.__getitem__, range(printed.index(False), len(prompts))):
+                        show(done)
+    finally:
+        for index in range(len(prompts)):
+            if ended[index] and not printed[index]:
+                show(index)
+    seconds = time.perf_counter() - begin
+    return Throughput(len(prompts), sum(map(len, prompts)), sum(len(a.tokens) for a in answers), seconds)
 
 
 def _samples(llm: LLM, prompts: list[list[int]], args: argparse.Namespace) -> list[Measure]:

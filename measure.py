@@ -3,6 +3,7 @@ read bandwidth measured in the same run.
 """
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 
@@ -11,8 +12,11 @@ import torch
 import ops
 from cli import peak_memory
 from engine import Engine
+from linear import Linear
 from model import Transformer
 from speculate import summary
+
+LONG = 512  # prompt tokens from which the matmul rate is what limits a prefill
 
 
 @dataclass
@@ -39,6 +43,16 @@ class Measure:
         return self.steps / self.decode_seconds if self.steps else 0.0
 
 
+@dataclass
+class Throughput:
+    """What a queue of prompts took. Seconds, from the first prompt's start to the last one's end."""
+
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+
 def weight_bytes(model: Transformer) -> int:
     """Bytes of the weights that a decode step reads: all but the embedding table, unless it is the output as well."""
     embedding = model.tok_embeddings.weight
@@ -46,11 +60,21 @@ def weight_bytes(model: Transformer) -> int:
     return sum(p.nbytes for p in model.parameters()) - unread
 
 
+def prefill_flops(model: Transformer, tokens: int, rows: int) -> float:
+    """FLOP that reading so many tokens takes, alike in all rows: of products alone, causal ones by half."""
+    config, length = model.config, tokens / rows
+    linear = sum(math.prod(m.shape) for name, m in model.named_modules() if isinstance(m, Linear) and name != "output")
+    seen = sum(length * min(length / 2, window or length) for window in config.windows or (0,) * config.n_layer)
+    return 2 * linear * tokens + 4 * config.n_head * config.head_dim * seen * rows
+
+
 def report(llm: Engine, measure: Measure) -> dict:
     """Rates, bytes per token, and the share of the device's read bandwidth, measured now, that they make."""
     memory = torch.cuda.max_memory_reserved() if llm.device.type == "cuda" else peak_memory()
     read_bandwidth = ops.read_bandwidth(llm.device)  # after that, as it takes memory
     weights, rate = weight_bytes(llm.model), measure.decode_rate
+    flops = prefill_flops(llm.model, measure.prompt_tokens, llm.batch_size) / measure.time_to_first_token
+    long = measure.prompt_tokens >= LONG
     positions = measure.prompt_tokens / llm.batch_size + (measure.steps + 1) / 2  # of a row, in an average step
     windows = llm.model.config.windows or (0,)
     seen = sum(min(positions, window or positions) for window in windows) / len(windows)
@@ -64,6 +88,7 @@ def report(llm: Engine, measure: Measure) -> dict:
         "seconds": measure.seconds,
         "tokens_per_second": measure.tokens_per_second,
         "prefill_tokens_per_second": measure.prompt_tokens / measure.time_to_first_token,
+        "prefill_mfu": flops / ops.matmul_rate(llm.device, llm.model.norm.weight.dtype) if long else None,
         "decode_tokens_per_second": rate,
         "decode_tokens_per_second_total": rate * llm.batch_size,
         "weight_bytes_per_step": weights,
@@ -87,7 +112,8 @@ def print_measures(llm: Engine, measures: list[Measure], as_json: bool, load_sec
         "==========",
         f"Batch Size: {llm.batch_size}",
         f"Time to first token: {r['time_to_first_token']:.3f} seconds",
-        f"Prefill: {r['prefill_tokens_per_second']:.2f} tokens/sec",
+        f"Prefill: {r['prefill_tokens_per_second']:.2f} tokens/sec"
+        + (f", {r['prefill_mfu']:.3f} of the matmul rate" if r["prefill_mfu"] else ""),
         f"Decode: {r['decode_tokens_per_second']:.2f} tokens/sec{total}",
         f"Bandwidth achieved: {r['bytes_per_second'] / 1e9:.02f} GB/s ({megabytes:.1f} MB a step), "
         + (
@@ -100,6 +126,23 @@ def print_measures(llm: Engine, measures: list[Measure], as_json: bool, load_sec
         r["speculation"] = llm.speculator.report(measures[-1].decode_rate)
         lines.append(summary(r["speculation"]))
     lines += [f"Average tokens/sec: {sum(rates) / len(rates):.2f}", f"Memory used: {r['memory_bytes'] / 1e9:.02f} GB"]
+    print("\n".join(lines), file=sys.stderr)
+    if as_json:
+        print(json.dumps(r))
+
+
+def print_throughput(llm: Engine, measure: Throughput, as_json: bool, load_seconds: float) -> None:
+    """gpt-fast's closing lines for a queue of prompts."""
+    memory = torch.cuda.max_memory_reserved() if llm.device.type == "cuda" else peak_memory()
+    r = asdict(measure) | {"batch_size": llm.batch_size, "tokens_per_second": measure.new_tokens / measure.seconds}
+    r |= {"compile_seconds": llm.compile_seconds, "load_seconds": load_seconds, "memory_bytes": memory}
+    lines = [
+        "==========",
+        f"Batch Size: {llm.batch_size}",
+        f"{r['prompts']} prompts of {r['prompt_tokens']} tokens: {r['new_tokens']} new ones in {r['seconds']:.2f} sec",
+        f"Average tokens/sec: {r['tokens_per_second']:.2f}",
+        f"Memory used: {memory / 1e9:.02f} GB",
+    ]
     print("\n".join(lines), file=sys.stderr)
     if as_json:
         print(json.dumps(r))

@@ -64,7 +64,8 @@ def feed(
     a chunk, or is 0 if the host knows none.
     """
     B, S = tokens.shape
-    size = min(size or S, ops.chunk_tokens(tokens.device, B))
+    most = ops.chunk_tokens(tokens.device, B)
+    size = min(size or most, most)
     for a in range(0, S, size):
         part = tokens[:, a : a + size]
         yield a, hidden(part, start + a, end and end - S + a + part.shape[1])

@@ -16,9 +16,10 @@ from ops.embedding import embed
 from ops.graph import capture
 from ops.linear import FEW_ROWS, linear, plain
 from ops.linear import prepare as prepare_linear
+from ops.matmul_rate import matmul_rate
 from ops.ngram import copy_match, find
 from ops.packing import dequantize
-from ops.read_bandwidth import read_bandwidth
+from ops.read_bandwidth import free_memory, read_bandwidth
 from ops.sampling import logit_threshold, sample
 from ops.symmetric import all_reduce
 from ops.verify import verify
@@ -32,9 +33,11 @@ __all__ = [
     "dequantize",
     "embed",
     "find",
+    "free_memory",
     "has_kernels",
     "linear",
     "logit_threshold",
+    "matmul_rate",
     "plain",
     "prepare_attention",
     "prepare_linear",

@@ -18,7 +18,7 @@ def read_bandwidth(device: torch.device | str) -> float | None:
     there is no memory for it.
     """
     device = torch.device(device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     sizes = (min(2**32, free // 2),) if device.type == "cuda" else CPU_BYTES  # 4 GiB, many times any cache
     for size in (size for size in sizes if CPU_BYTES[-1] <= size <= free // 2):
         try:
@@ -30,7 +30,7 @@ def read_bandwidth(device: torch.device | str) -> float | None:
     return None
 
 
-def _free_memory() -> float:
+def free_memory() -> float:
     """Bytes of main memory that can be had: the machine's, or a container's, which ends the process that takes more."""
     free = [math.inf]
     with suppress(OSError, StopIteration):  # Linux only
