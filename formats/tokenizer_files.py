@@ -6,8 +6,10 @@ https://github.com/google/sentencepiece, llama/tokenizer.py of https://github.co
 """
 
 import base64
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,22 +170,39 @@ def load_backend(folder: Path, config: TokenizerConfig) -> Backend:
         accepted = "tokenizer.json, or tokenizer.model (SentencePiece, or Llama 3's tiktoken ranks)"
         raise UserError(f"no tokenizer in {folder}; expected {accepted}")
     data = path.read_bytes()
-    try:
+    with _panics_are_errors(path):
         if data.lstrip()[:1] == b"{":
             return _tokenizer_json(data, config)
         if TIKTOKEN_LINE.match(data):
             return _tiktoken(data, config, folder / "config.json")
         if data[:1] == b"\n":  # the tag of the protobuf's first field, its pieces
             return _sentencepiece(data, config)
+    accepted = "a tokenizer.json of the tokenizers library, a SentencePiece model or tiktoken ranks"
+    raise UserError(f"{path} is not a tokenizer: it begins with {data[:20]!r}; expected {accepted}")
+
+
+@contextmanager
+def _panics_are_errors(path: Path) -> Iterator[None]:
+    """Around the libraries, which do not say what they raise for a bad file, and of which those in Rust panic now and
+    then: that is no Exception, and has lines of its own on stderr.
+    """
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
     except UserError:
         raise
     except ImportError as error:
         raise UserError(f"{path} needs the library {error.name}: pip install {error.name}") from None
-    except Exception as error:  # the libraries do not say what they raise for a bad file
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise UserError(f"{path} is damaged or not supported: {reason}") from error
-    accepted = "a tokenizer.json of the tokenizers library, a SentencePiece model or tiktoken ranks"
-    raise UserError(f"{path} is not a tokenizer: it begins with {data[:20]!r}; expected {accepted}")
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def _with_added(

@@ -705,6 +705,21 @@ def test_a_missing_library_is_called_missing(
         load_tokenizer(write(tmp_path, tokenizer_model=data))
 
 
+def test_a_panic_of_a_library_is_one_line(tmp_path, monkeypatch, capfd, byte_level_json):
+    class PanicException(BaseException):
+        """As Rust's, which is no Exception."""
+
+    def panic(*_):
+        os.write(2, b"thread panicked at src/lib.rs\nnote: run with RUST_BACKTRACE=1\n")
+        raise PanicException("range end index 14 out of range")
+
+    monkeypatch.setattr("formats.tokenizer_files._tokenizer_json", panic)
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged .*PanicException: range end index 14"):
+        load_tokenizer(write(tmp_path, tokenizer_json=byte_level_json))
+    os.write(2, b"still there")
+    assert capfd.readouterr().err == "still there"
+
+
 def test_unsupported_decoder(tmp_path, byte_level_json):
     spec = json.loads(byte_level_json) | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
     with pytest.raises(UserError, match=r"WordPiece.*supported are ByteLevel"):
