@@ -44,7 +44,7 @@ def open_model(path: Path) -> tuple[Transformer, dict[str, Tensor], list[str]]:
 
 
 def write_checkpoint(source: Path, path: Path, state: dict, linears: list[str], mode: str, results: Iterable) -> None:
-    """Write a quantised file: in place of each linear layer's weight what `results`, of (name, tensors), has for it, all
+    """Write a quantised file: in place of each linear layer's weight what `results` (name, tensors) have for it, all
     else as it is in `state`, which is mapped from the source."""
     check = unchanged(source)
     pending = {name: state[f"{name}.weight"].to("meta") for name in linears}
