@@ -46,8 +46,8 @@ def _load_version(path: Path, version: tuple[int, ...]) -> dict:
         if isinstance(state, dict):
             return state
         detail = f"it holds a {type(state).__name__}"
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except PermissionError as error:
+        raise UserError(reason(error)) from None
     except Exception as error:  # the unpickler's and the zip reader's errors have no common base
         detail = reason(error)[:120]
     raise UserError(f"{path} is truncated or not a file of weights ({detail})")
