@@ -28,6 +28,19 @@ class Configuration:
     ctas_per_sm: int  # programs a multiprocessor, each of several tiles; 0: as many as there are tiles
 
 
+@dataclass(frozen=True)
+class Tile:
+    """How the GEMM of linear_gemm.py is launched for a weight."""
+
+    tile_m: int  # rows of x of a tile
+    row_repeat: int  # 16 rows of W for each warp, so often
+    k_repeat: int  # chunks along K of a tile
+    num_warps: int
+    num_stages: int  # tiles in flight, and one in use
+    split: int  # programs that share a tile of the result, along K
+    ahead: int = 0  # tiles along K that come to the L2 cache before x is there
+
+
 Shape = tuple[int, int | None]  # (N, K), or of any K
 Table = dict[tuple[str, int], dict[Shape, Configuration]]  # by kind of weight and columns of a product
 
@@ -97,3 +110,13 @@ def configuration(kind: str, N: int, K: int, M: int, device: torch.device) -> Co
     while CHUNK[kind] * W * C >= 2 * K and W * C > 1:  # a step that covers K is best, one that is twice as long is not
         W, C = (W, C // 2) if C > 1 else (W // 2, C)
     return replace(found, num_warps=W, k_repeat=C)
+
+
+def tile(kind: str, N: int, K: int, M: int, device: torch.device) -> Tile:
+    """How to launch the GEMM for a weight (N, K) of this kind and M rows of x."""
+    return Tile(next((n for n in (32, 64, 128) if n >= M), 256), 1, 1 if kind == "int4" else 2, 8, 4, 1)
+
+
+def gemm_rows(kind: str, device: torch.device) -> int:
+    """Up to how many rows the GEMM is faster than widening a weight, or for a plain one than cuBLAS."""
+    return {"fp": 16}.get(kind, 512)
