@@ -1,20 +1,19 @@
-"""Linear layers for 17 to some hundred rows on an NVIDIA GPU: a GEMM in Triton that reads a weight of any kind once and
-widens it in registers.
+"""Linear layers of quantised weights for 17 to some hundred rows on an NVIDIA GPU: a GEMM in Triton that reads a weight
+once and widens it in registers. (For plain weights cuBLAS is faster.)
 
     gemm(x, weight, ...)     [residual +] W rms_norm(x) [+ bias], or SwiGLU of it
     rms_norm(x, norm, ...)   RMSNorm by itself, in the order of features that `gemm` wants, or as it is
     reference                linear.py's `plain`
 
-Weights are those of linear_triton.py, packed once for both. Reads dominate: W is the tensor cores' first operand, which
-may come from registers, x the second one, which comes from shared memory. As there, a lane's 16 bytes of a row of W
-already are its part of a fragment if the K axis is permuted; here x, which goes through shared memory, is put into
-that order beforehand, together with its norm. So between a load of weights and its MMA there are only the
-instructions that widen, and Triton's pipeline keeps both operands' next tiles in flight.
-
-Of `8 P` values along K, a lane j has P pairs beside each other, and slot (p, j, e) of x holds feature (j, p, e).
+Weights are those of linear_triton.py, packed once for both: int8 and float8_e4m3fn (N, K), and packed int4. W is the
+tensor cores' first operand, which may come from registers, x the second one, which comes from shared memory. As there,
+a lane's 16 bytes of a row of W are its part of a fragment if the K axis is permuted; here x is put into that order
+beforehand, together with its norm: of each 8 O features, slot (p, j, e) holds feature (j, p, e). Between a load of
+weights and its MMA there are only the instructions that widen, and Triton's pipeline keeps both operands' next tiles
+in flight.
 
 Axes: M rows of x, N rows of W, K what is summed; of a tile j and i a warp's 4 x 8 lanes, h a fragment's two halves of 8
-rows, W warps along rows, R and C repetitions along rows and K, u a lane's words, p pairs, e their two values.
+rows, W warps along rows, R and C repetitions along rows and K, u a lane's words, p of its P pairs, e their two values.
 """
 
 import functools
@@ -27,22 +26,23 @@ from ops import tuning
 from ops.common import counters, pdl, tl, tlx, triton
 from ops.linear_triton import kind_of, out_features
 
-ROWS = 2048  # features a program of the norm writes
+FEATURES = 2048  # of a row, that a program of the norm writes
 TILES = 2**14  # of a result whose parts along K are summed
 
 if triton is not None:
 
     @triton.jit
-    def _norm_kernel(out, x, gain, K, width, eps, P: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-        """out (rows, width) = x (rows, K) or, with a gain, its RMSNorm, in the order of slots; zeros past K."""
+    def _norm_kernel(out, x, gain, K, width, eps, O: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+        """out (rows, width) = x (rows, K) or, with a gain, its RMSNorm; zeros past K. In the order of slots, unless O is
+        0."""
         if PDL:
             tlx.gdc_launch_dependents()
             tlx.gdc_wait()
         x += tl.program_id(0).to(tl.int64) * K
         slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         k = slot
-        if P > 0:
-            k = slot // (8 * P) * (8 * P) + slot // 2 % 4 * (2 * P) + slot // 8 % P * 2 + slot % 2
+        if O > 0:
+            k = slot // (8 * O) * (8 * O) + slot // 2 % 4 * (2 * O) + slot // 8 % O * 2 + slot % 2
         v = tl.load(x + k, k < K, other=0.0)
         if gain is not None:
             squares = tl.zeros((BLOCK,), tl.float32)
@@ -56,9 +56,8 @@ if triton is not None:
 
     @triton.jit
     def places(tile, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr):
-        """Of a tile of 16 W R rows by C chunks: where each lane's first word is, (F,), and int4's first pair of a chunk,
-        (F / 4,). F is the axes (C R h W i j), for which Triton hands out lanes and warps from the last one on."""
-        PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4
+        """Of a tile of 16 W R rows by C chunks: each lane's first word (F,), and int4's first pairs of chunks (F / 4,).
+        F is the axes (C R h W i j), for which Triton hands out lanes and warps from the last one on."""
         f = tl.arange(0, 64 * W * R * C)
         j, i, chunk = f % 4, f // 4 % 8, f // (64 * W * R)
         row = tile * (16 * W * R) + f // (64 * W) % R * (16 * W) + f // 32 % W * 16 + f // (32 * W) % 2 * 8 + i
@@ -71,7 +70,7 @@ if triton is not None:
             pairs = tl.minimum(row8, N // 8 - 1).to(tl.int64) * (tl.cdiv(K, 256) * (8 * 256 // GROUP))
             pairs += g % 8 * (256 // GROUP)
         else:
-            words = tl.minimum(row, N - 1).to(tl.int64) * (K // PER_WORD) + (chunk * 16 + j * 4)
+            words = tl.minimum(row, N - 1).to(tl.int64) * (K // 4) + (chunk * 16 + j * 4)
         return words, pairs
 
     @triton.jit
@@ -80,7 +79,6 @@ if triton is not None:
         W: tl.constexpr, EVEN: tl.constexpr,
     ):  # fmt: skip
         """The words of a tile at step, and int4's pairs, one for each word."""
-        PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4
         F: tl.constexpr = 64 * W * R * C
         f = tl.arange(0, F)
         blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
@@ -91,7 +89,7 @@ if triton is not None:
         elif KIND == "int4":
             found = tl.load(at, (step * C + f // (64 * W * R) < blocks)[:, None], other=0)
         else:
-            k = ((step * C + f // (64 * W * R)) * 16 + f % 4 * 4) * PER_WORD
+            k = (step * C + f // (64 * W * R)) * 64 + f % 4 * 16
             found = tl.load(at, (k < K)[:, None], other=0)
         own = 0
         if KIND == "int4":
@@ -113,7 +111,7 @@ if triton is not None:
         """Words int32 (F, 4), and for int4 their pairs, as values (F, p, e) in DTYPE: int4 what they stand for, int8
         and fp8 without their scale, int8 with ASM divided by 64."""
         F: tl.constexpr = w.shape[0]
-        P: tl.constexpr = 4 if KIND == "fp" else 16 if KIND == "int4" else 8
+        P: tl.constexpr = 16 if KIND == "int4" else 8
         if ASM is None:
             e = tl.arange(0, 2)[None, None, None, :]
             q = tl.arange(0, P // 4)[None, None, :, None]
@@ -122,8 +120,6 @@ if triton is not None:
                 scale = (s << 16).to(tl.float32, bitcast=True)[:, :, None, None]
                 zero = (s & -65536).to(tl.float32, bitcast=True)[:, :, None, None]
                 out = (((w >> (4 * q + 16 * e) & 15) - 8).to(tl.float32) * scale + zero).to(DTYPE)
-            elif KIND == "fp":
-                out = (w >> (16 * (q + e))).to(tl.int16).to(DTYPE, bitcast=True)
             else:
                 byte = (w >> (16 * q + 8 * e)).to(tl.int8)
                 out = byte.to(DTYPE) if KIND == "int8" else byte.to(tl.float8e4nv, bitcast=True).to(DTYPE)
@@ -134,10 +130,6 @@ if triton is not None:
                     ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [w, s], (tl.bfloat16,) * 8, is_pure=True, pack=2
                 )
                 out = tl.join(products.join4(a, c, e, g), products.join4(b, d, f, h))
-            elif KIND == "fp":
-                move: tl.constexpr = "mov.b32 $0, $2; mov.b32 $1, $3;"
-                a, b = tl.inline_asm_elementwise(move, "=&r,=&r,r,r", [w], (tl.bfloat16,) * 2, is_pure=True, pack=2)
-                out = tl.join(a, b).to(DTYPE, bitcast=True)
             else:
                 a, b, c, d = tl.inline_asm_elementwise(
                     ASM, "=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 4, is_pure=True, pack=2
@@ -156,7 +148,7 @@ if triton is not None:
         """y (M, N) = [residual +] W x [+ bias], or if SWIGLU `swiglu` of it (M, N / 2). x (M', K') is in the order of
         slots and reaches to the end of its tiles. A program sums `steps` tiles along K; where several share a tile of
         y (SPLIT), the last one to come sums their parts, always in the same order."""
-        P: tl.constexpr = 4 if KIND == "fp" else 16 if KIND == "int4" else 8
+        P: tl.constexpr = 16 if KIND == "int4" else 8
         BN: tl.constexpr = 16 * W * R
         BK: tl.constexpr = C * 8 * P
         tile_m, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -194,7 +186,7 @@ if triton is not None:
             for part in range(parts):
                 acc += tl.load(partial + (here * parts + part).to(tl.int64) * (BN * BM) + inner, cache_modifier=".cg")
         n = tile * BN + tl.arange(0, BN)
-        if KIND == "int8" or KIND == "fp8":
+        if KIND != "int4":
             scale = tl.load(s + n, n < N, other=0.0).to(tl.float32)
             if KIND == "int8" and ASM is not None:
                 scale *= 64.0
@@ -215,10 +207,12 @@ if triton is not None:
 
 
 @functools.cache
-def assembly(kind: str) -> str:
-    """PTX that turns two int32 words, and for int4 their pairs, into values as pairs of bf16, in order. Of int4,
-    nibbles a and a + 4 where they are, as the low bits of bf16, are so many times 2^-133; an FMA makes that exactly
-    (q - 8) / 64, another one the value, which is rounded once."""
+def assembly(kind: str, dtype: torch.dtype, hopper: bool) -> str | None:
+    """PTX that turns two int32 words, and for int4 their pairs, into values as pairs of bf16, in order; None where the
+    GPU or another dtype of values does not allow it. Of int4, nibbles a and a + 4 where they are, as the low bits of
+    bf16, are so many times 2^-133; an FMA makes that exactly (q - 8) / 64, another one the value, rounded once."""
+    if not hopper or dtype != torch.bfloat16:
+        return None
     if kind != "int4":
         return products.assembly(kind)
     lines = []
@@ -235,24 +229,20 @@ def assembly(kind: str) -> str:
     return "{ .reg .b32 t, s, z, a, b, c, d; " + " ".join(moves + lines) + " }"
 
 
-def asm_for(kind: str, dtype: torch.dtype, hopper: bool) -> str | None:
-    """`assembly` where the GPU and the dtype of values allow it."""
-    return assembly(kind) if hopper and (dtype == torch.bfloat16 or kind == "fp") else None
-
-
-def rms_norm(x: Tensor, norm: Tensor | None, eps: float, P: int = 0, out: Tensor | None = None) -> Tensor:
-    """RMSNorm (M, K) of x (M, K), or x itself without a gain `norm` (K,); with P in the order of slots, into the first
-    rows of `out` (M', K'), which get zeros past K."""
+def rms_norm(x: Tensor, norm: Tensor | None, eps: float, kind: str = "", out: Tensor | None = None) -> Tensor:
+    """RMSNorm (M, K) of x (M, K), or x itself without a gain `norm` (K,). With a kind of weight, in the order of slots
+    that it wants, into the first rows of `out` (M', K'), which get zeros past K."""
     (M, K), out = x.shape, torch.empty_like(x) if out is None else out
-    grid = (M, triton.cdiv(out.shape[1], ROWS))
-    _norm_kernel[grid](out, x, norm, K, out.shape[1], eps, P=P, BLOCK=ROWS, num_warps=8, **pdl(x.device))
+    grid = (M, triton.cdiv(out.shape[1], FEATURES))
+    order = {"": 0, "int4": 4}.get(kind, 8)
+    _norm_kernel[grid](out, x, norm, K, out.shape[1], eps, O=order, BLOCK=FEATURES, num_warps=8, **pdl(x.device))
     return out
 
 
 def gemm(
     x: Tensor,
     weight: Tensor,
-    scales: Tensor | None,
+    scales: Tensor,
     bias: Tensor | None,
     norm: Tensor | None,
     eps: float,
@@ -264,12 +254,12 @@ def gemm(
     See linear_triton.linear. CPU tensors are for Triton's interpreter."""
     (M, K), N, kind = x.shape, out_features(weight), kind_of(weight)
     how, launch = tuning.tile(kind, N, K, M, x.device), pdl(x.device)
-    BM, R, C, W = how.tile_m, how.row_repeat, how.k_repeat, how.num_warps
+    BM, R, C, W = how.rows, how.row_repeat, how.k_repeat, how.num_warps
     BN, BK = 16 * W * R, C * tuning.CHUNK[kind]
     steps = triton.cdiv(triton.cdiv(K, BK), how.split)
     grid = (triton.cdiv(M, BM), triton.cdiv(N, BN), triton.cdiv(triton.cdiv(K, BK), steps))
     ordered = torch.empty(grid[0] * BM, triton.cdiv(K, BK) * BK, dtype=x.dtype, device=x.device)
-    rms_norm(x, norm, eps, tuning.CHUNK[kind] // 8 if kind != "int4" else 4, ordered)
+    rms_norm(x, norm, eps, kind, ordered)
     y = torch.empty(M, N // 2 if swiglu else N, dtype=out_dtype, device=x.device)
     partial = counts = None
     if grid[2] > 1:
@@ -279,6 +269,6 @@ def gemm(
         y, ordered, weight.view(torch.int32), scales, bias, residual, partial, counts, M, N, K, steps,
         KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, SWIGLU=swiglu, BM=BM, R=R, C=C, W=W,
         SPLIT=grid[2] > 1, EVEN=K % BK == 0, AHEAD=how.ahead if launch["PDL"] else 0,
-        ASM=asm_for(kind, x.dtype, launch["PDL"]), num_warps=W, num_stages=how.num_stages, **launch,
+        ASM=assembly(kind, x.dtype, launch["PDL"]), num_warps=W, num_stages=how.num_stages, **launch,
     )  # fmt: skip
     return y

@@ -1,4 +1,5 @@
-"""Configurations of the linear kernel: data in tuned/, one file a GPU, written by scripts/tune.py and read by its name.
+"""Configurations of the linear kernels: data in tuned/, one file a GPU, read by its name: "linear", written by
+scripts/tune.py, is linear_triton.py's kernel, "gemm" linear_gemm.py's.
 
 default.json serves every GPU, by how often the tiles of a weight fill the multiprocessors. A GPU's own file has what is
 better there for single shapes; another GPU's file is never used.
@@ -30,19 +31,19 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Tile:
-    """How the GEMM of linear_gemm.py is launched for a weight."""
+    """How the GEMM is launched for a weight."""
 
-    tile_m: int  # rows of x of a tile
+    rows: int  # of x, of a tile
     row_repeat: int  # 16 rows of W for each warp, so often
-    k_repeat: int  # chunks along K of a tile
+    k_repeat: int  # chunks along K
     num_warps: int
-    num_stages: int  # tiles in flight, and one in use
-    split: int  # programs that share a tile of the result, along K
-    ahead: int = 0  # tiles along K that come to the L2 cache before x is there
+    num_stages: int  # tiles along K, of which one is in use and the others are on their way
+    split: int  # programs that share a tile of the result, along K; 0: as many as fill the multiprocessors twice
+    ahead: int = 2  # tiles along K that come to the L2 cache before x is there
 
 
 Shape = tuple[int, int | None]  # (N, K), or of any K
-Table = dict[tuple[str, int], dict[Shape, Configuration]]  # by kind of weight and columns of a product
+Table = dict[tuple[str, int], dict[Shape, Configuration | Tile]]  # by kind of weight and rows of x, or columns for them
 
 
 def columns(M: int) -> int:
@@ -64,20 +65,20 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def read_file(path: Path) -> tuple[list[str], Table]:
+def read_file(path: Path, kernel: str = "linear") -> tuple[list[str], Table]:
     """The names of the GPUs that a file is for, and its configurations; those of default.json by (waves, None)."""
     found, table = json.loads(path.read_text()), {}
-    for row in found["linear"]:
+    for row in found.get(kernel, []):
         own = table.setdefault((row.pop("kind"), row.pop("max_rows")), {})
         shape = (row.pop("waves"), None) if "waves" in row else (row.pop("N"), row.pop("K"))
-        own[shape] = Configuration(**row)
+        own[shape] = Configuration(**row) if kernel == "linear" else Tile(**row)
     return found.get("devices", []), table
 
 
 @functools.cache
-def tables(device: torch.device) -> tuple[Table, Table]:
+def tables(device: torch.device, kernel: str = "linear") -> tuple[Table, Table]:
     """This GPU's own configurations and the default ones."""
-    files = {path.stem: read_file(path) for path in sorted(FOLDER.glob("*.json"))}
+    files = {path.stem: read_file(path, kernel) for path in sorted(FOLDER.glob("*.json"))}
     _, default = files.pop("default")
     own = next((table for names, table in files.values() if device_name(device) in names), {})
     return own, default
@@ -95,10 +96,16 @@ def write(device: torch.device) -> Path:
         for (kind, rows), own in tables(device)[0].items()
         for (N, K), choice in own.items()
     ]
-    lines = [f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items() if key != "linear"]
-    body = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    path.write_text("{\n" + "".join(lines) + f' "linear": [\n{body}\n ]\n}}\n')
+    lines = [f" {json.dumps(key)}: {_text(value)}" for key, value in (head | {"linear": rows}).items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return path
+
+
+def _text(value: object) -> str:
+    """JSON, a line for each object of a list."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
+    return json.dumps(value)
 
 
 def configuration(kind: str, N: int, K: int, M: int, device: torch.device) -> Configuration:
@@ -114,9 +121,12 @@ def configuration(kind: str, N: int, K: int, M: int, device: torch.device) -> Co
 
 def tile(kind: str, N: int, K: int, M: int, device: torch.device) -> Tile:
     """How to launch the GEMM for a weight (N, K) of this kind and M rows of x."""
-    return Tile(next((n for n in (32, 64, 128) if n >= M), 256), 1, 1 if kind == "int4" else 2, 8, 4, 1)
-
-
-def gemm_rows(kind: str, device: torch.device) -> int:
-    """Up to how many rows the GEMM is faster than widening a weight, or for a plain one than cuBLAS."""
-    return {"fp": 16}.get(kind, 512)
+    own, default = tables(device, "gemm")
+    kind, waves = "int8" if kind == "fp8" else kind, min(math.ceil(N / 128 / processors(device)), 2)
+    sizes = sorted(rows for of, rows in default if of == kind)
+    key = kind, next((rows for rows in sizes if rows >= M), sizes[-1])
+    found = own.get(key, {}).get((N, K)) or default[key][waves, None]
+    if found.split:
+        return found
+    tiles = math.ceil(M / found.rows) * math.ceil(N / (16 * found.row_repeat * found.num_warps))
+    return replace(found, split=max(1, min(2 * processors(device) // tiles, K // 1024)))
