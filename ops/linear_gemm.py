@@ -33,8 +33,8 @@ if triton is not None:
 
     @triton.jit
     def _norm_kernel(out, x, gain, K, width, eps, O: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-        """out (rows, width) = x (rows, K) or, with a gain, its RMSNorm; zeros past K. In the order of slots, unless O is
-        0."""
+        """out (rows, width) = x (rows, K) or, with a gain, its RMSNorm; zeros past K. O: see above; 0: features stay in
+        order."""
         if PDL:
             tlx.gdc_launch_dependents()
             tlx.gdc_wait()

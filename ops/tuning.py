@@ -38,7 +38,7 @@ class Tile:
     k_repeat: int  # chunks along K
     num_warps: int
     num_stages: int  # tiles along K, of which one is in use and the others are on their way
-    split: int  # programs that share a tile of the result, along K; 0: as many as fill the multiprocessors twice
+    split: int  # programs that share a tile of the result, along K; 0: as many as the multiprocessors can run at once
     ahead: int = 2  # tiles along K that come to the L2 cache before x is there
 
 
@@ -119,6 +119,7 @@ def configuration(kind: str, N: int, K: int, M: int, device: torch.device) -> Co
     return replace(found, num_warps=W, k_repeat=C)
 
 
+@functools.cache
 def tile(kind: str, N: int, K: int, M: int, device: torch.device) -> Tile:
     """How to launch the GEMM for a weight (N, K) of this kind and M rows of x."""
     own, default = tables(device, "gemm")
@@ -126,7 +127,6 @@ def tile(kind: str, N: int, K: int, M: int, device: torch.device) -> Tile:
     sizes = sorted(rows for of, rows in default if of == kind)
     key = kind, next((rows for rows in sizes if rows >= M), sizes[-1])
     found = own.get(key, {}).get((N, K)) or default[key][waves, None]
-    if found.split:
-        return found
     tiles = math.ceil(M / found.rows) * math.ceil(N / (16 * found.row_repeat * found.num_warps))
-    return replace(found, split=max(1, min(2 * processors(device) // tiles, K // 1024)))
+    fitting = processors(device) * (12 // found.num_warps) // tiles
+    return replace(found, split=found.split or max(1, min(fitting, K // 1024)))
