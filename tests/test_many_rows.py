@@ -52,14 +52,16 @@ def check(run, case, exact, bound, swiglu):
 ROUNDED = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # what rounding each factor of a product costs
 
 
+SMALL = Tile(16, 1, 1, 4, 3, 1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize(
-    "M,N,K,tile,swiglu",
+    "kind,M,N,K,tile,swiglu",
     [
-        (17, 80, 288, Tile(16, 1, 1, 4, 3, 1), True),  # a tile that is not full along each axis
-        (33, 144, 768, Tile(64, 2, 2, 4, 2, 3), False),  # programs that share a tile, unevenly
-        (20, 144, 800, Tile(32, 1, 2, 8, 2, 2, 2), True),
+        *((kind, 17, 80, 288, SMALL, True) for kind in KINDS[1:]),  # tiles that are not full along any axis
+        *((kind, 33, 144, 768, Tile(64, 2, 2, 4, 2, 3), False) for kind in ("int8", "int4:64")),  # shared, unevenly
+        *((kind, 20, 144, 800, Tile(32, 1, 2, 8, 2, 2), True) for kind in ("fp8", "int4:128")),
     ],
 )
 def test_gemm(kind, M, N, K, tile, swiglu, dtype, monkeypatch):
@@ -77,8 +79,9 @@ def test_programs_that_share_a_tile_sum_in_one_order(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("M,N,K,swiglu", [(17, 144, 288, True), (5, 264, 512, False)])
+@pytest.mark.parametrize(
+    "kind,M,N,K,swiglu", [*((kind, 17, 144, 288, True) for kind in KINDS), ("int8", 5, 264, 512, False)]
+)
 def test_wide(kind, M, N, K, swiglu, dtype, monkeypatch):
     monkeypatch.setattr(linear_wide, "PIECE", 2**15)  # several pieces
     check(linear_wide.wide, make_case(kind, M, N, K, dtype, swiglu), ROUNDED[dtype], 3 * ROUNDED[dtype], swiglu)
