@@ -13,13 +13,14 @@ import math
 import torch
 from torch import Tensor
 
-from ops.common import op, tl, triton
+from ops.common import is_hopper, op, tl, triton
 from ops.rotary import turned, turns
 
 BLOCK_M, BLOCK_N = 128, 64  # queries of a program, keys of a step
 TOKENS = 16  # of a program that rotates
 
 if triton is not None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     @triton.jit(do_not_specialize=["start", "S", "T", "max_position"])
     def _rotate_kernel(
@@ -70,11 +71,14 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["start", "S", "T"])
     def _flash_kernel(
-        out, q, k_cache, v_cache, input_pos, start, S, T, window, scale, stride_b, stride_h,
+        out, q, k_cache, v_cache, k_tiles, v_tiles, input_pos, start, S, T, window, scale, stride_b, stride_h,
         H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STRIDE: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
-        """BLOCK_M queries of one head over all keys that any of them sees. Blocks with the most keys come first."""
+        """BLOCK_M queries of one head over all keys that any of them sees. Blocks with the most keys come first.
+
+        k_tiles, v_tiles: descriptors of the caches, by which some warps load tiles while others compute, or None.
+        """
         block = tl.num_programs(2) - 1 - tl.program_id(2)
         head = tl.program_id(0)
         b = tl.program_id(1)
@@ -97,16 +101,23 @@ if triton is not None:
         m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l_i = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, DP), tl.float32)
-        for _ in range(begin, whole, BLOCK_N):  # keys that every query sees
-            if D == DP:
+        for t0 in tl.range(begin, whole, BLOCK_N, warp_specialize=k_tiles is not None):  # keys that every query sees
+            if k_tiles is not None:
+                k = k_tiles.load([b, head // G, t0, 0]).reshape(BLOCK_N, DP).trans()
+                v = v_tiles.load([b, head // G, t0, 0]).reshape(BLOCK_N, DP)
+            elif D == DP:
                 k = tl.load(k_at)
                 v = tl.load(v_at)
             else:
                 k = tl.load(k_at, mask=(d < D)[:, None], other=0.0)
                 v = tl.load(v_at, mask=(d < D)[None, :], other=0.0)
             acc, l_i, m_i = _step(q, k.to(q.dtype), v.to(q.dtype), acc, l_i, m_i, None, scale, False)
-            k_at += BLOCK_N * STRIDE
-            v_at += BLOCK_N * STRIDE
+            if k_tiles is None:
+                k_at += BLOCK_N * STRIDE
+                v_at += BLOCK_N * STRIDE
+        if k_tiles is not None:
+            k_at += (whole - begin).to(tl.int64) * STRIDE
+            v_at += (whole - begin).to(tl.int64) * STRIDE
         for t0 in range(whole, end, BLOCK_N):
             t = t0 + n[None, :]
             k = tl.load(k_at, mask=(d < D)[:, None] & (t < end), other=0.0)
@@ -146,8 +157,11 @@ def attention_prefill(
         ROTARY=0 if rope is None else 2 * rope.shape[1], TOKENS=TOKENS, num_warps=4, **shared,
     )  # fmt: skip
     out = torch.empty_like(q)
+    tiles = [None, None]
+    if is_hopper(q.device) and D == DP and start is not None:
+        tiles = [TensorDescriptor(c, c.shape, c.stride(), [1, 1, BLOCK_N, D]) for c in (k_cache, v_cache)]
     _flash_kernel[(n_head, B, triton.cdiv(S, BLOCK_M))](
-        out, q, k_cache, v_cache, *positions, S, T, window, D**-0.5 * math.log2(math.e), *strides[:2],
+        out, q, k_cache, v_cache, *tiles, *positions, S, T, window, D**-0.5 * math.log2(math.e), *strides[:2],
         G=n_head // Hkv, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=8, num_stages=3, **shared,
     )  # fmt: skip
     return out.view(B, S, n_head * D)

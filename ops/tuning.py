@@ -114,7 +114,8 @@ def configuration(kind: str, N: int, K: int, M: int, device: torch.device) -> Co
     waves = min(math.ceil(math.ceil(N / 16) / processors(device)), WAVES)
     found = own.get((N, K)) or own.get((N, None)) or default[waves, None]
     W, C = found.num_warps, found.k_repeat
-    while CHUNK[kind] * W * C >= 2 * K and W * C > 1:  # a step that covers K is best, one that is twice as long is not
+    # A step that covers K is best, one that is twice as long is not. One warp alone computes one row wrongly.
+    while CHUNK[kind] * W * C >= 2 * K and W * C > 2:
         W, C = (W, C // 2) if C > 1 else (W // 2, C)
     return replace(found, num_warps=W, k_repeat=C)
 

@@ -238,8 +238,8 @@ DAMAGES = {
         r"norm\.weight holds NaN or infinite values",
     ),
     "more layers than tensors": (
-        lambda d: edit_json(d / "config.json", num_hidden_layers=10_000_000, layer_types=None),
-        r"lacks layers\.9999999\.attention_norm\.weight; its config has 10000000 layers",
+        lambda d: edit_json(d / "config.json", num_hidden_layers=10_000, layer_types=None),
+        r"lacks layers\.9999\.attention_norm\.weight; its config has 10000 layers",
     ),
     "no config": (lambda d: (d / "config.json").unlink(), r"model name 'damaged' is not supported; supported: 13B"),
     "malformed config": (lambda d: truncate(d / "config.json"), r"config\.json is not valid JSON"),

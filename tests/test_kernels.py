@@ -101,7 +101,7 @@ def test_pack_int4_is_invertible(group, K):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("M,N,K", [(1, 24, 576), (5, 40, 1024), (16, 16, 288)])
+@pytest.mark.parametrize("M,N,K", [(1, 24, 576), (1, 24, 64), (5, 40, 1024), (16, 16, 288)])
 def test_linear(kind, M, N, K, dtype):
     generator = torch.Generator().manual_seed(M * N * K)
     w, s, dense = make_weight(kind, N, K, dtype, generator)
