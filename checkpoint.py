@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from errors import UserError, read_json, reason, replacing, shown
+from errors import UserError, reason, shown
 from linear import Linear, kind_of, quantize_linear
 from model import Embedding, ModelConfig, Transformer
+from process.files import read_json, replacing
 from tp import TensorParallel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

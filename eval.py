@@ -5,7 +5,7 @@ python eval.py --checkpoint_path checkpoints/$MODEL_REPO/model_int8.pth --perple
 """
 
 if __name__ == "__main__":  # first: what follows takes seconds to import
-    from errors import command
+    from process.command import command
 
     command("eval")
 
@@ -29,10 +29,11 @@ import ops
 from checkpoint import DTYPES, load_model
 from cli import add_model_arguments, check_flags, natural, pick_device, positive
 from engine import MAX_DEFAULT_CONTEXT, compile_blocks
-from errors import Parser, UserError, shown
+from errors import UserError, shown
 from generate import LLM, answer
 from model import KVCache, Transformer
-from ranks import session
+from process.command import Parser
+from process.ranks import session
 from sampling import Sampler
 from state import feed
 from texts import load_tasks, read_text

@@ -7,7 +7,7 @@ As a library, two lines:
 """
 
 if __name__ == "__main__":  # first: what follows takes seconds to import
-    from errors import command
+    from process.command import command
 
     command("generate")
 
@@ -29,10 +29,12 @@ from batches import serve
 from checkpoint import DTYPES, load_model, read_config
 from cli import DEFAULT_CHECKPOINT, add_model_arguments, check_flags, pick_device, positive
 from engine import Engine
-from errors import Parser, UserError, replacing, shown
+from errors import UserError, shown
 from measure import Measure, Throughput, print_measures, print_throughput
 from model import ModelConfig, Transformer
-from ranks import session
+from process.command import Parser
+from process.files import replacing
+from process.ranks import session
 from sampling import Sampler
 from speculate import LOOKUP_K, MODEL_K, PROMPT_LOOKUP
 from texts import read_text

@@ -4,7 +4,7 @@ int8, fp8 and int4 stream tensor by tensor from the mapped source to the mapped 
 """
 
 if __name__ == "__main__":  # first: what follows takes seconds to import
-    from errors import command
+    from process.command import command
 
     command("quantize")
 
@@ -21,10 +21,11 @@ from tqdm import tqdm
 import ops
 from checkpoint import load_model, new_state_dict, torch_load, unchanged
 from cli import DEFAULT_CHECKPOINT, peak_memory, pick_device, positive
-from errors import Parser, UserError
+from errors import UserError
 from gptq import Hessian, gptq
 from linear import GROUPS, Int4, Linear, Plain, quantize_linear, quantizer
 from model import KVCache, ModelConfig, RMSNorm, Transformer, TransformerBlock
+from process.command import Parser
 from texts import read_text, task_documents
 from tokenizer import load_tokenizer
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, read_json
+from errors import UserError
 from formats import chat_template, fields
 from formats.tokenizer_files import EOS_IDS, Backend, load_backend, read_config
+from process.files import read_json
 
 # Tokens that end a turn or a text in some family. Generation stops at those that a vocabulary has as added tokens,
 # whatever the configs say: many fine-tunes list only their base model's end of text.

@@ -10,10 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import DTYPES, abridged, new_state_dict, unchanged
-from errors import UserError, write_text
+from errors import UserError
 from formats import gguf, huggingface, llama2c, meta
 from formats.source import Source
 from model import ModelConfig, Transformer
+from process.files import write_text
 
 # The first of these that a directory has files of is read, by a function of the files.
 FORMATS: dict[str, Callable[[list[Path]], Source]] = {

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoint import abridged
-from errors import UserError, read_json
+from errors import UserError
 from formats.config import builtin
 from formats.fields import Field, mapping, read, text
 from formats.source import HF, Lazy, Source, named, torch_tensors
+from process.files import read_json
 
 
 def _names_files(value: object) -> frozenset[str]:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError, read_json, shown
+from errors import UserError, shown
 from formats.config import KEYS, ROPE_TYPES, llama3_scaling
 from formats.fields import Field, flag, read
 from formats.source import META, Lazy, Source, dense, named, torch_tensors
+from process.files import read_json
 
 
 def _absent(field: Field) -> Field:

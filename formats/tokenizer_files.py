@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, read_json
+from errors import UserError
 from formats import fields
+from process.files import read_json
 
 # The split pattern of Llama 3's reference tokenizer. Qwen 2 differs only in taking one digit at a time.
 LLAMA3_SPLIT = (

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
 if __name__ == "__main__":  # first: what follows takes seconds to import
-    from errors import command
+    from process.command import command
 
     command("bench")
 
@@ -35,13 +35,15 @@ import ops
 from checkpoint import DTYPES, load_model, read_config
 from cli import check_flags, pick_device, positive
 from engine import Engine
-from errors import Parser, UserError, read_json, write_text
+from errors import UserError
 from formats.config import BUILTIN
 from generate import generate
 from linear import GROUPS, Linear
 from measure import weight_bytes
 from model import ModelConfig, Transformer
-from ranks import session
+from process.command import Parser
+from process.files import read_json, write_text
+from process.ranks import session
 from sampling import Sampler
 from tp import TensorParallel
 

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
 if __name__ == "__main__":  # first: what follows takes seconds to import
-    from errors import command
+    from process.command import command
 
     command("bench_speculate")
 
@@ -34,9 +34,10 @@ import ops
 from checkpoint import DTYPES, load_model
 from cli import DEFAULT_CHECKPOINT, pick_device
 from engine import Engine
-from errors import Parser, read_json, write_text
 from generate import generate
 from model import ModelConfig, Transformer
+from process.command import Parser
+from process.files import read_json, write_text
 from sampling import Sampler
 from speculate import PROMPT_LOOKUP
 from tokenizer import load_tokenizer

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
 if __name__ == "__main__":  # first: what follows takes seconds to import
-    from errors import command
+    from process.command import command
 
     command("bench_tp")
 
@@ -34,10 +34,12 @@ import torch.distributed._symmetric_memory as symm_mem
 
 import ops
 from cli import pick_device
-from errors import Parser, UserError, write_text
+from errors import UserError
 from model import ModelConfig
 from ops import linear_triton
-from ranks import session
+from process.command import Parser
+from process.files import write_text
+from process.ranks import session
 from tp import TensorParallel
 
 LARGE = "70B"  # only on the largest number of GPUs

@@ -9,15 +9,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
 if __name__ == "__main__":  # first: what follows takes seconds to import
-    from errors import command
+    from process.command import command
 
     command("convert_hf_checkpoint")
 
 
 from checkpoint import DTYPES
-from errors import Parser
 from formats.config import BUILTIN
 from formats.convert import convert
+from process.command import Parser
 
 
 def main() -> None:

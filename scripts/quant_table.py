@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
 if __name__ == "__main__":  # first: what follows takes seconds to import
-    from errors import command
+    from process.command import command
 
     command("quant_table")
 
@@ -37,8 +37,10 @@ from torch import Tensor
 
 from checkpoint import load_model, new_state_dict
 from cli import pick_device
-from errors import Parser, UserError, read_json, write_text
+from errors import UserError
 from linear import GROUPS, Linear
+from process.command import Parser
+from process.files import read_json, write_text
 from quantize import open_model
 from tokenizer import load_tokenizer
 

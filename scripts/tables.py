@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
 if __name__ == "__main__":  # first: what follows takes seconds to import
-    from errors import command
+    from process.command import command
 
     command("tables")
 
@@ -22,7 +22,8 @@ import re
 from collections.abc import Callable, Iterable
 from html import escape
 
-from errors import Parser, UserError
+from errors import UserError
+from process.command import Parser
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "benchmarks/README.md")

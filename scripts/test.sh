@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$REPO"
-LIMIT=3163 # lines of Python at the top level, which an evening has to be enough for
+LIMIT=3279 # lines of Python at the top level, which an evening has to be enough for
 
 activate_venv
 install_requirements requirements-dev.txt
@@ -13,7 +13,7 @@ can_compile || die "the tests need a C++ compiler and Python's headers: on Debia
 ruff check .
 ruff format --check .
 lines=$(cat ./*.py | wc -l)
-echo "top-level Python: $lines of $LIMIT lines; ops/: $(cat ops/*.py ops/*.cpp | wc -l), formats/: $(cat formats/*.py | wc -l)," \
+echo "top-level Python: $lines of $LIMIT lines; ops/: $(cat ops/*.py ops/*.cpp | wc -l), formats/: $(cat formats/*.py | wc -l), process/: $(cat process/*.py | wc -l)," \
     "scripts/: $(cat scripts/* | wc -l), tests/: $(cat tests/*.py | wc -l)"
 ((lines <= LIMIT)) || die "the top level has grown beyond its limit: look for the simpler design"
 # Two workers with one thread each: the models are small, and most of the time is compilation.

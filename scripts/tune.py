@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts run from any directory
 
 if __name__ == "__main__":  # first: what follows takes seconds to import
-    from errors import command
+    from process.command import command
 
     command("tune")
 
@@ -33,13 +33,14 @@ import torch
 from tqdm import tqdm
 
 from cli import pick_device
-from errors import Parser, UserError
+from errors import UserError
 from linear import Linear
 from model import ModelConfig, Transformer
 from ops import linear_triton, symmetric, tuning
 from ops.common import MAX_ROWS
 from ops.tuning import Configuration
-from ranks import session
+from process.command import Parser
+from process.ranks import session
 from tp import TensorParallel
 
 REGISTERS = 2**16  # of a multiprocessor

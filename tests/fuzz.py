@@ -28,8 +28,8 @@ import torch
 from fuzz_seeds import write_seeds
 
 from checkpoint import load_model
-from errors import run_cli
 from formats.convert import convert
+from process.command import run_cli
 from tokenizer import load_tokenizer
 
 HUGE = [1e18, 1e30, 2**31, 2**63, 10**400]

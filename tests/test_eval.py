@@ -26,9 +26,10 @@ import eval as evaluation
 import generate
 import ops
 from checkpoint import load_model, read_config, torch_load
-from errors import UserError, run_cli
+from errors import UserError
 from eval import LanguageModel, evaluate, perplexity, rolling_windows
 from formats import lm_eval_tasks
+from process.command import run_cli
 from quantize import gptq_checkpoint
 from texts import load_tasks, read_text
 from tokenizer import load_tokenizer

@@ -16,9 +16,10 @@ from tiny import write_checkpoint
 
 import quantize
 from checkpoint import load_model, new_state_dict, read_config
-from errors import UserError, run_cli
+from errors import UserError
 from linear import Linear, quantizer
 from model import Transformer
+from process.command import run_cli
 from quantize import calibration_sequences, main
 from scripts.quant_table import to_generic_basis
 from texts import task_documents

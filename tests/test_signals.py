@@ -16,10 +16,11 @@ from conftest import PROGRESS, REPO
 from stub_hub import StubHub
 from tiny import write_checkpoint
 
-import errors
 import eval  # noqa: F401
 import quantize  # noqa: F401
-from errors import UserError, replacing, write_text
+from errors import UserError
+from process.command import command
+from process.files import replacing, write_text
 
 ENDS = {
     signal.SIGINT: "interrupted",
@@ -80,7 +81,7 @@ class Forked:
         sys.argv = argv
         if pause is not None:
             tqdm.tqdm.__iter__ = self._paused_at(pause)
-        errors.command(argv[0])
+        command(argv[0])
 
     def _paused_at(self, pause):
         def wait():

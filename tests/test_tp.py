@@ -28,7 +28,7 @@ from linear import Int4, Linear, quantize_linear  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from ops import linear_triton, packing, symmetric, tuning  # noqa: E402
 from ops.common import MAX_ROWS  # noqa: E402
-from ranks import session  # noqa: E402
+from process.ranks import session  # noqa: E402
 from sampling import Sampler  # noqa: E402
 from tp import TensorParallel  # noqa: E402
 

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from errors import ENDING, UserError
+from errors import UserError
+from process.command import ENDING
 from tp import TensorParallel
 
 ARRIVAL = timedelta(minutes=5)  # how long a rank waits for the others to start,
