@@ -3,8 +3,9 @@
     linear(layer, x, norm, residual)   by the first of the layer's backends that supports these rows
     prepare(layer, dtype)              lay a weight out for its device, and choose the backends that support it
 
-Backends: the Triton kernel for up to 16 rows on an NVIDIA GPU; cpu.cpp's for up to 64 on a CPU; on a CPU that has no
-arithmetic in 16 bits, plain PyTorch in fp32; plain PyTorch, which runs everywhere and is the reference.
+Backends: the Triton kernel for up to 16 rows on an NVIDIA GPU; for more rows there linear_many, which reads a weight
+that is packed for that kernel; cpu.cpp's for up to 64 on a CPU; on a CPU that has no arithmetic in 16 bits, plain
+PyTorch in fp32; plain PyTorch, which runs everywhere and is the reference.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops import cpu, linear_triton, symmetric
+from ops import cpu, linear_triton, linear_wide, symmetric
 from ops.packing import dequantize
 
 PIECE = 2**20  # weights widened to fp32 at a time: fresh memory for all of an output layer is slow
@@ -124,6 +125,7 @@ def half_is_slow(weight: Tensor, dtype: torch.dtype) -> bool:
 
 BACKENDS = (
     (linear_triton.pack, linear_triton.run),
+    (linear_triton.pack, _over_ranks(linear_wide.run)),
     (lambda layer, dtype: cpu.supports_linear(layer.weight, layer.scales, layer.bias, dtype), _cpu),
     (lambda layer, dtype: half_is_slow(layer.weight, dtype), _widened),
     (lambda layer, dtype: True, plain),

@@ -15,7 +15,7 @@ from ops.fragments import flat, unflat
 if triton is not None:
 
     @triton.jit
-    def _join4(a, b, c, d):  # (...,) x 4 -> (..., 2, 2), in order
+    def join4(a, b, c, d):  # (...,) x 4 -> (..., 2, 2), in order
         return tl.join(tl.join(a, c), tl.join(b, d))
 
     def assembly(kind: str) -> str:
@@ -63,12 +63,12 @@ if triton is not None:
             if KIND == "int4":
                 l0, l1, l2, l3 = _nibbles(low >> (16 * e), DTYPE)
                 h0, h1, h2, h3 = _nibbles(high >> (16 * e), DTYPE)
-                out = tl.join(_join4(l0, l2, h0, h2), _join4(l1, l3, h1, h3))
+                out = tl.join(join4(l0, l2, h0, h2), join4(l1, l3, h1, h3))
             elif KIND == "fp":
                 low, high = (low >> (16 * e)).to(tl.int16), (high >> (16 * e)).to(tl.int16)
                 out = tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
             else:
-                out = _join4(
+                out = join4(
                     _byte(low >> (8 * e), KIND, DTYPE),
                     _byte(low >> (8 * e + 16), KIND, DTYPE),
                     _byte(high >> (8 * e), KIND, DTYPE),
@@ -78,7 +78,7 @@ if triton is not None:
             a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
                 ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 8, is_pure=True, pack=2
             )
-            out = tl.join(_join4(a, c, e, g), _join4(b, d, f, h))
+            out = tl.join(join4(a, c, e, g), join4(b, d, f, h))
         elif KIND == "fp":
             move: tl.constexpr = "mov.b32 $0, $2; mov.b32 $1, $3;"
             a, b = tl.inline_asm_elementwise(move, "=&r,=&r,r,r", [w], (tl.bfloat16,) * 2, is_pure=True, pack=2)
@@ -87,7 +87,7 @@ if triton is not None:
             a, b, c, d = tl.inline_asm_elementwise(
                 ASM, "=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 4, is_pure=True, pack=2
             )
-            out = _join4(a, b, c, d)
+            out = join4(a, b, c, d)
         return out
 
     @triton.jit
@@ -311,7 +311,7 @@ if triton is not None:
             a, b, c, d = tl.inline_asm_elementwise(
                 move, "=&r,=&r,=&r,=&r,r,r,r,r", [w], (tl.int8,) * 4, is_pure=True, pack=4
             )
-            out = _join4(a, b, c, d).reshape(w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4], 4, 4)
+            out = join4(a, b, c, d).reshape(w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4], 4, 4)
             out = out.permute(0, 1, 2, 3, 4, 6, 5)
         return out
 

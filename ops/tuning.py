@@ -1,4 +1,5 @@
-"""Configurations of the linear kernel: data in tuned/, one file a GPU, written by scripts/tune.py and read by its name.
+"""Configurations of the linear kernels: data in tuned/, one file a GPU, read by its name: "linear", written by
+scripts/tune.py, is linear_triton.py's kernel, "gemm" linear_gemm.py's.
 
 default.json serves every GPU, by how often the tiles of a weight fill the multiprocessors. A GPU's own file has what is
 better there for single shapes; another GPU's file is never used.
@@ -28,8 +29,21 @@ class Configuration:
     ctas_per_sm: int  # programs a multiprocessor, each of several tiles; 0: as many as there are tiles
 
 
+@dataclass(frozen=True)
+class Tile:
+    """How the GEMM is launched for a weight."""
+
+    rows: int  # of x, of a tile
+    row_repeat: int  # 16 rows of W for each warp, so often
+    k_repeat: int  # chunks along K
+    num_warps: int
+    num_stages: int  # tiles along K, of which one is in use and the others are on their way
+    split: int  # programs that share a tile of the result, along K; 0: as many as the multiprocessors can run at once
+    ahead: int = 2  # tiles along K that come to the L2 cache before x is there
+
+
 Shape = tuple[int, int | None]  # (N, K), or of any K
-Table = dict[tuple[str, int], dict[Shape, Configuration]]  # by kind of weight and columns of a product
+Table = dict[tuple[str, int], dict[Shape, Configuration | Tile]]  # by kind of weight and rows of x, or columns for them
 
 
 def columns(M: int) -> int:
@@ -51,20 +65,20 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def read_file(path: Path) -> tuple[list[str], Table]:
+def read_file(path: Path, kernel: str = "linear") -> tuple[list[str], Table]:
     """The names of the GPUs that a file is for, and its configurations; those of default.json by (waves, None)."""
     found, table = json.loads(path.read_text()), {}
-    for row in found["linear"]:
+    for row in found.get(kernel, []):
         own = table.setdefault((row.pop("kind"), row.pop("max_rows")), {})
         shape = (row.pop("waves"), None) if "waves" in row else (row.pop("N"), row.pop("K"))
-        own[shape] = Configuration(**row)
+        own[shape] = Configuration(**row) if kernel == "linear" else Tile(**row)
     return found.get("devices", []), table
 
 
 @functools.cache
-def tables(device: torch.device) -> tuple[Table, Table]:
+def tables(device: torch.device, kernel: str = "linear") -> tuple[Table, Table]:
     """This GPU's own configurations and the default ones."""
-    files = {path.stem: read_file(path) for path in sorted(FOLDER.glob("*.json"))}
+    files = {path.stem: read_file(path, kernel) for path in sorted(FOLDER.glob("*.json"))}
     _, default = files.pop("default")
     own = next((table for names, table in files.values() if device_name(device) in names), {})
     return own, default
@@ -82,10 +96,16 @@ def write(device: torch.device) -> Path:
         for (kind, rows), own in tables(device)[0].items()
         for (N, K), choice in own.items()
     ]
-    lines = [f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items() if key != "linear"]
-    body = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    path.write_text("{\n" + "".join(lines) + f' "linear": [\n{body}\n ]\n}}\n')
+    lines = [f" {json.dumps(key)}: {_text(value)}" for key, value in (head | {"linear": rows}).items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return path
+
+
+def _text(value: object) -> str:
+    """JSON, a line for each object of a list."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
+    return json.dumps(value)
 
 
 def configuration(kind: str, N: int, K: int, M: int, device: torch.device) -> Configuration:
@@ -97,3 +117,16 @@ def configuration(kind: str, N: int, K: int, M: int, device: torch.device) -> Co
     while CHUNK[kind] * W * C >= 2 * K and W * C > 1:  # a step that covers K is best, one that is twice as long is not
         W, C = (W, C // 2) if C > 1 else (W // 2, C)
     return replace(found, num_warps=W, k_repeat=C)
+
+
+@functools.cache
+def tile(kind: str, N: int, K: int, M: int, device: torch.device) -> Tile:
+    """How to launch the GEMM for a weight (N, K) of this kind and M rows of x."""
+    own, default = tables(device, "gemm")
+    kind, waves = "int8" if kind == "fp8" else kind, min(math.ceil(N / 128 / processors(device)), 2)
+    sizes = sorted(rows for of, rows in default if of == kind)
+    key = kind, next((rows for rows in sizes if rows >= M), sizes[-1])
+    found = own.get(key, {}).get((N, K)) or default[key][waves, None]
+    tiles = math.ceil(M / found.rows) * math.ceil(N / (16 * found.row_repeat * found.num_warps))
+    fitting = processors(device) * (12 // found.num_warps) // tiles
+    return replace(found, split=found.split or max(1, min(fitting, K // 1024)))

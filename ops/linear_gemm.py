@@ -1,0 +1,274 @@
+"""Linear layers of quantised weights for 17 to a thousand rows on an NVIDIA GPU: a GEMM in Triton that reads a weight
+once and widens it in registers. (For plain weights cuBLAS is faster.)
+
+    gemm(x, weight, ...)     [residual +] W rms_norm(x) [+ bias], or SwiGLU of it
+    rms_norm(x, norm, ...)   RMSNorm by itself, in the order of features that `gemm` wants, or as it is
+    reference                linear.py's `plain`
+
+Weights are those of linear_triton.py, packed once for both: int8 and float8_e4m3fn (N, K), and packed int4. W is the
+tensor cores' first operand, which may come from registers, x the second one, which comes from shared memory. As there,
+a lane's 16 bytes of a row of W are its part of a fragment if the K axis is permuted; here x is put into that order
+beforehand, together with its norm: of each 8 O features, slot (p, j, e) holds feature (j, p, e). Between a load of
+weights and its MMA there are only the instructions that widen, and Triton's pipeline keeps both operands' next tiles
+in flight.
+
+Axes: M rows of x, N rows of W, K what is summed; of a tile j and i a warp's 4 x 8 lanes, h a fragment's two halves of 8
+rows, W warps along rows, R and C repetitions along rows and K, u a lane's words, p of its P pairs, e their two values.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ops import linear_products as products
+from ops import tuning
+from ops.common import counters, pdl, tl, tlx, triton
+from ops.linear_triton import kind_of, out_features
+
+FEATURES = 2048  # of a row, that a program of the norm writes
+TILES = 2**14  # of a result whose parts along K are summed
+
+if triton is not None:
+
+    @triton.jit
+    def _norm_kernel(out, x, gain, K, width, eps, O: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+        """out (rows, width) = x (rows, K) or, with a gain, its RMSNorm; zeros past K. O: see above; 0: features stay in
+        order."""
+        if PDL:  # in this order: the GEMM's programs must find multiprocessors free, or they crowd on a few
+            tlx.gdc_wait()
+            tlx.gdc_launch_dependents()
+        x += tl.program_id(0).to(tl.int64) * K
+        slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        k = slot
+        if O > 0:
+            k = slot // (8 * O) * (8 * O) + slot // 2 % 4 * (2 * O) + slot // 8 % O * 2 + slot % 2
+        v = tl.load(x + k, k < K, other=0.0)
+        if gain is not None:
+            squares = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, K, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                part = tl.load(x + at, at < K, other=0.0).to(tl.float32)
+                squares += part * part
+            v = v.to(tl.float32) * tl.rsqrt(tl.sum(squares, 0) / K + eps)
+            v *= tl.load(gain + k, k < K, other=0.0).to(tl.float32)
+        tl.store(out + tl.program_id(0).to(tl.int64) * width + slot, v.to(out.dtype.element_ty), slot < width)
+
+    @triton.jit
+    def places(tile, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr):
+        """Of a tile of 16 W R rows by C chunks: each lane's first word (F,), and int4's first pairs of chunks (F / 4,).
+        F is the axes (C R h W i j), for which Triton hands out lanes and warps from the last one on."""
+        f = tl.arange(0, 64 * W * R * C)
+        j, i, chunk = f % 4, f // 4 % 8, f // (64 * W * R)
+        row = tile * (16 * W * R) + f // (64 * W) % R * (16 * W) + f // 32 % W * 16 + f // (32 * W) % 2 * 8 + i
+        pairs = 0
+        if KIND == "int4":
+            blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
+            words = tl.minimum(row // 8, N // 8 - 1).to(tl.int64) * (blocks * 128) + (chunk * 128 + i * 16 + j * 4)
+            g = tl.arange(0, 16 * W * R * C)  # without lanes j, which share pairs
+            row8 = (tile * (16 * W * R) + g // (16 * W) % R * (16 * W) + g // 8 % W * 16 + g // (8 * W) % 2 * 8) // 8
+            pairs = tl.minimum(row8, N // 8 - 1).to(tl.int64) * (tl.cdiv(K, 256) * (8 * 256 // GROUP))
+            pairs += g % 8 * (256 // GROUP)
+        else:
+            words = tl.minimum(row, N - 1).to(tl.int64) * (K // 4) + (chunk * 16 + j * 4)
+        return words, pairs
+
+    @triton.jit
+    def weights(
+        w, s, words, pairs, step, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        W: tl.constexpr, EVEN: tl.constexpr,
+    ):  # fmt: skip
+        """The words of a tile at step, and int4's pairs, one for each word."""
+        F: tl.constexpr = 64 * W * R * C
+        f = tl.arange(0, F)
+        blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
+        words = words[:, None] + tl.arange(0, 4)[None, :]
+        at = w + tl.max_contiguous(tl.multiple_of(words, (1, 4)), (1, 4)) + step * (C * (128 if KIND == "int4" else 16))
+        if EVEN:
+            found = tl.load(at)
+        elif KIND == "int4":
+            found = tl.load(at, (step * C + f // (64 * W * R) < blocks)[:, None], other=0)
+        else:
+            k = (step * C + f // (64 * W * R)) * 64 + f % 4 * 16
+            found = tl.load(at, (k < K)[:, None], other=0)
+        own = 0
+        if KIND == "int4":
+            G: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+            block = step * C + tl.arange(0, F // 4) // (16 * W * R)
+            pairs += block // 2 * (8 * 256 // GROUP)
+            if GROUP < 256:
+                pairs += block % 2 * (128 // GROUP)
+            at = s + tl.max_contiguous(tl.multiple_of(pairs[:, None] + tl.arange(0, G)[None, :], (1, G)), (1, G))
+            if EVEN:
+                own = tl.load(at)
+            else:
+                own = tl.load(at, (block < blocks)[:, None], other=0)
+            own = tl.broadcast_to(own[:, None, :, None], (F // 4, 4, G, 4 // G)).reshape(F, 4)
+        return found, own
+
+    @triton.jit
+    def values(w, s, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+        """Words int32 (F, 4), and for int4 their pairs, as values (F, p, e) in DTYPE: int4 what they stand for, int8
+        and fp8 without their scale, int8 with ASM divided by 64."""
+        F: tl.constexpr = w.shape[0]
+        P: tl.constexpr = 16 if KIND == "int4" else 8
+        if ASM is None:
+            e = tl.arange(0, 2)[None, None, None, :]
+            q = tl.arange(0, P // 4)[None, None, :, None]
+            w = w[:, :, None, None]
+            if KIND == "int4":
+                scale = (s << 16).to(tl.float32, bitcast=True)[:, :, None, None]
+                zero = (s & -65536).to(tl.float32, bitcast=True)[:, :, None, None]
+                out = (((w >> (4 * q + 16 * e) & 15) - 8).to(tl.float32) * scale + zero).to(DTYPE)
+            else:
+                byte = (w >> (16 * q + 8 * e)).to(tl.int8)
+                out = byte.to(DTYPE) if KIND == "int8" else byte.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+            out = out.reshape(F, P, 2)
+        else:  # two neighbouring words at once: a register has two values of one of them; (F, uh e, ul, q) comes out
+            if KIND == "int4":
+                a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                    ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [w, s], (tl.bfloat16,) * 8, is_pure=True, pack=2
+                )
+                out = tl.join(products.join4(a, c, e, g), products.join4(b, d, f, h))
+            else:
+                a, b, c, d = tl.inline_asm_elementwise(
+                    ASM, "=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 4, is_pure=True, pack=2
+                )
+                out = products.join4(a, b, c, d)
+            out = out.reshape(F, 2, 2, 2, P // 4).permute(0, 1, 3, 4, 2).reshape(F, P, 2)
+        return out
+
+    @triton.jit(do_not_specialize=["M", "steps"])
+    def _gemm_kernel(
+        y, x, w, s, bias, residual, partial, counts, M, N, K, steps,
+        KIND: tl.constexpr, GROUP: tl.constexpr, SWIGLU: tl.constexpr, BM: tl.constexpr, R: tl.constexpr,
+        C: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+        ASM: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """y (M, N) = [residual +] W x [+ bias], or if SWIGLU `swiglu` of it (M, N / 2). x (M', K') is in the order of
+        slots and reaches to the end of its tiles. A program sums `steps` tiles along K; where several share a tile of
+        y (SPLIT), the last one to come sums their parts, always in the same order."""
+        P: tl.constexpr = 16 if KIND == "int4" else 8
+        BN: tl.constexpr = 16 * W * R
+        BK: tl.constexpr = C * 8 * P
+        tile_m, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        words, pairs = places(tile, N, K, KIND, GROUP, R, C, W)
+        first = part * steps
+        last = tl.minimum(first + steps, tl.cdiv(K, BK))
+        for step in tl.static_range(AHEAD):  # the first weights come to the L2 cache while x is made
+            if first + step < last:
+                at = w + words + (first + step) * (C * (128 if KIND == "int4" else 16))
+                fetch: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+                tl.inline_asm_elementwise(fetch, "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1)
+        if PDL:
+            tlx.gdc_wait()
+        m = tile_m * BM + tl.arange(0, BM)
+        at_x = m.to(tl.int64)[:, None] * (tl.cdiv(K, BK) * BK) + tl.arange(0, BK)[None, :]
+        acc = tl.zeros((BN, BM), tl.float32)
+        for step in range(first, last):
+            found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, R, C, W, EVEN)
+            rows = tl.load(x + at_x + step * BK)
+            a = values(found, own, KIND, x.dtype.element_ty, ASM)
+            a = a.reshape(C, R, 2, W, 8, 4, P, 2).permute(1, 3, 2, 4, 0, 6, 5, 7).reshape(BN, BK)
+            acc = tl.dot(a, tl.trans(rows), acc)
+        if PDL:  # not before: what follows would take the places that become free first, all on a few multiprocessors
+            tlx.gdc_launch_dependents()
+        if SPLIT:
+            parts = tl.num_programs(2)
+            here = tile_m * tl.num_programs(1) + tile
+            inner = tl.arange(0, BN)[:, None] + tl.arange(0, BM)[None, :] * BN
+            tl.store(partial + (here * parts + part).to(tl.int64) * (BN * BM) + inner, acc)
+            tl.debug_barrier()
+            if tl.atomic_add(counts + here, 1, sem="acq_rel") < parts - 1:
+                return
+            tl.store(counts + here, 0)
+            acc = tl.zeros((BN, BM), tl.float32)
+            for part in range(parts):
+                acc += tl.load(partial + (here * parts + part).to(tl.int64) * (BN * BM) + inner, cache_modifier=".cg")
+        n = tile * BN + tl.arange(0, BN)
+        if KIND != "int4":
+            scale = tl.load(s + n, n < N, other=0.0).to(tl.float32)
+            if KIND == "int8" and ASM is not None:
+                scale *= 64.0
+            acc *= scale[:, None]
+        if bias is not None:
+            acc += tl.load(bias + n, n < N, other=0.0).to(tl.float32)[:, None]
+        outputs = N
+        if SWIGLU:
+            gate, up = tl.split(acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 3, 1))
+            acc = (gate * up / (1 + tl.exp(-gate))).reshape(BN // 2, BM)
+            n = tile * (BN // 2) + tl.arange(0, BN // 2)
+            outputs = N // 2
+        stored = (n < outputs)[:, None] & (m < M)[None, :]
+        at = m[None, :].to(tl.int64) * outputs + n[:, None]
+        if residual is not None:
+            acc += tl.load(residual + at, stored, other=0.0).to(tl.float32)
+        tl.store(y + at, acc.to(y.dtype.element_ty), stored)
+
+
+@functools.cache
+def assembly(kind: str, dtype: torch.dtype, hopper: bool) -> str | None:
+    """PTX that turns two int32 words, and for int4 their pairs, into values as pairs of bf16, in order; None where the
+    GPU or another dtype of values does not allow it. Of int4, nibbles a and a + 4 where they are, as the low bits of
+    bf16, are so many times 2^-133; an FMA makes that exactly (q - 8) / 64, another one the value, rounded once."""
+    if not hopper or dtype != torch.bfloat16:
+        return None
+    if kind != "int4":
+        return products.assembly(kind)
+    lines = []
+    for word in range(2):
+        scale = f"prmt.b32 s, ${10 + word}, 0, 0x1010; mul.rn.bf16x2 s, s, d;"
+        lines.append(f"{scale} prmt.b32 z, ${10 + word}, 0, 0x3232; mov.b32 t, ${8 + word};")
+        for i in range(4):
+            mask, factor = (("0x000f000f", "a"), ("0x00f000f0", "b"))[i % 2]
+            o = f"${4 * word + i}"
+            lines.append(f"{'shr.b32 t, t, 8;' if i == 2 else ''} and.b32 {o}, t, {mask};")
+            lines.append(f"fma.rn.bf16x2 {o}, {o}, {factor}, c; fma.rn.bf16x2 {o}, {o}, s, z;")
+    constants = {"a": "0x7f007f00", "b": "0x7d007d00", "c": "0xbe00be00", "d": "0x42804280"}  # 2^127, 2^123, -1/8, 64
+    moves = [f"mov.b32 {name}, {value};" for name, value in constants.items()]
+    return "{ .reg .b32 t, s, z, a, b, c, d; " + " ".join(moves + lines) + " }"
+
+
+def rms_norm(x: Tensor, norm: Tensor | None, eps: float, kind: str = "", out: Tensor | None = None) -> Tensor:
+    """RMSNorm (M, K) of x (M, K), or x itself without a gain `norm` (K,). With a kind of weight, in the order of slots
+    that it wants, into the first rows of `out` (M', K'), which get zeros past K."""
+    (M, K), out = x.shape, torch.empty_like(x) if out is None else out
+    grid = (M, triton.cdiv(out.shape[1], FEATURES))
+    order = {"": 0, "int4": 4}.get(kind, 8)
+    _norm_kernel[grid](out, x, norm, K, out.shape[1], eps, O=order, BLOCK=FEATURES, num_warps=8, **pdl(x.device))
+    return out
+
+
+def gemm(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+    swiglu: bool,
+) -> Tensor:
+    """[residual +] W rms_norm(x) [+ bias]: x (M, K) -> (M, N) in `out_dtype`; with `swiglu`, SwiGLU of it (M, N / 2).
+    See linear_triton.linear. CPU tensors are for Triton's interpreter."""
+    (M, K), N, kind = x.shape, out_features(weight), kind_of(weight)
+    how, launch = tuning.tile(kind, N, K, M, x.device), pdl(x.device)
+    BM, R, C, W = how.rows, how.row_repeat, how.k_repeat, how.num_warps
+    BN, BK = 16 * W * R, C * tuning.CHUNK[kind]
+    steps = triton.cdiv(triton.cdiv(K, BK), how.split)
+    grid = (triton.cdiv(M, BM), triton.cdiv(N, BN), triton.cdiv(triton.cdiv(K, BK), steps))
+    ordered = torch.empty(grid[0] * BM, triton.cdiv(K, BK) * BK, dtype=x.dtype, device=x.device)
+    rms_norm(x, norm, eps, kind, ordered)
+    y = torch.empty(M, N // 2 if swiglu else N, dtype=out_dtype, device=x.device)
+    partial = counts = None
+    if grid[2] > 1:
+        partial = torch.empty(grid[0] * grid[1] * grid[2] * BN * BM, dtype=torch.float32, device=x.device)
+        counts = counters(x.device, TILES)
+    _gemm_kernel[grid](
+        y, ordered, weight.view(torch.int32), scales, bias, residual, partial, counts, M, N, K, steps,
+        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, SWIGLU=swiglu, BM=BM, R=R, C=C, W=W,
+        SPLIT=grid[2] > 1, EVEN=K % BK == 0, AHEAD=how.ahead if launch["PDL"] else 0,
+        ASM=assembly(kind, x.dtype, launch["PDL"]), num_warps=W, num_stages=how.num_stages, **launch,
+    )  # fmt: skip
+    return y

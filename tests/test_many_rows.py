@@ -1,0 +1,168 @@
+"""Linear layers of more rows than a decode step has: the GEMM, widening, and the choice between them."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._dynamo.testing
+from test_kernels import CUDA, DEVICE, DTYPES, KINDS, error, make_rows, make_weight, on_device, plain, scalars_index
+
+import ops
+from linear import Linear
+from ops import linear_gemm, linear_wide, tuning
+from ops.common import counters
+from ops.linear import _over_ranks
+from ops.packing import dequantize
+from ops.tuning import Tile
+
+__all__ = ["scalars_index"]  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """What nothing has written is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_case(kind, M, N, K, dtype, swiglu, seed=0):
+    """A weight, rows of x and all that may come with them; and the matrix that the weight stands for."""
+    generator = torch.Generator().manual_seed(seed)
+    w, s, dense = make_weight(kind, N, K, dtype, generator)
+    x = make_rows(M, K, generator=generator).to(dtype)
+    gain, bias = torch.rand(K, generator=generator).to(dtype), torch.randn(N, generator=generator).to(dtype)
+    residual = torch.randn(M, N // 2 if swiglu else N, generator=generator).to(dtype)
+    return on_device(x, w, s, dense, gain, bias, residual)
+
+
+def check(run, case, exact, bound, swiglu):
+    """run(x, weight, ...) gives W x to `exact`, and all that the interface offers to `bound`."""
+    x, w, s, dense, gain, bias, residual = case
+    y = run(x, w, s, None, None, 0.0, None, torch.float32, False)
+    assert y.dtype == torch.float32
+    assert error(y, x.double() @ dense.double().T) < exact
+    y = run(x, w, s, bias, gain, 1e-5, residual, x.dtype, swiglu)
+    expected = plain(x.float(), dense, bias, gain, residual, swiglu)
+    assert y.dtype == x.dtype and y.shape == expected.shape
+    assert error(y, expected) < bound
+
+
+ROUNDED = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # what rounding each factor of a product costs
+
+
+SMALL = Tile(16, 1, 1, 4, 3, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "kind,M,N,K,tile,swiglu",
+    [
+        *((kind, 17, 80, 288, SMALL, True) for kind in KINDS[1:]),  # tiles that are not full along any axis
+        *((kind, 33, 144, 768, Tile(64, 2, 2, 4, 2, 3), False) for kind in ("int8", "int4:64")),  # shared, unevenly
+        *((kind, 20, 144, 800, Tile(32, 1, 2, 8, 2, 2), True) for kind in ("fp8", "int4:128")),
+    ],
+)
+def test_gemm(kind, M, N, K, tile, swiglu, dtype, monkeypatch):
+    monkeypatch.setattr(tuning, "tile", lambda *_: tile)
+    exact = ROUNDED[dtype] if kind.startswith("int4") else 1e-5  # int4 is widened to what `dequantize` makes of it
+    check(linear_gemm.gemm, make_case(kind, M, N, K, dtype, swiglu), exact, 2 * ROUNDED[dtype], swiglu)
+    assert not counters(torch.device(DEVICE), linear_gemm.TILES).any()
+
+
+def test_programs_that_share_a_tile_sum_in_one_order(monkeypatch):
+    monkeypatch.setattr(tuning, "tile", lambda *_: Tile(32, 1, 1, 4, 2, 5))
+    x, w, s, *_ = make_case("int8", 19, 64, 1024, DTYPES[-1], False)
+    rest = (None, None, 0.0, None, torch.float32, False)
+    assert len({tuple(linear_gemm.gemm(x, w, s, *rest).flatten().tolist()) for _ in range(3)}) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "kind,M,N,K,swiglu", [*((kind, 17, 144, 288, True) for kind in KINDS), ("int8", 5, 264, 512, False)]
+)
+def test_wide(kind, M, N, K, swiglu, dtype, monkeypatch):
+    monkeypatch.setattr(linear_wide, "PIECE", 2**15)  # several pieces
+    check(linear_wide.wide, make_case(kind, M, N, K, dtype, swiglu), ROUNDED[dtype], 3 * ROUNDED[dtype], swiglu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("N,K,first,end", [(200, 544, 128, 190)])
+def test_widened_weights_are_what_dequantize_makes_of_them(kind, N, K, first, end, dtype):
+    w, s, _ = make_weight(kind, N, K, dtype, torch.Generator().manual_seed(2))
+    expected = dequantize(w, s, None, dtype)[first:end, :K]
+    out = torch.empty(end - first, K, dtype=dtype, device=DEVICE)
+    assert torch.equal(linear_wide.widen(*on_device(w, s), first, end, out).cpu(), expected)
+
+
+SHIPPED = {  # of all files
+    (kind, replace(tile, split=max(tile.split, 1)))
+    for path in tuning.FOLDER.glob("*.json")
+    for (kind, _), own in tuning.read_file(path, "gemm")[1].items()
+    for tile in own.values()
+}
+
+
+@pytest.mark.parametrize("kind,tile", sorted(SHIPPED, key=repr))
+def test_shipped_tiles(kind, tile, monkeypatch):
+    monkeypatch.setattr(tuning, "tile", lambda *_: tile)
+    kind, exact = ("int4:32", ROUNDED[DTYPES[-1]]) if kind == "int4" else (kind, 1e-5)
+    check(linear_gemm.gemm, make_case(kind, 21, 80, 544, DTYPES[-1], True), exact, 2 * ROUNDED[DTYPES[-1]], True)
+
+
+def test_every_weight_finds_a_tile():
+    cpu = torch.device("cpu")
+    for kind, N, K, M in itertools.product(
+        ("int8", "fp8", "int4"), (8, 576, 4096, 128256), (64, 4096, 28672), (17, 65, 640)
+    ):
+        tile = tuning.tile(kind, N, K, M, cpu)
+        assert 1 <= tile.split <= max(1, K // 1024)
+        assert -(-M // tile.rows) * -(-N // (16 * tile.row_repeat * tile.num_warps)) <= linear_gemm.TILES
+
+
+@pytest.mark.parametrize("kind", ["16-bit", "int8", "int4:64"])
+def test_each_number_of_rows_has_its_way(kind, monkeypatch):
+    monkeypatch.setattr(linear_wide, "GEMM_ROWS", 20)
+    ways, calls = {"gemm": linear_gemm.gemm, "wide": linear_wide.wide}, []
+    for name, way in ways.items():
+        monkeypatch.setattr(linear_wide, name, lambda *rest, n=name, w=way: (calls.append(n), w(*rest))[1])
+    monkeypatch.setattr(linear_wide, "on_triton", lambda x: True)
+    for rows, way in ((17, "gemm"), (20, "gemm"), (21, "wide"), (40, "wide")):
+        x, w, s, dense, gain, bias, residual = make_case(kind, rows, 48, 256, torch.float16, False)
+        layer = Linear(256, 48).assign({"weight": dense})
+        layer.weight, layer.scales, layer.bias = (
+            t if t is None else torch.nn.Parameter(t, False) for t in (w, s, bias)
+        )
+        layer.backends = (_over_ranks(linear_wide.run),)
+        norm = torch.nn.RMSNorm(256, 1e-5)
+        norm.weight = torch.nn.Parameter(gain, False)
+        y = ops.linear(layer, x[None], norm, residual[None])
+        assert error(y[0], plain(x.float(), dense.float(), bias, gain, residual)) < 2e-3
+        assert calls.pop() == ("wide" if kind == "16-bit" else way) and not calls  # cuBLAS is faster for plain weights
+
+
+def test_one_graph_serves_all_numbers_of_rows():
+    w, s, dense = on_device(*make_weight("int8", 48, 256, torch.float16, torch.Generator().manual_seed(3)))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    way = torch.compile(
+        lambda x: linear_wide.linear_many(x, w, s, None, None, 0.0, None, torch.float32, True) + 1,
+        backend=counter, fullgraph=True, dynamic=True,
+    )  # fmt: skip
+    for rows in (17, 40, 64, 600):
+        x = torch.randn(1, rows, 256, device=DEVICE).half()
+        expected = plain(x.float(), dense, gate_up=True) + 1
+        y = way(x)
+        assert y.shape == expected.shape and error(y, expected) < 1e-3
+    assert counter.frame_count == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not CUDA, reason="shapes of real models take the interpreter minutes")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("M", [17, 33, 100, 200, 700])
+def test_many_rows_in_model_shapes(kind, M):
+    for N, K, swiglu in ((6144, 4096, False), (4096, 14336, False), (28672, 4096, True), (1536, 576, True)):
+        case = make_case(kind, M, N, K, torch.bfloat16, swiglu, seed=M)
+        check(linear_wide.linear_many, case, 4e-3, 1e-2, swiglu)
