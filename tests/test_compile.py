@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="the kernels need Triton")
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,10 @@ def compiled(tmp_path_factory) -> list[dict]:
 def test_all_kernels_compile_for_hopper(compiled):
     assert {row["kernel"] for row in compiled} == {
         "_linear_kernel",
+        "_gemm_kernel",
+        "_norm_kernel",
+        "_widen_kernel",
+        "_finish_kernel",
         "_attention_kernel",
         "_maxima_kernel",
         "_sample_kernel",
@@ -44,6 +50,20 @@ def test_fragments_are_loaded_as_they_are(compiled):
     linear = [row for row in compiled if row["kernel"] == "_linear_kernel"]
     assert len(linear) > 20
     assert [row["case"] for row in linear if row["buffers"]] == []
+
+
+def test_gemms_widen_between_shared_memory_and_tensor_cores(compiled):
+    """Weights, int4's pairs and x each have a buffer of what is on its way, and need no other; products are the tensor
+    cores' own of Hopper, which may run while the next weights are widened; no register is spilled."""
+    gemms = [row for row in compiled if row["kernel"] == "_gemm_kernel"]
+    assert len(gemms) > 15
+    for row in gemms:
+        assert row["buffers"] == (3 if "int4" in row["case"] else 2), row["case"]
+        assert row["wgmma"] > 0, row["case"]
+    for row in compiled:
+        if row["assembled"]:
+            assert re.search(r"\b0 bytes spill stores", row["assembled"]), row["case"]
+            assert "serialized" not in row["assembled"], row["case"]
 
 
 def test_every_thread_waits_for_its_own_message(compiled):
@@ -83,13 +103,34 @@ def volatile_loads(ttgir: str) -> list[list[list[int]]]:
     return [[[int(n) for n in shape.split("x")], *spans[name]] for shape, name in loads]
 
 
+def empty_weight(kind: str, N: int, K: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A weight and its scales as the kernels read them."""
+    from ops.packing import pack_int4
+
+    if kind.startswith("int4"):
+        group = int(kind[5:])
+        K4 = -(-K // group) * group
+        scales = torch.ones(N, K4 // group, dtype=torch.bfloat16)
+        return pack_int4(torch.zeros(N, K4 // 2, dtype=torch.uint8), scales, scales)
+    of = {"16-bit": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
+    return torch.empty(N, K, dtype=of), None if kind == "16-bit" else torch.empty(N, dtype=torch.bfloat16)
+
+
+def assembled(ptx: str) -> str:
+    """What the assembler says of a kernel."""
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.ptx").write_text(ptx)
+        command = [assembler, "-v", "--gpu-name", "sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+
+
 def main() -> None:
     """Compile each kernel for sm_90 by its own launcher, with a driver that only says so, and print what came out."""
-    from ops import linear_triton, ngram, sampling, symmetric
+    from ops import linear_gemm, linear_triton, linear_wide, ngram, sampling, symmetric, tuning
     from ops.attention import attention_triton
     from ops.embedding import embedding_triton
-    from ops.packing import pack_int4
-    from ops.tuning import Configuration
+    from ops.tuning import Configuration, Tile
     from ops.verify import verify_triton
     from tp import TensorParallel
 
@@ -106,6 +147,8 @@ def main() -> None:
             "messages": volatile_loads(asm["ttgir"]),
             "buffers": asm["ttgir"].count("ttg.local_alloc"),
             "waits": asm["ptx"].count("griddepcontrol.wait"),
+            "wgmma": asm["ptx"].count("wgmma.mma_async"),
+            "assembled": assembled(asm["ptx"]) if name in ("_gemm_kernel", "_widen_kernel") else "",
             "launches": asm["ptx"].count("griddepcontrol.launch_dependents"),
         }
         print(json.dumps(row))
@@ -113,22 +156,26 @@ def main() -> None:
     compile_only(found)
 
     dtype, N, K = torch.bfloat16, 4096, 2112
-    bits = {"16-bit": ((N, K), dtype), "int8": ((N, K), torch.int8), "fp8": ((N, K), torch.float8_e4m3fn)}
-    for kind in (*bits, "int4:32", "int4:128"):
-        if kind in bits:
-            shape, of = bits[kind]
-            w, s = torch.empty(shape, dtype=of), None if kind == "16-bit" else torch.empty(N, dtype=dtype)
-        else:
-            group = int(kind[5:])
-            K4 = -(-K // group) * group
-            scales = torch.ones(N, K4 // group, dtype=dtype)
-            w, s = pack_int4(torch.zeros(N, K4 // 2, dtype=torch.uint8), scales, scales)
+    for kind in ("16-bit", "int8", "fp8", "int4:32", "int4:128"):
+        w, s = empty_weight(kind, N, K)
         for rows in (1, 6) if kind in ("int8", "fp8") else (1, 6, 16):
             x, gain, residual = (torch.empty(*shape, dtype=dtype) for shape in ((rows, K), (K,), (rows, N)))
             case = f"{kind}, {rows} rows, a residual"
             linear_triton.linear(x, w, s, residual=residual)
             case = f"{kind}, {rows} rows, a norm and SwiGLU"
             linear_triton.linear(x, w, s, None, gain, 1e-5, swiglu=True)
+    files = [tuning.read_file(path, "gemm")[1] for path in tuning.FOLDER.glob("*.json")]
+    tiles = {(of, replace(tile, split=1)) for table in files for (of, _), own in table.items() for tile in own.values()}
+    tiles = [(kind.replace("int4", "int4:32"), tile, 2048) for kind, tile in sorted(tiles, key=repr)]
+    tiles += [(kind, Tile(64, 1, 1, 4, 4, 2), 2112) for kind in ("fp8", "int4:128")]
+    for case, tile, K in tiles:
+        tuning.tile = lambda *_, tile=tile: tile
+        x, gain, bias, residual = (torch.empty(*n, dtype=dtype) for n in ((40, K), (K,), (N,), (40, N // 2)))
+        linear_gemm.gemm(x, *empty_weight(case, N, K), bias, gain, 1e-5, residual, dtype, True)
+    for case in ("int8", "fp8", "int4:32", "int4:128"):
+        linear_wide.widen(*empty_weight(case, N, 2048), 0, N, torch.empty(N, 2048, dtype=dtype))
+    case = "what comes after a product"
+    linear_wide.wide(x, torch.empty(N, K, dtype=dtype), None, bias, gain, 1e-5, residual, dtype, True)
     w, x, gain = (
         torch.empty(32000, 4096, dtype=dtype),
         torch.empty(1, 4096, dtype=dtype),
