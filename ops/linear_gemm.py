@@ -1,4 +1,4 @@
-"""Linear layers of quantised weights for 17 to some hundred rows on an NVIDIA GPU: a GEMM in Triton that reads a weight
+"""Linear layers of quantised weights for 17 to a thousand rows on an NVIDIA GPU: a GEMM in Triton that reads a weight
 once and widens it in registers. (For plain weights cuBLAS is faster.)
 
     gemm(x, weight, ...)     [residual +] W rms_norm(x) [+ bias], or SwiGLU of it
@@ -35,9 +35,9 @@ if triton is not None:
     def _norm_kernel(out, x, gain, K, width, eps, O: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
         """out (rows, width) = x (rows, K) or, with a gain, its RMSNorm; zeros past K. O: see above; 0: features stay in
         order."""
-        if PDL:
-            tlx.gdc_launch_dependents()
+        if PDL:  # in this order: the GEMM's programs must find multiprocessors free, or they crowd on a few
             tlx.gdc_wait()
+            tlx.gdc_launch_dependents()
         x += tl.program_id(0).to(tl.int64) * K
         slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         k = slot
@@ -152,8 +152,6 @@ if triton is not None:
         BN: tl.constexpr = 16 * W * R
         BK: tl.constexpr = C * 8 * P
         tile_m, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        if PDL:
-            tlx.gdc_launch_dependents()
         words, pairs = places(tile, N, K, KIND, GROUP, R, C, W)
         first = part * steps
         last = tl.minimum(first + steps, tl.cdiv(K, BK))
@@ -173,6 +171,8 @@ if triton is not None:
             a = values(found, own, KIND, x.dtype.element_ty, ASM)
             a = a.reshape(C, R, 2, W, 8, 4, P, 2).permute(1, 3, 2, 4, 0, 6, 5, 7).reshape(BN, BK)
             acc = tl.dot(a, tl.trans(rows), acc)
+        if PDL:  # not before: what follows would take the places that become free first, all on a few multiprocessors
+            tlx.gdc_launch_dependents()
         if SPLIT:
             parts = tl.num_programs(2)
             here = tile_m * tl.num_programs(1) + tile

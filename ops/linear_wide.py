@@ -2,7 +2,7 @@
 
     run(layer, x, norm, residual)   the backend of linear.py
     linear_many(x, weight, ...)     [residual +] W rms_norm(x) [+ bias], or SwiGLU of it, as an op: by linear_gemm.py's
-                                    GEMM up to some hundred rows, beyond by `wide`
+                                    GEMM up to a thousand rows, beyond by `wide`
     wide(x, weight, ...)            the same by cuBLAS: weights are widened piece by piece, each by one kernel into the
                                     same memory; two more kernels make the norm before, and the rest after the product
     widen(weight, ...)              some rows of a weight, as the matrix that they stand for
@@ -24,7 +24,6 @@ from ops.linear_triton import kind_of, out_features
 
 GEMM_ROWS = 1024  # up to which reading a weight once gains more than cuBLAS's rate does: measured on an H200
 PIECE = 2**26  # weights widened at a time, 128 MB: products of few rows of W leave processors idle
-TILE = (4, 2)  # warps along rows and chunks along K of a program that widens, chunks of 8 bits and less
 FEATURES = 1024  # of a row, that a program finishes
 
 if triton is not None:
@@ -97,15 +96,14 @@ def _scratch(device: torch.device, dtype: torch.dtype, n: int) -> Tensor:
 
 
 def widen(weight: Tensor, scales: Tensor, first: int, end: int, out: Tensor) -> Tensor:
-    """Rows first to end of a packed weight (N, K), as out (end - first, K) has them; first divides by 64."""
+    """Rows first to end of a packed weight (N, K), as out (end - first, K) has them; first divides by 128."""
     N, K, kind = out_features(weight), out.shape[1], kind_of(weight)
-    (W, C), hopper = TILE, is_hopper(out.device)
-    C = C if kind == "int4" else 2 * C
+    W, C = (8, 1) if kind == "int4" else (4, 4)  # warps along rows, chunks along K: measured on an H200
     BN, BK = 16 * W, C * tuning.CHUNK[kind]
     _widen_kernel[(triton.cdiv(K, BK), triton.cdiv(end - first, BN))](
         out, weight.view(torch.int32), scales, first, end, N, K,
         KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, C=C, W=W, EVEN=K % BK == 0,
-        ASM=assembly(kind, out.dtype, hopper), num_warps=W, num_stages=1, **pdl(out.device),
+        ASM=assembly(kind, out.dtype, is_hopper(out.device)), num_warps=W, num_stages=1, **pdl(out.device),
     )  # fmt: skip
     return out
 
@@ -130,9 +128,8 @@ def wide(
     if scales is None:
         torch.mm(x, weight.t(), out=y)
     else:
-        rows = (
-            triton.cdiv(N, triton.cdiv(N * K, PIECE) * 256) * 256
-        )  # pieces of one size: none runs on a few processors
+        pieces = triton.cdiv(N * K, PIECE)  # of one size
+        rows = triton.cdiv(N, pieces * 256) * 256
         scratch = _scratch(x.device, x.dtype, triton.next_power_of_2(rows * K))
         for first in range(0, N, rows):
             end = min(first + rows, N)
