@@ -4,13 +4,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from engine import Engine, shared_prefix
+from engine import Engine, check_finite, shared_prefix
+from errors import UserError
 
 
 @dataclass
 class Request:
     index: int  # of its prompt
     room: int  # tokens that it may still get
+    finite: Callable[[], bool]  # whether the logits that its first token was drawn from are
     fresh: bool = True  # whether its first token, drawn by the prefill, has yet to be fetched
     ended: bool = False
 
@@ -26,9 +28,12 @@ def serve(
     prompt's last) as tokens come, in order within a prompt.
 
     A prompt ends with the token for which is_stop(index, token) is true (by default: any of the engine's stop ids),
-    after max_new_tokens, or when the cache is full. What all prompts begin with is read once.
+    after max_new_tokens, or when the cache is full. What all prompts begin with is read once. Raises UserError, before
+    anything, for a prompt that the cache cannot hold.
     """
     llm.model.config.check_tokens(prompts)
+    if (longest := max(map(len, prompts))) > llm.state.cache.length:
+        raise UserError(f"a prompt has {longest} tokens; the cache holds {llm.state.cache.length} (--max_seq_length)")
     lag = 1 if llm.device.type == "cuda" else 0  # a block runs while the host reads the one before
     is_stop = is_stop or (lambda index, token: token in llm.stop_ids)
     start = shared_prefix(prompts) if len(prompts) > 1 else 0
@@ -45,8 +50,8 @@ def serve(
                 llm.state.pos[row] = start  # goes on from there, where it disturbs no one
             if rows[row] is None and queue:
                 index, prompt = queue.popleft()
-                llm.fill(row, prompt, start)
-                rows[row] = Request(index, min(max_new_tokens, llm.state.cache.length - len(prompt) + 1))
+                finite = llm.fill(row, prompt, start)
+                rows[row] = Request(index, min(max_new_tokens, llm.state.cache.length - len(prompt) + 1), finite)
         if any(rows):
             pending.append((list(rows), llm.advance()))
         if pending and (len(pending) > lag or not any(rows)):
@@ -61,6 +66,8 @@ def _take(
     """What a row got: a token that it had before, and those since."""
     if request is None or request.ended:
         return
+    if request.fresh:
+        check_finite(request.finite)
     for token in tokens if request.fresh else tokens[1:]:
         request.room -= 1
         request.ended = is_stop(request.index, token) or request.room == 0

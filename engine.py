@@ -116,7 +116,7 @@ class Engine:
         for n in sorted({self.few // self.batch_size + 1, self.few + 1}):  # attention counts the tokens of one row
             if n <= state.cache.length:
                 x = self.model.tok_embeddings(state.history[:, :n])
-                self._long(x, torch.zeros_like(state.pos), state.cache)
+                self._long(x, torch.zeros(self.batch_size, dtype=torch.int64), state.cache)  # positions on the host
 
     def _compile_decode(self, inductor: bool) -> None:
         # Static: automatic dynamic shapes, as a second model would set off, break nested regions.
@@ -207,15 +207,16 @@ class Engine:
         self._copy(slice(None), 0, len(prefix))
 
     @torch.inference_mode()
-    def fill(self, row: int, prompt: list[int], start: int = 0) -> None:
+    def fill(self, row: int, prompt: list[int], start: int = 0) -> Callable[[], bool]:
         """Read a prompt into one row from position `start` on, what is before that being shared, and sample a token;
-        the other rows stay as they are."""
+        the other rows stay as they are. Returns what `check_finite` wants."""
         self.reader.prefill([prompt], start)
         self._copy(slice(row, row + 1), start, len(prompt))
         self.state.history[row].copy_(self.reader.state.history[0])
         self.state.pos[row].copy_(self.reader.state.pos[0])
         if self.speculator:
             self.speculator.begin(row, self.state.cache.length)
+        return self.reader._finite
 
     def _copy(self, rows: slice, start: int, end: int) -> None:
         """Copy the reader's keys and values at positions start..end to rows, the draft's too."""
@@ -245,13 +246,11 @@ class Engine:
         With speculation rows get different numbers of tokens, none among them, and there is no end.
 
         On a GPU the tokens of a block of steps are fetched while the next block runs, so the device never waits for
-        the host, and stopping early throws away at most two blocks. Raises UserError when the prefill's logits, from
-        which nothing could be drawn, are not finite.
+        the host, and stopping early throws away at most two blocks. Raises UserError as `check_finite` does.
         """
         rows = self.speculator.decode(steps) if self.speculator else self._decode(steps)
         first = next(rows)
-        if not self._finite():
-            raise UserError("the model's logits are NaN or infinite: weights that are, or too large for --precision")
+        check_finite(self._finite)
         yield first
         yield from rows
 
@@ -277,6 +276,12 @@ class Engine:
             done += count
         while pending:
             yield pending.popleft()()
+
+
+def check_finite(finite: Callable[[], bool]) -> None:
+    """Raises UserError where a prefill's logits, from which nothing could be drawn then, are not finite."""
+    if not finite():
+        raise UserError("the model's logits are NaN or infinite: weights that are, or too large for --precision")
 
 
 def shared_prefix(prompts: list[list[int]]) -> int:

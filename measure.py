@@ -68,17 +68,22 @@ def prefill_flops(model: Transformer, tokens: int, rows: int) -> float:
     return 2 * linear * tokens + 4 * config.n_head * config.head_dim * seen * rows
 
 
+def kv_bytes(llm: Engine, positions: float) -> float:
+    """Bytes of the keys and values that a step reads, with so many positions of each row in use."""
+    windows = llm.model.config.windows or (0,)
+    seen = sum(min(positions, window or positions) for window in windows) / len(windows)
+    return llm.batch_size * seen * llm.state.cache.bytes_per_position
+
+
 def report(llm: Engine, measure: Measure) -> dict:
     """Rates, bytes per token, and the share of the device's read bandwidth, measured now, that they make."""
     memory = torch.cuda.max_memory_reserved() if llm.device.type == "cuda" else peak_memory()
     read_bandwidth = ops.read_bandwidth(llm.device)  # after that, as it takes memory
     weights, rate = weight_bytes(llm.model), measure.decode_rate
     flops = prefill_flops(llm.model, measure.prompt_tokens, llm.batch_size) / measure.time_to_first_token
-    long = measure.prompt_tokens >= LONG
+    matmul_rate = measure.prompt_tokens >= LONG and ops.matmul_rate(llm.device, llm.model.norm.weight.dtype)
     positions = measure.prompt_tokens / llm.batch_size + (measure.steps + 1) / 2  # of a row, in an average step
-    windows = llm.model.config.windows or (0,)
-    seen = sum(min(positions, window or positions) for window in windows) / len(windows)
-    kv = llm.batch_size * seen * llm.state.cache.bytes_per_position
+    kv = kv_bytes(llm, positions)
     read = weights + kv  # for a token
     if llm.speculator:
         (passes, drafted), draft = llm.speculator.work_per_token(), llm.speculator.draft.model
@@ -88,7 +93,7 @@ def report(llm: Engine, measure: Measure) -> dict:
         "seconds": measure.seconds,
         "tokens_per_second": measure.tokens_per_second,
         "prefill_tokens_per_second": measure.prompt_tokens / measure.time_to_first_token,
-        "prefill_mfu": flops / ops.matmul_rate(llm.device, llm.model.norm.weight.dtype) if long else None,
+        "prefill_mfu": flops / matmul_rate if matmul_rate else None,
         "decode_tokens_per_second": rate,
         "decode_tokens_per_second_total": rate * llm.batch_size,
         "weight_bytes_per_step": weights,

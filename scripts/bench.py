@@ -23,6 +23,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import shlex
 import statistics
 import subprocess
@@ -39,7 +40,7 @@ from errors import UserError
 from formats.config import BUILTIN
 from generate import generate
 from linear import GROUPS, Linear
-from measure import weight_bytes
+from measure import kv_bytes, prefill_flops, weight_bytes
 from model import ModelConfig, Transformer
 from process.command import Parser
 from process.files import read_json, write_text
@@ -114,44 +115,61 @@ class Row:
     first_token_seconds: float
     memory_gigabytes: float
     step_ms_by_rows: dict[int, float]
+    prompt_length: int
+    batch_size: int
+    prefill_mfu: float  # over the rate of a large matmul in the same run
+    decode_fraction: float  # (weights + the keys and values in use) a step, over the read bandwidth
 
 
-def measure(name: str, mode: str, model: Transformer, args: argparse.Namespace, bandwidth: float) -> Row:
-    device = model.norm.weight.device
+def measure(
+    name: str, mode: str, model: Transformer, prompt_length: int, args: argparse.Namespace, limits: tuple[float, float]
+) -> Row:
+    """limits: the read bandwidth and the matmul rate."""
+    device, B = model.norm.weight.device, args.batch_size
     start = time.perf_counter()
-    length = args.prompt_length + args.max_new_tokens
+    length = prompt_length + args.max_new_tokens
     sampler = Sampler(temperature=args.temperature, top_k=args.top_k)
-    llm = Engine(model, max_seq_length=length, sampler=sampler, compile=True)
+    llm = Engine(model, batch_size=B, max_seq_length=length, sampler=sampler, compile=True)
     generator = torch.Generator().manual_seed(0)  # the same on every rank
-    prompt = torch.randint(0, min(1024, model.config.vocab_size), (args.prompt_length,), generator=generator).tolist()
-    next(generate(llm, prompt, 2))
+    prompts = torch.randint(0, min(1024, model.config.vocab_size), (B, prompt_length), generator=generator).tolist()
+    next(generate(llm, prompts, 2))
     first = time.perf_counter() - start
     rates, prefills = [], []
     for _ in range(args.runs + 1):  # the first warms up
         llm.state.synchronize()
         begin = time.perf_counter()
-        for count, _ in enumerate(generate(llm, prompt, args.max_new_tokens), 1):
+        for count, _ in enumerate(generate(llm, prompts, args.max_new_tokens, is_stop=never), 1):
             if count == 1:
                 prefills.append(time.perf_counter() - begin)
-        rates.append(count / (time.perf_counter() - begin))
+        rates.append(B * count / (time.perf_counter() - begin))
     rates, prefills = rates[1:], prefills[1:]
     rate, prefill = statistics.median(rates), statistics.median(prefills)
-    weights = weight_bytes(model)
+    weights, step = weight_bytes(model), (B * args.max_new_tokens / rate - prefill) / (args.max_new_tokens - 1)
+    used = kv_bytes(llm, prompt_length + args.max_new_tokens / 2)
     return Row(
         model=name,
         mode=mode,
         tokens_per_second=rate,
         spread=(min(rates), max(rates)),
-        gigabytes_per_second=weights * rate / 1e9,
-        fraction=weights * rate / bandwidth,
+        gigabytes_per_second=weights * rate / B / 1e9,
+        fraction=weights * rate / B / limits[0],
         weight_gigabytes=weights / 1e9,
         prefill_ms=prefill * 1e3,
-        step_ms=(args.max_new_tokens / rate - prefill) / (args.max_new_tokens - 1) * 1e3,
+        step_ms=step * 1e3,
         compile_seconds=llm.compile_seconds,
         first_token_seconds=first,
         memory_gigabytes=torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else 0.0,
         step_ms_by_rows={rows: step_time(model, rows, length) * 1e3 for rows in args.rows},
+        prompt_length=prompt_length,
+        batch_size=B,
+        prefill_mfu=prefill_flops(model, B * prompt_length, B) / prefill / limits[1],
+        decode_fraction=(weights + used) / step / limits[0],
     )
+
+
+def never(row: int, token: int) -> bool:
+    """Random weights end nothing."""
+    return False
 
 
 @torch.inference_mode()
@@ -192,18 +210,20 @@ def provenance() -> dict[str, str]:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| model | weights | tok/s (min-max) | GB/s | of read bandwidth | step ms | prefill ms | first token s | GB |"
+        "| model | weights | prompt x rows | tok/s (min-max) | GB/s | of read bandwidth | step ms | decode, of it | "
+        "prefill ms | MFU | first token s | GB |"
     ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    lines.append("|---" * 12 + "|")
     for r in rows:
         lines.append(
-            f"| {r.model} | {r.mode} {r.weight_gigabytes:.2f} GB | {r.tokens_per_second:.1f} "
-            f"({r.spread[0]:.1f}-{r.spread[1]:.1f}) | {r.gigabytes_per_second:.0f} | {r.fraction:.3f} | "
-            f"{r.step_ms:.3f} | {r.prefill_ms:.1f} | {r.first_token_seconds:.1f} | {r.memory_gigabytes:.1f} |"
+            f"| {r.model} | {r.mode} {r.weight_gigabytes:.2f} GB | {r.prompt_length} x {r.batch_size} "
+            f"| {r.tokens_per_second:.1f} ({r.spread[0]:.1f}-{r.spread[1]:.1f}) | {r.gigabytes_per_second:.0f} "
+            f"| {r.fraction:.3f} | {r.step_ms:.3f} | {r.decode_fraction:.3f} | {r.prefill_ms:.1f} "
+            f"| {r.prefill_mfu:.3f} | {r.first_token_seconds:.1f} | {r.memory_gigabytes:.1f} |"
         )
         if r.step_ms_by_rows:
             times = ", ".join(f"{n}: {ms:.3f}" for n, ms in r.step_ms_by_rows.items())
-            lines.append(f"|  | step ms by rows | {times} |||||||")
+            lines.append(f"|  | step ms by rows | {times} ||||||||||")
     return "\n".join(lines)
 
 
@@ -228,7 +248,8 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=MODES, choices=KINDS, metavar="MODE", help="also fp8, int4:GROUP")
     parser.add_argument("--checkpoint_path", type=Path, help="measure this model instead of random shapes")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--prompt_length", type=positive, default=5)
+    parser.add_argument("--prompt_length", type=positive, nargs="+", default=[5], help="tokens of a prompt, or several")
+    parser.add_argument("--batch_size", type=positive, default=1, help="prompts at once")
     parser.add_argument("--max_new_tokens", type=positive, default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top_k", type=int, default=200)
@@ -246,7 +267,7 @@ def main() -> None:
 def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     if args.max_new_tokens < 2:
         raise UserError(f"--max_new_tokens is {args.max_new_tokens}; at least 2 are needed")
-    length = args.prompt_length + args.max_new_tokens
+    length = max(args.prompt_length) + args.max_new_tokens
     if max(args.rows, default=1) > length - length // 2:  # which begin in the middle of the context
         most = length - length // 2
         raise UserError(f"--rows {max(args.rows)} exceeds {most}, half of --prompt_length and --max_new_tokens")
@@ -263,7 +284,8 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         raise UserError(f"{device} has too little free memory for its read bandwidth to be measured")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: reads {bandwidth / 1e9:.1f} GB/s")
-    about = {"device": name, **provenance(), "read_bandwidth": bandwidth}
+    limits = bandwidth, ops.matmul_rate(device, dtype) or math.nan
+    about = {"device": name, **provenance(), "read_bandwidth": bandwidth, "matmul_rate": limits[1]}
     kept = read_json(args.json, missing={}) if args.json else {}  # what else the file holds
     rows: list[Row] = []
 
@@ -276,11 +298,14 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
 
     if args.checkpoint_path:
         model = load_model(args.checkpoint_path, device=device, dtype=dtype, tp=tp)
-        take(measure(args.checkpoint_path.parent.name, args.checkpoint_path.stem, model, args, bandwidth))
+        for n in args.prompt_length:
+            take(measure(args.checkpoint_path.parent.name, args.checkpoint_path.stem, model, n, args, limits))
     for shape, config in () if args.checkpoint_path else configs.items():
         for mode in args.modes:
             model = random_model(config, mode, device, dtype, tp)
-            take(measure(shape, mode, model, args, bandwidth))
+            for n in args.prompt_length:
+                take(measure(shape, mode, model, n, args, limits))
+                gc.collect()  # an engine and its graph hold each other
             del model
             gc.collect()  # an engine and its graph hold each other, and it the model
             if device.type == "cuda":

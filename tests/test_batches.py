@@ -109,6 +109,13 @@ def test_what_does_not_fit_is_an_error(tiny):
         list(serve(engine_of(tiny, 2), [[5], [9999]], 3))
 
 
+def test_logits_that_are_not_finite_end_a_queue(tiny):
+    llm = engine_of(tiny, 2)
+    llm.model.layers[1].feed_forward.w2.weight.fill_(torch.inf)
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        list(serve(llm, prompts_of((4, 5, 6)), 3))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("quantize", [None, "int4"])
