@@ -29,7 +29,9 @@ from ops.linear_triton import kind_of, out_features
 FEATURES = 2048  # of a row, that a program of the norm writes
 TILES = 2**14  # of a result whose parts along K are summed
 
-if triton is not None:
+if triton is None:
+    places = weights = values = None
+else:
 
     @triton.jit
     def _norm_kernel(out, x, gain, K, width, eps, O: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):

@@ -303,7 +303,7 @@ def test_engine_without_a_tokenizer(tiny):
         (["--interactive", "--num_samples", "2"], "--num_samples does nothing beside --interactive"),
         (["--interactive", "--json"], "--json does nothing beside --interactive"),
         (["--interactive", "--profile", "x"], "--profile does nothing beside --interactive"),
-        (["--prompt_file", "x", "--batch_size", "2"], "--batch_size does nothing beside --prompt_file"),
+        (["--prompt_file", "x", "--num_samples", "2"], "--num_samples does nothing beside --prompt_file"),
         (["--prompt_file", "x", "--prompt", "Hi"], "--prompt does nothing beside --prompt_file"),
         (["--chat", "--prompt", "7"], "--chat needs a text; --prompt 7 is a number of tokens"),
         (["--speculate_k", "2"], "--speculate_k needs --draft_checkpoint_path or --speculate"),
@@ -311,7 +311,7 @@ def test_engine_without_a_tokenizer(tiny):
         *((["--temperature", bad], f"temperature is {bad}; accepted: 0 to 100") for bad in ("nan", "inf")),
         *(([f"--{flag}", "nan"], f"{flag} is nan; accepted") for flag in ("top_p", "min_p", "repetition_penalty")),
         (["--seed", str(-(2**64)), "--prompt", "3"], "the seed is -18446744073709551616; accepted: 64-bit"),
-        (["--prompt", "9" * 5000], r"--prompt 9+\.\.\.9+ exceeds the model's context of 256"),
+        (["--prompt", "9" * 5000], "--prompt a huge integer exceeds the model's context of 256"),
         (["--prompt", "1", "--batch_size", "999999999"], "999999999 rows of 201 tokens need .* GB of memory"),
         (["--max_seq_length", "9" * 30], "--max_seq_length 9+ exceeds the model's context of 256"),
         (["--prompt_file", "/dev/zero"], "--prompt_file /dev/zero is not a regular file"),
@@ -350,7 +350,6 @@ def test_files_that_hold_no_prompts(prompts_of, tmp_path):
         (b"\n \r\n", "holds no prompts; one a line"),
         (b"a\xff", "cannot read --prompt_file .*prompts.txt as UTF-8 text"),
         ("a".encode("utf-16"), "as UTF-8 text"),
-        (b"a\n" * 70_000, "holds more than 65535 prompts"),
     ):
         with pytest.raises(UserError, match=words):
             prompts_of(data)
@@ -367,7 +366,7 @@ def test_files_that_hold_no_prompts(prompts_of, tmp_path):
 def test_copies_of_a_prompt_are_tokenized_once(tiny, monkeypatch, refuses):
     calls, encode = [], Tokenizer.encode
     monkeypatch.setattr(Tokenizer, "encode", lambda *args, **options: calls.append(1) or encode(*args, **options))
-    monkeypatch.setattr("cli.free_memory", lambda: 1e6)
+    monkeypatch.setattr("ops.free_memory", lambda: 1e6)
     args = ("--checkpoint_path", tiny[0] / "model.pth", "--device", "cpu", "--batch_size", 1_000_000)
     refuses("generate.py", *args, words="1000000 rows of 217 tokens need 55.6 GB of memory .* 0.0 GB are free")
     assert len(calls) == 1
