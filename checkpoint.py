@@ -5,6 +5,7 @@ scripts/convert_hf_checkpoint.py makes them from other formats.
 
 import mmap
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,9 @@ def _version(path: Path) -> tuple[int, ...]:
 @lru_cache(maxsize=2)  # a layer may lie in two shards, which the old format, no zip, reads whole
 def _load_version(path: Path, version: tuple[int, ...]) -> dict:
     try:
-        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what will be refused, in a line of ours
+            state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
         if isinstance(state, dict):
             return state
         detail = f"it holds a {type(state).__name__}"

@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$REPO"
-LIMIT=3279 # lines of Python at the top level, which an evening has to be enough for
+LIMIT=3299 # lines of Python at the top level, which an evening has to be enough for
 
 activate_venv
 install_requirements requirements-dev.txt
