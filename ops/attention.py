@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops import cpu
+from ops import cpu, prefill
 from ops.common import MAX_ROWS, counters, on_triton, op, pdl, tl, tlx, triton
 from ops.fragments import flat, unflat
 from ops.linear import half_is_slow
-from ops.prefill import attention_prefill
 from ops.rms_norm import rms_norm
 from ops.rotary import rotate, turned, turns
 
@@ -53,11 +52,11 @@ def attention(
     if layer.q_norm is not None:
         q_norm, k_norm, eps = layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps
     rest = (input_pos, rope, q_norm, k_norm, eps, layer.n_head, layer.window)
-    if on_triton(qkv) and qkv.element_size() == 2:
-        if qkv.shape[1] <= MAX_ROWS:
-            rest = (input_pos.to(qkv.device), *rest[1:])
-            return attention_triton(qkv, k_cache, v_cache, *rest, layer.prefetch, layer.first_layer)
-        return attention_prefill(qkv, k_cache, v_cache, *rest)
+    if on_triton(qkv) and qkv.element_size() == 2 and qkv.shape[1] <= MAX_ROWS:
+        rest = (input_pos.to(qkv.device), *rest[1:])
+        return attention_triton(qkv, k_cache, v_cache, *rest, layer.prefetch, layer.first_layer)
+    if prefill.supports(qkv, k_cache):
+        return prefill.attention_prefill(qkv, k_cache, v_cache, *rest)
     if cpu.supports_attention(qkv, k_cache, v_cache, input_pos):
         return cpu.attention(qkv, k_cache, v_cache, *rest)
     return attention_plain(qkv, k_cache, v_cache, input_pos.to(qkv.device), *rest[1:])
@@ -271,7 +270,9 @@ if triton is not None:
         Y: tl.constexpr = KEYS // 8
         Z: tl.constexpr = DP // 64
         STEP: tl.constexpr = W * KEYS
-        TILES: tl.constexpr = 2 if NEW == 1 else 1  # that are asked for before the wait, as far as registers allow
+        TILES: tl.constexpr = (
+            2 if NEW == 1 and DP <= 128 else 1
+        )  # that are asked for before the wait, as far as registers allow
         head = tl.program_id(0)  # (b, hkv)
         split = tl.program_id(1)
         block = tl.program_id(2)

@@ -8,15 +8,20 @@ lengths that it has not seen, for a tenth of a second or more.) Axes: B rows, S 
 heads, Hkv key/value heads, G = H / Hkv, D head dim.
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from ops.common import is_hopper, op, tl, triton
+from ops.common import on_triton, op, tl, triton
 from ops.rotary import turned, turns
 
-BLOCK_M, BLOCK_N = 128, 64  # queries of a program, keys of a step
+BLOCKS = {  # by the head dimension, up to: queries of a program, keys of a step, and how many steps' are on their way
+    128: (128, 64, 3),
+    256: (64, 32, 2),
+    512: (64, 32, 1),
+}
 TOKENS = 16  # of a program that rotates
 
 if triton is not None:
@@ -129,6 +134,17 @@ if triton is not None:
         tl.store(out + rows, (acc / l_i[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
+@functools.cache
+def _specializes(device: torch.device) -> bool:
+    """Whether warps that load beside others that compute are faster: measured on a Hopper alone."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def supports(qkv: Tensor, k_cache: Tensor) -> bool:
+    """Whether the kernels serve these tensors, of any number of new tokens."""
+    return on_triton(qkv) and qkv.element_size() == 2 and k_cache.shape[3] <= max(BLOCKS)
+
+
 @op("attention_prefill", mutates=("k_cache", "v_cache"))
 def attention_prefill(
     qkv: Tensor,
@@ -157,11 +173,12 @@ def attention_prefill(
         ROTARY=0 if rope is None else 2 * rope.shape[1], TOKENS=TOKENS, num_warps=4, **shared,
     )  # fmt: skip
     out = torch.empty_like(q)
+    block_m, block_n, stages = next(blocks for most, blocks in BLOCKS.items() if most >= D)
     tiles = [None, None]
-    if is_hopper(q.device) and D == DP and start is not None:
-        tiles = [TensorDescriptor(c, c.shape, c.stride(), [1, 1, BLOCK_N, D]) for c in (k_cache, v_cache)]
-    _flash_kernel[(n_head, B, triton.cdiv(S, BLOCK_M))](
+    if _specializes(q.device) and D == DP and D <= 128 and start is not None:
+        tiles = [TensorDescriptor(c, c.shape, c.stride(), [1, 1, block_n, D]) for c in (k_cache, v_cache)]
+    _flash_kernel[(n_head, B, triton.cdiv(S, block_m))](
         out, q, k_cache, v_cache, *tiles, *positions, S, T, window, D**-0.5 * math.log2(math.e), *strides[:2],
-        G=n_head // Hkv, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=8, num_stages=3, **shared,
+        G=n_head // Hkv, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=stages, **shared,
     )  # fmt: skip
     return out.view(B, S, n_head * D)

@@ -246,6 +246,8 @@ def test_attention(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
         (2, 150, 4, 1, 32, 400, 16, 0, True, [0, 150]),  # an empty row; head norms; two blocks of queries
         (1, 130, 4, 2, 80, 600, 80, 100, False, [333]),  # a window, a head dimension that is no power of two
         (1, 64, 2, 1, 16, 300, 0, 0, False, [252]),  # no rotation; the last tokens do not fit the cache
+        (1, 70, 2, 1, 256, 200, 64, 0, False, [100]),  # blocks of fewer queries
+        (1, 70, 2, 1, 512, 200, 64, 0, False, [100]),
     ],
 )
 def test_attention_of_many_tokens(B, S, H, Hkv, D, T, rotary, window, norm, positions, host, dtype):
