@@ -26,12 +26,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import PurePosixPath
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # requests' or httpx's
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import get_hf_file_metadata, http_get, is_xet_available, xet_get
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers
@@ -79,9 +74,7 @@ def choose_files(names: list[str], gguf: str | None = None) -> list[str]:
     if gguf and gguf not in ggufs:
         raise UserError(f"--gguf {gguf}: not in the repository, which has {', '.join(ggufs) or 'no GGUF file'}")
     if not weights:
-        raise UserError(
-            "the repository has no weights to convert: safetensors, pytorch_model*.bin, consolidated.*.pth or gguf"
-        )
+        raise UserError("the repository has no weights: safetensors, pytorch_model*.bin, consolidated.*.pth or gguf")
     if weights[0].endswith(".gguf") and len(weights) > 1:
         raise UserError(f"the repository has several GGUF files: choose one with --gguf: {', '.join(weights)}")
     small = [name for name in names if re.fullmatch(SMALL_FILES, name)]
@@ -106,8 +99,7 @@ def explain(error: Exception, repo_id: str, has_token: bool) -> str:
         if status == 401 and has_token:
             return f"the hub refuses the token for {repo_id} (401): check --hf_token or HF_TOKEN"
         if status == 401:  # the hub also says this of a repository that does not exist
-            absent = f"{repo_id} does not exist or is not public (401): check the name"
-            return f"{absent}; if it is gated or private, {licence} and {token}"
+            return f"{repo_id} does not exist (401): check the name; if it is gated or private, {licence} and {token}"
         if status == 404:
             return f"there is no {repo_id} at {hub} (404): check the name"
         return f"{hub} answered {status} for {repo_id}: try again later"
@@ -126,7 +118,7 @@ def fetch(url: str, target: Path, size: int | None, blob: str, headers: dict[str
     This is not hf_hub_download because that one, since huggingface_hub 1.x, discards the part that an interrupted
     run had fetched, which may be gigabytes. (Xet, where a file has it, keeps a cache of its own.)
     """
-    partial = target.with_name(f"{target.name}.{blob[:12]}.incomplete")
+    name, partial = target.name, target.with_name(f"{target.name}.{blob[:12]}.incomplete")
     found = get_hf_file_metadata(url, headers=headers)
     if found.xet_file_data and is_xet_available():
         xet_get(incomplete_path=partial, xet_file_data=found.xet_file_data, headers=headers, expected_size=found.size)
@@ -139,13 +131,11 @@ def fetch(url: str, target: Path, size: int | None, blob: str, headers: dict[str
                 file.truncate(0)
             done = file.seek(0, os.SEEK_END)
             try:
-                http_get(
-                    url, file, resume_size=done, headers=headers, expected_size=size, displayed_filename=target.name
-                )
+                http_get(url, file, resume_size=done, headers=headers, expected_size=size, displayed_filename=name)
                 break
             except (HTTPError, OSError):
                 if size is not None and file.tell() > size:  # as often as it is tried
-                    raise UserError(f"{target.name} has more than the {size:,} bytes that the hub announces") from None
+                    raise UserError(f"{name} has more than the {size:,} bytes that the hub announces") from None
                 if file.tell() <= done:  # a connection that is lost again and again may still bring bytes
                     raise
     partial.replace(target)
@@ -169,12 +159,12 @@ def download(repo_id: str, directory: Path, revision: str | None, token: str | N
     try:
         info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT)
         files = {file.rfilename: file for file in info.siblings or []}
-        chosen = [files[name] for name in choose_files(list(files), gguf)]
-        # original/x becomes x: the directory is flat, whatever the repository looks like
-        # Where the hub names no blob, the commit stands for it.
-        blobs = {file.rfilename: file.blob_id or info.sha for file in chosen}
-        missing = [file for file in chosen if have.get(PurePosixPath(file.rfilename).name) != blobs[file.rfilename]]
-        needed = sum(file.size or 0 for file in missing)
+        # original/x becomes x: the directory is flat, whatever the repository looks like. Where the hub names no blob,
+        # the commit stands for it.
+        chosen = [(PurePosixPath(name).name, files[name]) for name in choose_files(list(files), gguf)]
+        chosen = [(name, file, file.blob_id or info.sha) for name, file in chosen]
+        missing = [(name, file, blob) for name, file, blob in chosen if have.get(name) != blob]
+        needed = sum(file.size or 0 for _, file, _ in missing)
         print(f"{repo_id} at {info.sha[:12]}: {len(missing)} of {len(chosen)} files to fetch, {needed / 1e9:.2f} GB")
 
         directory.mkdir(parents=True, exist_ok=True)
@@ -183,17 +173,16 @@ def download(repo_id: str, directory: Path, revision: str | None, token: str | N
             raise UserError(f"{directory} has {free / 1e9:.1f} GB of free space, {repo_id} needs {needed / 1e9:.1f} GB")
         headers = build_hf_headers(token=token)
 
-        def get(file: RepoSibling) -> tuple[str, str]:
-            name, blob = PurePosixPath(file.rfilename).name, blobs[file.rfilename]
+        def get(wanted: tuple[str, RepoSibling, str]) -> None:
+            name, file, blob = wanted
             fetch(hf_hub_url(repo_id, file.rfilename, revision=info.sha), directory / name, file.size, blob, headers)
-            return name, blob
+            have[name] = blob
 
         with ThreadPool(AT_ONCE) as pool:  # of daemons: what ends this one does not wait for them
-            for name, blob in pool.imap_unordered(get, missing):
-                have[name] = blob
-                write_text(directory / RECORD, json.dumps({"files": have}, indent=1) + "\n")
-        done = {"complete": asked, "commit": info.sha, "files": have}
-        write_text(directory / RECORD, json.dumps(done, indent=1) + "\n")
+            for _ in pool.imap_unordered(get, missing):
+                write_text(directory / RECORD, json.dumps({"files": dict(have)}, indent=1) + "\n")
+        record = {"complete": asked, "commit": info.sha, "files": have}
+        write_text(directory / RECORD, json.dumps(record, indent=1) + "\n")
     except HFValidationError as error:
         raise UserError(f"--repo_id {repo_id}: {error}") from None
     except (HTTPError, OSError) as error:

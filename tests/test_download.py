@@ -301,5 +301,5 @@ def test_choice_between_ggufs(module):
     assert module.choose_files(names, "a.Q8_0.gguf") == ["config.json", "a.Q8_0.gguf"]
     with pytest.raises(UserError, match="not in the repository"):
         module.choose_files(names, "b.gguf")
-    with pytest.raises(UserError, match="no weights to convert"):
+    with pytest.raises(UserError, match="has no weights: safetensors"):
         module.choose_files(["config.json", "adapter_model.safetensors"])
