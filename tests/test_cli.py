@@ -85,6 +85,10 @@ def test_what_the_terminal_cannot_show_is_replaced(cli, tiny):
     result = cli("generate.py", *args, env={"PYTHONIOENCODING": "ascii"})
     assert result.status == 0, result.stderr
     assert result.stdout.startswith("na?ve")
+    args = ["--checkpoint_path", tiny / "model.pth", "--device", "cpu", "--include_path", REPO / "tests/data/eval"]
+    result = cli("eval.py", *args, "--tasks", "hellaswag", "--limit", "2", env={"PYTHONIOENCODING": "ascii"})
+    assert result.status == 0, result.stderr
+    assert "|hellaswag|" in result.stdout and "|acc_norm|?  |" in result.stdout, result.stdout
 
 
 def test_bench_keeps_what_else_its_file_holds(cli, tiny, tmp_path, refuses):
