@@ -160,7 +160,7 @@ def main() -> None:
         while time.monotonic() < end:
             source, folder = files[seed % len(files)], Path(root, "mutated")
             shutil.copytree(source.parent, folder)
-            with contextlib.suppress(RuntimeError, NotImplementedError):  # what torch.save refuses
+            with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):  # what cannot be written
                 if seed >= args.seed:
                     mutate(folder / source.name, random.Random(seed))
                 if (outcome := attempt(folder, source.name)) == "refused" and seed < args.seed:
