@@ -2,11 +2,13 @@
 
     python scripts/bench.py                                        # shapes and modes of benchmarks/README.md
     python scripts/bench.py --models 7B --modes bf16 int4 --rows 1 8 16
+    python scripts/bench.py --models Llama-3.1-8B --prompt_length 512 8192 --context 32768 --batch_size 1 16 --peer
     python scripts/bench.py --checkpoint_path checkpoints/$MODEL_REPO/model_int8.pth
 
 Shapes are filled with random weights. Each figure is the median of --runs generations of --max_new_tokens tokens after
-a prompt of --prompt_length, prefill included. Fraction: bytes of the weights but the embedding, times tokens per
-second, over the read bandwidth measured in the same run.
+a prompt of --prompt_length, prefill included, or with --context tokens in the cache already, which nothing has read.
+Fraction: bytes of the weights but the embedding, times tokens per second, over the read bandwidth measured in the same
+run.
 """
 
 import sys
@@ -28,7 +30,9 @@ import shlex
 import statistics
 import subprocess
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -37,7 +41,7 @@ from checkpoint import DTYPES, load_model, read_config
 from cli import check_flags, pick_device, positive
 from engine import Engine
 from errors import UserError
-from formats.config import BUILTIN
+from formats.config import BUILTIN, builtin
 from generate import generate
 from linear import GROUPS, Linear
 from measure import kv_bytes, prefill_flops, weight_bytes
@@ -98,9 +102,22 @@ def random_model(
     return model.eval()
 
 
+class Work(NamedTuple):
+    """What each of so many rows does before it decodes: read a prompt, or have a context in the cache."""
+
+    prompt: int
+    context: int
+    rows: int
+
+    @property
+    def before(self) -> int:
+        """Positions of a row in use before it decodes."""
+        return self.prompt or self.context
+
+
 @dataclass
 class Row:
-    """One line of the table."""
+    """One line of the table. Without a prompt there is no prefill."""
 
     model: str
     mode: str
@@ -109,62 +126,143 @@ class Row:
     gigabytes_per_second: float
     fraction: float
     weight_gigabytes: float
-    prefill_ms: float
+    prefill_ms: float | None
     step_ms: float
     compile_seconds: float
     first_token_seconds: float
     memory_gigabytes: float
     step_ms_by_rows: dict[int, float]
     prompt_length: int
+    context: int
     batch_size: int
-    prefill_mfu: float  # over the rate of a large matmul in the same run
+    prefill_mfu: float | None  # over the rate of a large matmul in the same run
     decode_fraction: float  # (weights + the keys and values in use) a step, over the read bandwidth
+
+    @property
+    def work(self) -> Work:
+        return Work(self.prompt_length, self.context, self.batch_size)
 
 
 def measure(
-    name: str, mode: str, model: Transformer, prompt_length: int, args: argparse.Namespace, limits: tuple[float, float]
+    name: str, mode: str, model: Transformer, work: Work, args: argparse.Namespace, limits: tuple[float, float]
 ) -> Row:
     """limits: the read bandwidth and the matmul rate."""
-    device, B = model.norm.weight.device, args.batch_size
+    device = model.norm.weight.device
     start = time.perf_counter()
-    length = prompt_length + args.max_new_tokens
-    sampler = Sampler(temperature=args.temperature, top_k=args.top_k)
-    llm = Engine(model, batch_size=B, max_seq_length=length, sampler=sampler, compile=True)
-    generator = torch.Generator().manual_seed(0)  # the same on every rank
-    prompts = torch.randint(0, min(1024, model.config.vocab_size), (B, prompt_length), generator=generator).tolist()
-    next(generate(llm, prompts, 2))
+    length, sampler = work.before + args.max_new_tokens, Sampler(temperature=args.temperature, top_k=args.top_k)
+    llm = Engine(model, batch_size=work.rows, max_seq_length=length, sampler=sampler, compile=True)
+    prompts = random_prompts(work, model.config)
+    run = (lambda: whole(llm, prompts, args.max_new_tokens)) if work.prompt else (lambda: decoding(llm, work, args))
+    next(generate(llm, prompts or [[0]] * work.rows, 2))
     first = time.perf_counter() - start
-    rates, prefills = [], []
-    for _ in range(args.runs + 1):  # the first warms up
-        llm.state.synchronize()
-        begin = time.perf_counter()
-        for count, _ in enumerate(generate(llm, prompts, args.max_new_tokens, is_stop=never), 1):
-            if count == 1:
-                prefills.append(time.perf_counter() - begin)
-        rates.append(B * count / (time.perf_counter() - begin))
-    rates, prefills = rates[1:], prefills[1:]
+    seconds, prefills = zip(*[run() for _ in range(args.runs + 1)][1:])  # the first warms up
+    rates = [work.rows * args.max_new_tokens / s for s in seconds]
     rate, prefill = statistics.median(rates), statistics.median(prefills)
-    weights, step = weight_bytes(model), (B * args.max_new_tokens / rate - prefill) / (args.max_new_tokens - 1)
-    used = kv_bytes(llm, prompt_length + args.max_new_tokens / 2)
+    weights, steps = weight_bytes(model), args.max_new_tokens - bool(work.prompt)
+    step = (work.rows * args.max_new_tokens / rate - prefill) / steps
     return Row(
         model=name,
         mode=mode,
         tokens_per_second=rate,
         spread=(min(rates), max(rates)),
-        gigabytes_per_second=weights * rate / B / 1e9,
-        fraction=weights * rate / B / limits[0],
+        gigabytes_per_second=weights * rate / work.rows / 1e9,
+        fraction=weights * rate / work.rows / limits[0],
         weight_gigabytes=weights / 1e9,
-        prefill_ms=prefill * 1e3,
+        prefill_ms=prefill * 1e3 if work.prompt else None,
         step_ms=step * 1e3,
         compile_seconds=llm.compile_seconds,
         first_token_seconds=first,
         memory_gigabytes=torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else 0.0,
         step_ms_by_rows={rows: step_time(model, rows, length) * 1e3 for rows in args.rows},
-        prompt_length=prompt_length,
-        batch_size=B,
-        prefill_mfu=prefill_flops(model, B * prompt_length, B) / prefill / limits[1],
-        decode_fraction=(weights + used) / step / limits[0],
+        prompt_length=work.prompt,
+        context=work.context,
+        batch_size=work.rows,
+        prefill_mfu=prefill_flops(model, work.rows * work.prompt, work.rows) / prefill / limits[1] if prefill else None,
+        decode_fraction=(weights + kv_bytes(llm, work.before + args.max_new_tokens / 2)) / step / limits[0],
     )
+
+
+def random_prompts(work: Work, config: ModelConfig) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)  # the same on every rank
+    size = (work.rows, work.prompt)
+    return torch.randint(0, min(1024, config.vocab_size), size, generator=generator).tolist() if work.prompt else []
+
+
+def whole(llm: Engine, prompts: list[list[int]], count: int) -> tuple[float, float]:
+    """Seconds of one generation of so many tokens a row, and of those until the first token."""
+    llm.state.synchronize()
+    begin = time.perf_counter()
+    for done, _ in enumerate(generate(llm, prompts, count, is_stop=never), 1):
+        if done == 1:
+            prefill = time.perf_counter() - begin
+    assert done == count
+    return time.perf_counter() - begin, prefill
+
+
+def decoding(llm: Engine, work: Work, args: argparse.Namespace) -> tuple[float, float]:
+    """Seconds of decoding --max_new_tokens a row behind what the cache is said to hold, and none of prefill."""
+    llm.state.pos.fill_(work.context)
+    llm.state.synchronize()
+    begin = time.perf_counter()
+    blocks = [llm.advance() for _ in range(args.max_new_tokens // llm.block)]
+    blocks[-1]()
+    return (time.perf_counter() - begin) * args.max_new_tokens / (len(blocks) * llm.block), 0.0
+
+
+def peer(name: str, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The model that transformers makes of the shape, with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**builtin(name))
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+@torch.inference_mode()
+def measure_peer(model: torch.nn.Module, ours: Row, args: argparse.Namespace, limits: tuple[float, float]) -> Row:
+    """The same work by a model of transformers, eager: reading the prompts, then greedy decoding."""
+    config, count, work = ModelConfig.from_name(ours.model), min(args.max_new_tokens, 32), ours.work
+    prompts = torch.tensor(random_prompts(work, config), device=model.device)
+
+    def timed(run: Callable[[], object]) -> list[float]:
+        times = []
+        for _ in range(args.runs + 1):  # the first warms up
+            begin = time.perf_counter()
+            run()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        return times[1:]
+
+    prefill = statistics.median(timed(lambda: model(prompts, logits_to_keep=1)))
+    lengths = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    times = timed(lambda: model.generate(prompts, **lengths))
+    rates = [work.rows * count / t for t in times]
+    rate, step = statistics.median(rates), (statistics.median(times) - prefill) / (count - 1)
+    return replace(
+        ours,
+        mode="transformers",
+        tokens_per_second=rate,
+        spread=(min(rates), max(rates)),
+        gigabytes_per_second=ours.weight_gigabytes * rate / work.rows,
+        fraction=ours.weight_gigabytes * 1e9 * rate / work.rows / limits[0],
+        prefill_ms=prefill * 1e3,
+        step_ms=step * 1e3,
+        compile_seconds=0.0,
+        first_token_seconds=0.0,
+        memory_gigabytes=torch.cuda.max_memory_reserved() / 1e9 if model.device.type == "cuda" else 0.0,
+        step_ms_by_rows={},
+        prefill_mfu=ours.prefill_mfu * ours.prefill_ms / prefill / 1e3,
+        decode_fraction=ours.decode_fraction * ours.step_ms / step / 1e3,
+    )
+
+
+def release(device: torch.device) -> None:
+    """Give back what an engine and its graph, which hold each other, have taken."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def never(row: int, token: int) -> bool:
@@ -208,18 +306,22 @@ def provenance() -> dict[str, str]:
     return {"torch": torch.__version__, "commit": commit, "command": shlex.join(["python", *sys.argv])}
 
 
+def digits(value: float | None, places: int) -> str:
+    return "" if value is None else f"{value:.{places}f}"
+
+
 def table(rows: list[Row]) -> str:
     lines = [
-        "| model | weights | prompt x rows | tok/s (min-max) | GB/s | of read bandwidth | step ms | decode, of it | "
+        "| model | weights | tokens x rows | tok/s (min-max) | GB/s | of read bandwidth | step ms | decode, of it | "
         "prefill ms | MFU | first token s | GB |"
     ]
     lines.append("|---" * 12 + "|")
     for r in rows:
         lines.append(
-            f"| {r.model} | {r.mode} {r.weight_gigabytes:.2f} GB | {r.prompt_length} x {r.batch_size} "
+            f"| {r.model} | {r.mode} {r.weight_gigabytes:.2f} GB | {r.work.before} x {r.batch_size} "
             f"| {r.tokens_per_second:.1f} ({r.spread[0]:.1f}-{r.spread[1]:.1f}) | {r.gigabytes_per_second:.0f} "
-            f"| {r.fraction:.3f} | {r.step_ms:.3f} | {r.decode_fraction:.3f} | {r.prefill_ms:.1f} "
-            f"| {r.prefill_mfu:.3f} | {r.first_token_seconds:.1f} | {r.memory_gigabytes:.1f} |"
+            f"| {r.fraction:.3f} | {r.step_ms:.3f} | {r.decode_fraction:.3f} | {digits(r.prefill_ms, 1)} "
+            f"| {digits(r.prefill_mfu, 3)} | {r.first_token_seconds:.1f} | {r.memory_gigabytes:.1f} |"
         )
         if r.step_ms_by_rows:
             times = ", ".join(f"{n}: {ms:.3f}" for n, ms in r.step_ms_by_rows.items())
@@ -227,17 +329,18 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     try:
         import matplotlib.pyplot as plt  # optional: only the plot needs it
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
 
     figure, axes = plt.subplots(figsize=(1 + len(rows), 4))
-    names = [f"{r.model}\n{r.mode}" for r in rows]
-    axes.bar(names, [bandwidth / r.weight_gigabytes / 1e9 for r in rows], color="lightgray", label="limit")
-    axes.bar(names, [r.tokens_per_second for r in rows], width=0.5, label="measured")
-    axes.set_ylabel("tokens/s, batch 1")
+    names = [f"{r.model}\n{r.mode}\n{r.work.before} x {r.batch_size}" for r in rows]
+    steps = [1e3 / r.step_ms for r in rows]
+    axes.bar(names, [s / r.decode_fraction for r, s in zip(rows, steps)], color="lightgray", label="limit")
+    axes.bar(names, steps, width=0.5, label="measured")
+    axes.set_ylabel("decode steps/s")
     axes.legend()
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
@@ -248,29 +351,33 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=MODES, choices=KINDS, metavar="MODE", help="also fp8, int4:GROUP")
     parser.add_argument("--checkpoint_path", type=Path, help="measure this model instead of random shapes")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--prompt_length", type=positive, nargs="+", default=[5], help="tokens of a prompt, or several")
-    parser.add_argument("--batch_size", type=positive, default=1, help="prompts at once")
+    parser.add_argument("--prompt_length", type=positive, nargs="+", help="tokens of a prompt, or several; 5")
+    parser.add_argument("--context", type=positive, nargs="+", default=[], help="decode with so many tokens before")
+    parser.add_argument("--batch_size", type=positive, nargs="+", default=[1], help="rows at once, or several")
     parser.add_argument("--max_new_tokens", type=positive, default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top_k", type=int, default=200)
     parser.add_argument("--runs", type=positive, default=5)
     parser.add_argument("--rows", type=positive, nargs="*", default=[], help="also time a step with so many rows")
+    parser.add_argument("--peer", action="store_true", help="measure transformers with the same shapes too")
     parser.add_argument("--device")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, and what they were measured on")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speed against the limit (needs matplotlib)")
     with session() as tp:
         args = parser.parse_args()
-        check_flags(parser, args, {"checkpoint_path": ("models", "modes")}, {})
+        check_flags(parser, args, {"checkpoint_path": ("models", "modes", "peer")}, {})
+        if args.prompt_length is None:
+            args.prompt_length = [] if args.context else [5]
         _run(args, tp)
 
 
 def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     if args.max_new_tokens < 2:
         raise UserError(f"--max_new_tokens is {args.max_new_tokens}; at least 2 are needed")
-    length = max(args.prompt_length) + args.max_new_tokens
+    length = max(args.prompt_length + args.context) + args.max_new_tokens
     if max(args.rows, default=1) > length - length // 2:  # which begin in the middle of the context
         most = length - length // 2
-        raise UserError(f"--rows {max(args.rows)} exceeds {most}, half of --prompt_length and --max_new_tokens")
+        raise UserError(f"--rows {max(args.rows)} exceeds {most}, half of the context and --max_new_tokens")
     Sampler(temperature=args.temperature, top_k=args.top_k)  # what is wrong with these shows before a model is made
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: its directory does not exist")
@@ -279,7 +386,9 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     configs = {path.name: read_config(path) for path in paths} or {n: ModelConfig.from_name(n) for n in args.models}
     for name, config in configs.items():
         if length > config.block_size:
-            raise UserError(f"{length} tokens (--prompt_length, --max_new_tokens) exceed {name}'s {config.block_size}")
+            raise UserError(
+                f"{length} tokens (--prompt_length or --context, --max_new_tokens) exceed {name}'s {config.block_size}"
+            )
     if (bandwidth := ops.read_bandwidth(device)) is None:
         raise UserError(f"{device} has too little free memory for its read bandwidth to be measured")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -296,21 +405,26 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
             found = about | {"rows": [vars(row) for row in rows]}
             write_text(args.json, json.dumps(kept | found, indent=1) + "\n")
 
+    works = [Work(n, 0, batch) for n in args.prompt_length for batch in args.batch_size]
+    works += [Work(0, n, batch) for n in args.context for batch in args.batch_size]
     if args.checkpoint_path:
         model = load_model(args.checkpoint_path, device=device, dtype=dtype, tp=tp)
-        for n in args.prompt_length:
-            take(measure(args.checkpoint_path.parent.name, args.checkpoint_path.stem, model, n, args, limits))
+        for work in works:
+            take(measure(args.checkpoint_path.parent.name, args.checkpoint_path.stem, model, work, args, limits))
     for shape, config in () if args.checkpoint_path else configs.items():
         for mode in args.modes:
             model = random_model(config, mode, device, dtype, tp)
-            for n in args.prompt_length:
-                take(measure(shape, mode, model, n, args, limits))
-                gc.collect()  # an engine and its graph hold each other
+            for work in works:
+                take(measure(shape, mode, model, work, args, limits))
+                release(device)
             del model
-            gc.collect()  # an engine and its graph hold each other, and it the model
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
+            release(device)
+        if args.peer:
+            model = peer(shape, device, dtype)
+            for ours in [row for row in rows if row.mode == args.modes[0] and row.model == shape and row.prompt_length]:
+                take(measure_peer(model, ours, args, limits))
+            del model
+            release(device)
     print(table(rows))
     if args.plot and tp.rank == 0:
-        plot(rows, bandwidth, args.plot)
+        plot(rows, args.plot)

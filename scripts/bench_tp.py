@@ -4,7 +4,8 @@
     python scripts/bench_tp.py tp.json --gpus 1 2 --models 7B --modes bf16
 
 Starts torchrun for each number of GPUs. Shapes are filled with random weights. Figures are those of bench.py: medians
-of whole generations, 200 tokens after a prompt of 5; the fraction is each GPU's own bytes over its own read bandwidth.
+of whole generations, 200 tokens after prompts of 5 and 2,048; the fraction is each GPU's own bytes over its own read
+bandwidth.
 """
 
 import sys
@@ -18,7 +19,6 @@ if __name__ == "__main__":  # first: what follows takes seconds to import
     command("bench_tp")
 
 import argparse
-import gc
 import itertools
 import json
 import math
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=bench.MODES, choices=bench.KINDS, metavar="MODE")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--prompt_length", type=int, nargs="+", default=[5, 2048])
     parser.add_argument("--timeout", type=float, default=120, help="seconds for each number of GPUs")
     parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)  # fewer, to compile the kernels ahead
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)  # what torchrun starts
@@ -64,7 +65,7 @@ def main() -> None:
     if torch.cuda.device_count() < max(args.gpus):
         raise UserError(f"--gpus {max(args.gpus)}: this machine has {torch.cuda.device_count()}")
     # Every number of GPUs has kernels of its own, whose compilation none of the others need wait for.
-    for process in [_torchrun(args, n, "--layers", "1", "--runs", "1", "--max_new_tokens", "9") for n in args.gpus]:
+    for process in [_torchrun(args, n, "--layers", "1", "--runs", "1", "--max_new_tokens", "17") for n in args.gpus]:
         _finish(process, args.timeout)
     results = {}
     about = bench.provenance()
@@ -79,7 +80,8 @@ def _torchrun(args: argparse.Namespace, n: int, *more: str) -> subprocess.Popen:
     models = [m for m in args.models if m != LARGE or n == max(args.gpus) > 1] or args.models
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1"]
     command += [f"--nproc_per_node={n}", __file__, args.json, "--rank", "--models", *models, "--modes", *args.modes]
-    command += ["--runs", args.runs, "--max_new_tokens", args.max_new_tokens, *more]
+    command += ["--prompt_length", *args.prompt_length, "--runs", args.runs]
+    command += ["--max_new_tokens", args.max_new_tokens, *more]
     return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -110,16 +112,18 @@ def _rank(args: argparse.Namespace, tp: TensorParallel) -> None:
     print(json.dumps({"device": name, "torch": torch.__version__, "read_bandwidth": bandwidth}), flush=True)
     if tp.world > 1 and not args.layers:
         print(json.dumps({"all_reduce_us": all_reduce_times(tp, device)}), flush=True)
-    settings = argparse.Namespace(**vars(args), prompt_length=5, temperature=0.8, top_k=200, rows=[])
+    limits = bandwidth, ops.matmul_rate(device, torch.bfloat16)
+    settings = argparse.Namespace(**vars(args), temperature=0.8, top_k=200, rows=[])
     for model_name, mode in itertools.product(args.models, args.modes):
         config = ModelConfig.from_name(model_name)
         config = replace(config, n_layer=args.layers or config.n_layer)
         model = bench.random_model(config, mode, device, torch.bfloat16, tp)
-        print(json.dumps(asdict(bench.measure(model_name, mode, model, settings, bandwidth))), flush=True)
+        for length in args.prompt_length:
+            row = bench.measure(model_name, mode, model, bench.Work(length, 0, 1), settings, limits)
+            print(json.dumps(asdict(row)), flush=True)
+            bench.release(device)
         del model
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        bench.release(device)
 
 
 def all_reduce_times(tp: TensorParallel, device: torch.device) -> dict[str, dict[str, float]]:
@@ -178,15 +182,17 @@ def _graph_time(step: Callable[[], object], calls: int = 100, replays: int = 10)
 
 
 def _table(gpus: dict[int, dict]) -> str:
-    lines = ["| model | weights | GPUs | tok/s (min-max) | x one GPU | of read bandwidth | step ms | prefill ms |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    alone = {(r["model"], r["mode"]): r["tokens_per_second"] for r in gpus.get(1, {"rows": []})["rows"]}
+    columns = ("model", "weights", "prompt", "GPUs", "tok/s (min-max)", "of read bandwidth")
+    columns += ("step ms", "x one GPU", "prefill ms", "x one GPU")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    alone = {(r["model"], r["mode"], r["prompt_length"]): r for r in gpus.get(1, {"rows": []})["rows"]}
     for n, r in ((n, r) for n, found in gpus.items() for r in found["rows"]):
-        one = alone.get((r["model"], r["mode"]))
-        gain = f"{r['tokens_per_second'] / one:.2f}" if one else ""
+        one = alone.get((r["model"], r["mode"], r["prompt_length"]))
+        gains = [f"{one[part] / r[part]:.2f}" if one else "" for part in ("step_ms", "prefill_ms")]
         lines.append(
-            f"| {r['model']} | {r['mode']} | {n} | {r['tokens_per_second']:.1f} ({r['spread'][0]:.1f}-"
-            f"{r['spread'][1]:.1f}) | {gain} | {r['fraction']:.3f} | {r['step_ms']:.3f} | {r['prefill_ms']:.1f} |"
+            f"| {r['model']} | {r['mode']} | {r['prompt_length']} | {n} | {r['tokens_per_second']:.1f} ("
+            f"{r['spread'][0]:.1f}-{r['spread'][1]:.1f}) | {r['fraction']:.3f} | {r['step_ms']:.3f} | {gains[0]} "
+            f"| {r['prefill_ms']:.1f} | {gains[1]} |"
         )
     for n, found in gpus.items():
         for size, ways in found.get("all_reduce_us", {}).items():
