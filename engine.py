@@ -127,6 +127,7 @@ class Engine:
         if graphs:
             self._block = None if self.speculator else ops.capture(lambda: _repeat(step, self.block), warm_up=0)
             self._capture_prefill()
+            ops.plan_prefill(self.model.layers[0].attention, self.state.cache.k[0])
         if self.speculator:
             self.speculator.compile(step, inductor, ops.capture if graphs else None)
 

@@ -19,6 +19,7 @@ from ops.linear import prepare as prepare_linear
 from ops.matmul_rate import matmul_rate
 from ops.ngram import copy_match, find
 from ops.packing import dequantize
+from ops.prefill_cudnn import plan as plan_prefill
 from ops.read_bandwidth import free_memory, read_bandwidth
 from ops.sampling import logit_threshold, sample
 from ops.symmetric import all_reduce
@@ -39,6 +40,7 @@ __all__ = [
     "logit_threshold",
     "matmul_rate",
     "plain",
+    "plan_prefill",
     "prepare_attention",
     "prepare_linear",
     "read_bandwidth",

@@ -143,35 +143,54 @@ else:
     @triton.jit(do_not_specialize=["M", "steps"])
     def _gemm_kernel(
         y, x, w, s, bias, residual, partial, counts, M, N, K, steps,
-        KIND: tl.constexpr, GROUP: tl.constexpr, SWIGLU: tl.constexpr, BM: tl.constexpr, R: tl.constexpr,
-        C: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
-        ASM: tl.constexpr, PDL: tl.constexpr,
+        KIND: tl.constexpr, GROUP: tl.constexpr, SWIGLU: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr,
+        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+        AHEAD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W x [+ bias], or if SWIGLU `swiglu` of it (M, N / 2). x (M', K') is in the order of
-        slots and reaches to the end of its tiles. A program sums `steps` tiles along K; where several share a tile of
-        y (SPLIT), the last one to come sums their parts, always in the same order."""
+        slots and, if PADDED, reaches to the end of its tiles; fp weights take it as it is. A program sums `steps` tiles
+        along K; where several share a tile of y (SPLIT), the last one to come sums their parts, in the same order."""
         P: tl.constexpr = 16 if KIND == "int4" else 8
         BN: tl.constexpr = 16 * W * R
         BK: tl.constexpr = C * 8 * P
         tile_m, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        words, pairs = places(tile, N, K, KIND, GROUP, R, C, W)
+        k = tl.arange(0, BK)
+        if KIND == "fp":
+            row = tl.minimum(tile * BN + tl.arange(0, BN), N - 1).to(tl.int64) * K
+            at_w = w + row[:, None] + k[None, :]
+            words = row[:, None] + tl.arange(0, C)[None, :] * 64  # one in each 128 bytes
+        else:
+            words, pairs = places(tile, N, K, KIND, GROUP, R, C, W)
         first = part * steps
         last = tl.minimum(first + steps, tl.cdiv(K, BK))
         for step in tl.static_range(AHEAD):  # the first weights come to the L2 cache while x is made
             if first + step < last:
-                at = w + words + (first + step) * (C * (128 if KIND == "int4" else 16))
+                at = w + words + (first + step) * (C * (128 if KIND == "int4" else 64 if KIND == "fp" else 16))
                 fetch: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
                 tl.inline_asm_elementwise(fetch, "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1)
         if PDL:
             tlx.gdc_wait()
         m = tile_m * BM + tl.arange(0, BM)
-        at_x = m.to(tl.int64)[:, None] * (tl.cdiv(K, BK) * BK) + tl.arange(0, BK)[None, :]
+        width = K
+        if PADDED:
+            width = tl.cdiv(K, BK) * BK
+        at_x = x + m.to(tl.int64)[:, None] * width + k[None, :]
         acc = tl.zeros((BN, BM), tl.float32)
         for step in range(first, last):
-            found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, R, C, W, EVEN)
-            rows = tl.load(x + at_x + step * BK)
-            a = values(found, own, KIND, x.dtype.element_ty, ASM)
-            a = a.reshape(C, R, 2, W, 8, 4, P, 2).permute(1, 3, 2, 4, 0, 6, 5, 7).reshape(BN, BK)
+            if PADDED:
+                rows = tl.load(at_x + step * BK)
+            elif EVEN:
+                rows = tl.load(at_x + step * BK, (m < M)[:, None], other=0.0)
+            else:
+                rows = tl.load(at_x + step * BK, (m < M)[:, None] & (step * BK + k < K)[None, :], other=0.0)
+            if KIND != "fp":
+                found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, R, C, W, EVEN)
+                a = values(found, own, KIND, x.dtype.element_ty, ASM)
+                a = a.reshape(C, R, 2, W, 8, 4, P, 2).permute(1, 3, 2, 4, 0, 6, 5, 7).reshape(BN, BK)
+            elif EVEN:
+                a = tl.load(at_w + step * BK)
+            else:
+                a = tl.load(at_w + step * BK, (step * BK + k < K)[None, :], other=0.0)
             acc = tl.dot(a, tl.trans(rows), acc)
         if PDL:  # not before: what follows would take the places that become free first, all on a few multiprocessors
             tlx.gdc_launch_dependents()
@@ -188,7 +207,7 @@ else:
             for part in range(parts):
                 acc += tl.load(partial + (here * parts + part).to(tl.int64) * (BN * BM) + inner, cache_modifier=".cg")
         n = tile * BN + tl.arange(0, BN)
-        if KIND != "int4":
+        if s is not None and KIND != "int4":
             scale = tl.load(s + n, n < N, other=0.0).to(tl.float32)
             if KIND == "int8" and ASM is not None:
                 scale *= 64.0
@@ -213,7 +232,7 @@ def assembly(kind: str, dtype: torch.dtype, hopper: bool) -> str | None:
     """PTX that turns two int32 words, and for int4 their pairs, into values as pairs of bf16, in order; None where the
     GPU or another dtype of values does not allow it. Of int4, nibbles a and a + 4 where they are, as the low bits of
     bf16, are so many times 2^-133; an FMA makes that exactly (q - 8) / 64, another one the value, rounded once."""
-    if not hopper or dtype != torch.bfloat16:
+    if not hopper or dtype != torch.bfloat16 or kind == "fp":
         return None
     if kind != "int4":
         return products.assembly(kind)
@@ -236,7 +255,7 @@ def rms_norm(x: Tensor, norm: Tensor | None, eps: float, kind: str = "", out: Te
     that it wants, into the first rows of `out` (M', K'), which get zeros past K."""
     (M, K), out = x.shape, torch.empty_like(x) if out is None else out
     grid = (M, triton.cdiv(out.shape[1], FEATURES))
-    order = {"": 0, "int4": 4}.get(kind, 8)
+    order = {"": 0, "fp": 0, "int4": 4}.get(kind, 8)
     _norm_kernel[grid](out, x, norm, K, out.shape[1], eps, O=order, BLOCK=FEATURES, num_warps=8, **pdl(x.device))
     return out
 
@@ -244,7 +263,7 @@ def rms_norm(x: Tensor, norm: Tensor | None, eps: float, kind: str = "", out: Te
 def gemm(
     x: Tensor,
     weight: Tensor,
-    scales: Tensor,
+    scales: Tensor | None,
     bias: Tensor | None,
     norm: Tensor | None,
     eps: float,
@@ -257,20 +276,23 @@ def gemm(
     (M, K), N, kind = x.shape, out_features(weight), kind_of(weight)
     how, launch = tuning.tile(kind, N, K, M, x.device), pdl(x.device)
     BM, R, C, W = how.rows, how.row_repeat, how.k_repeat, how.num_warps
-    BN, BK = 16 * W * R, C * tuning.CHUNK[kind]
+    BN, BK = 16 * W * R, C * max(64, tuning.CHUNK[kind])
     steps = triton.cdiv(triton.cdiv(K, BK), how.split)
     grid = (triton.cdiv(M, BM), triton.cdiv(N, BN), triton.cdiv(triton.cdiv(K, BK), steps))
-    ordered = torch.empty(grid[0] * BM, triton.cdiv(K, BK) * BK, dtype=x.dtype, device=x.device)
-    rms_norm(x, norm, eps, kind, ordered)
+    padded = kind != "fp" or norm is not None
+    if padded:
+        ordered = torch.empty(grid[0] * BM, triton.cdiv(K, BK) * BK, dtype=x.dtype, device=x.device)
+        rms_norm(x, norm, eps, kind, ordered)
     y = torch.empty(M, N // 2 if swiglu else N, dtype=out_dtype, device=x.device)
     partial = counts = None
     if grid[2] > 1:
         partial = torch.empty(grid[0] * grid[1] * grid[2] * BN * BM, dtype=torch.float32, device=x.device)
         counts = counters(x.device, TILES)
     _gemm_kernel[grid](
-        y, ordered, weight.view(torch.int32), scales, bias, residual, partial, counts, M, N, K, steps,
-        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, SWIGLU=swiglu, BM=BM, R=R, C=C, W=W,
-        SPLIT=grid[2] > 1, EVEN=K % BK == 0, AHEAD=how.ahead if launch["PDL"] else 0,
+        y, ordered if padded else x, weight if kind == "fp" else weight.view(torch.int32), scales, bias, residual,
+        partial, counts, M, N, K, steps,
+        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, SWIGLU=swiglu, PADDED=padded, BM=BM, R=R,
+        C=C, W=W, SPLIT=grid[2] > 1, EVEN=K % BK == 0, AHEAD=how.ahead if launch["PDL"] else 0,
         ASM=assembly(kind, x.dtype, launch["PDL"]), num_warps=W, num_stages=how.num_stages, **launch,
     )  # fmt: skip
     return y

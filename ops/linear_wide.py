@@ -22,7 +22,9 @@ from ops.common import is_hopper, on_triton, op, pdl, tl, tlx, triton
 from ops.linear_gemm import assembly, gemm, places, rms_norm, values, weights
 from ops.linear_triton import kind_of, out_features
 
-GEMM_ROWS = 1024  # up to which reading a weight once gains more than cuBLAS's rate does: measured on an H200
+# Rows up to which the GEMM is faster than cuBLAS: of quantised weights, which it reads once, and of plain ones, where
+# launches around cuBLAS's are saved. Measured on an H200.
+GEMM_ROWS, GEMM_ROWS_PLAIN = 1024, 64
 PIECE = 2**26  # weights widened at a time, 128 MB: products of few rows of W leave processors idle
 FEATURES = 1024  # of a row, that a program finishes
 
@@ -161,7 +163,7 @@ def linear_many(
     (..., N / 2). Residual like the result; the rest as of linear_triton.linear."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     residual = None if residual is None else residual.contiguous()
-    few = scales is not None and len(rows) <= GEMM_ROWS
+    few = len(rows) <= (GEMM_ROWS_PLAIN if scales is None else GEMM_ROWS)
     y = (gemm if few else wide)(rows, weight, scales, bias, norm, eps, residual, out_dtype, swiglu)
     return y.view(*x.shape[:-1], y.shape[1])
 

@@ -3,9 +3,8 @@
     attention_prefill(qkv, k_cache, v_cache, ...)    norms, RoPE, cache write and attention; see attention.py
 
 Two kernels: one reads qkv once, normalises, rotates, and writes keys and values to the cache; the other is flash
-attention (Dao, arXiv:2307.08691) over the cache. (cuDNN's, from PyTorch, is a tenth faster, but plans each pair of
-lengths that it has not seen, for a tenth of a second or more.) Axes: B rows, S new tokens, T cache length, H query
-heads, Hkv key/value heads, G = H / Hkv, D head dim.
+attention (Dao, arXiv:2307.08691) over the cache. Whole chunks of very long prompts go to prefill_cudnn.py. Axes: B
+rows, S new tokens, T cache length, H query heads, Hkv key/value heads, G = H / Hkv, D head dim.
 """
 
 import functools
@@ -14,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from ops import prefill_cudnn
 from ops.common import on_triton, op, tl, triton
 from ops.rotary import turned, turns
 
@@ -172,6 +172,8 @@ def attention_prefill(
         0 if rope is None else rope.shape[0] - 1, eps, *strides[:2], HKV=Hkv,
         ROTARY=0 if rope is None else 2 * rope.shape[1], TOKENS=TOKENS, num_warps=4, **shared,
     )  # fmt: skip
+    if prefill_cudnn.supports(q, k_cache, start, window):
+        return prefill_cudnn.attention(q, k_cache, v_cache, start).reshape(B, S, n_head * D)
     out = torch.empty_like(q)
     block_m, block_n, stages = next(blocks for most, blocks in BLOCKS.items() if most >= D)
     tiles = [None, None]
