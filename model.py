@@ -86,6 +86,8 @@ class Attention(nn.Module):
         rows = [range((first + own.start) * D, (first + own.stop) * D) for first, own in parts]
         self.n_head = len(queries)
         self.window = config.windows[layer] if config.windows else 0
+        self.scale, self.soft_cap = D**-0.5, 0.0  # of the scores; 0 is no cap
+        self.sinks: nn.Parameter | None = None  # (H,), a logit of each head in the softmax's denominator alone
         self.rotates = not config.rope_layers or config.rope_layers[layer]
         self.wqkv = Linear(config.dim, (H + 2 * Hkv) * D, config.qkv_bias, tp=tp, rows=rows)
         self.wo = Linear(H * D, config.dim, config.o_bias, tp=tp, columns=rows[0])

@@ -8,19 +8,20 @@ on a CPU, plain PyTorch.
 Axes: B rows, S new tokens, T cache length, H query heads, Hkv key/value heads, G = H / Hkv, D head dim, R of it rotate.
 """
 
-import math
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops import cpu, prefill
+from ops import cpu, prefill, softmax
 from ops.common import MAX_ROWS, counters, on_triton, op, pdl, tl, tlx, triton
 from ops.fragments import flat, unflat
 from ops.linear import half_is_slow
 from ops.rms_norm import rms_norm
 from ops.rotary import rotate, turned, turns
+
+SCORES = 2**24  # that the plain way of a soft cap or sinks holds at a time
 
 
 class AttentionLayer(Protocol):
@@ -28,6 +29,9 @@ class AttentionLayer(Protocol):
 
     n_head: int
     window: int  # position p sees keys j > p - window; 0: all before it
+    scale: float  # of scores, as a rule D**-0.5
+    soft_cap: float  # scores become cap tanh(scores / cap); 0: they stay
+    sinks: Tensor | None  # (H,), a logit of each head in the softmax's denominator alone
     q_norm: nn.RMSNorm | None  # over each head, before RoPE
     k_norm: nn.RMSNorm | None
     first_layer: bool  # whether positions and caches may just have been written when this layer starts
@@ -51,14 +55,15 @@ def attention(
     q_norm, k_norm, eps = None, None, 0.0
     if layer.q_norm is not None:
         q_norm, k_norm, eps = layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps
-    rest = (input_pos, rope, q_norm, k_norm, eps, layer.n_head, layer.window)
+    rest = (input_pos, rope, q_norm, k_norm, eps, layer.n_head, layer.window, layer.scale, layer.soft_cap, layer.sinks)
     if on_triton(qkv) and qkv.element_size() == 2 and qkv.shape[1] <= MAX_ROWS:
         rest = (input_pos.to(qkv.device), *rest[1:])
         return attention_triton(qkv, k_cache, v_cache, *rest, layer.prefetch, layer.first_layer)
     if prefill.supports(qkv, k_cache):
         return prefill.attention_prefill(qkv, k_cache, v_cache, *rest)
-    if cpu.supports_attention(qkv, k_cache, v_cache, input_pos):
-        return cpu.attention(qkv, k_cache, v_cache, *rest)
+    usual = layer.scale == k_cache.shape[3] ** -0.5 and not layer.soft_cap and layer.sinks is None
+    if usual and cpu.supports_attention(qkv, k_cache, v_cache, input_pos):
+        return cpu.attention(qkv, k_cache, v_cache, *rest[:7])
     return attention_plain(qkv, k_cache, v_cache, input_pos.to(qkv.device), *rest[1:])
 
 
@@ -74,6 +79,9 @@ def attention_plain(
     eps: float,
     n_head: int,
     window: int,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch, the reference. An op, as it reads positions where that costs nothing."""
     B, S, _ = qkv.shape
@@ -81,8 +89,9 @@ def attention_plain(
     positions = input_pos[:, None] + torch.arange(S, device=qkv.device)  # (B, S)
     starts = input_pos.tolist() if qkv.is_cpu else None  # reading them costs nothing here
     q = _rotated(qkv, k_cache, v_cache, input_pos, positions, starts, rope, q_norm, k_norm, eps, n_head)
-    if starts and S > 1 and not window and max(starts) + S <= T:
-        rows = [_flash(q[b], k_cache[b], v_cache[b], start) for b, start in enumerate(starts)]
+    scale, usual = D**-0.5 if scale is None else scale, not soft_cap and sinks is None
+    if starts and S > 1 and not window and usual and max(starts) + S <= T:
+        rows = [_flash(q[b], k_cache[b], v_cache[b], start, scale) for b, start in enumerate(starts)]
         return torch.stack(rows).flatten(2)
     live = min(max(starts) + S, T) if starts else T
     keys, values = k_cache[:, :, :live].to(q.dtype), v_cache[:, :, :live].to(q.dtype)
@@ -96,8 +105,33 @@ def attention_plain(
         mask = mask[:, None, :, None].expand(-1, -1, -1, n_head // Hkv, -1).flatten(2, 3)  # (B, 1, S G, live)
     # Query heads that share a key become rows beside each other: PyTorch's own grouping, with a mask, is slow.
     q = q.unflatten(2, (Hkv, -1)).transpose(1, 2).flatten(2, 3)  # (B, Hkv, S G, D)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    if usual:
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+    else:
+        out = _softmax(q, keys, values, mask, scale, soft_cap, sinks)
     return out.unflatten(2, (S, -1)).transpose(1, 2).reshape(B, S, n_head * D)
+
+
+def _softmax(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, soft_cap: float, sinks: Tensor | None
+) -> Tensor:
+    """As PyTorch's scaled_dot_product_attention, of q (B, Hkv, S G, D), with a soft cap and sinks."""
+    B, Hkv, rows, _ = q.shape
+    dtype, out = torch.promote_types(q.dtype, torch.float32), torch.empty_like(q)
+    keys, values = keys.to(dtype), values.to(dtype)
+    size = max(1, SCORES // (B * Hkv * keys.shape[2]))
+    for part in (slice(a, a + size) for a in range(0, rows, size)):
+        scores = scale * (q[:, :, part].to(dtype) @ keys.mT)
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, :, part], -torch.inf)
+        lse = scores.logsumexp(3, keepdim=True).clamp(min=-1e30)  # finite where a token past the cache sees nothing
+        if sinks is not None:
+            per_row = sinks.to(dtype).view(Hkv, 1, -1).expand(-1, rows * Hkv // len(sinks), -1).flatten(1)
+            lse = torch.logaddexp(lse, per_row[None, :, part, None])
+        out[:, :, part] = (torch.exp(scores - lse) @ values).to(q.dtype)
+    return out
 
 
 def _rotated(qkv, k_cache, v_cache, input_pos, positions, starts, rope, q_norm, k_norm, eps, n_head) -> Tensor:
@@ -115,7 +149,7 @@ def _rotated(qkv, k_cache, v_cache, input_pos, positions, starts, rope, q_norm, 
     return q
 
 
-def _flash(q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int) -> Tensor:
+def _flash(q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, scale: float) -> Tensor:
     """One row's queries (S, H, D) at positions from `start` on, over its cache (Hkv, T, D), by PyTorch's flash
     attention for CPUs: what was there before without a mask, the new tokens among themselves as a causal square, merged
     by their log-sum-exps."""
@@ -126,7 +160,7 @@ def _flash(q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int) -> Tensor:
     def attend(first: int, last: int, causal: bool) -> tuple[Tensor, Tensor]:
         k, v = (c[:, first:last].to(dtype).repeat_interleave(H // len(c), 0)[None] for c in (k_cache, v_cache))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, k, v, 0.0, causal
+            queries, k, v, 0.0, causal, scale=scale
         )  # (1, H, S, D), lse
 
     out, lse = attend(start, start + S, True)
@@ -138,7 +172,7 @@ def _flash(q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int) -> Tensor:
 
 @torch.library.register_fake("gptfast::attention_plain")
 @torch.library.register_fake("gptfast::attention_prefill")
-def _attention_fake(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, *rest):
+def _attention_fake(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, *rest, **more):
     return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))
 
 
@@ -175,7 +209,7 @@ if triton is not None:
         return tl.load(cache + t0.to(tl.int64) * STRIDE + at, mask=wanted, other=other, cache_modifier=".cg")
 
     @triton.jit
-    def _attend(q, k_tile, v_tile, acc, l_i, m_i, t, end, last, window, scale):
+    def _attend(q, k_tile, v_tile, acc, l_i, m_i, t, end, last, window, scale, cap):
         """Each warp's next keys, at positions t (W, 1, KEYS), in its online softmax (Milakov and Gimelshein,
         arXiv:1805.02867): q (W, ROWS, DP), acc (W, ROWS, DP), l_i and m_i (W, ROWS). Rows see keys up to `last`."""
         W: tl.constexpr = q.shape[0]
@@ -183,7 +217,7 @@ if triton is not None:
         KEYS: tl.constexpr = t.shape[2]
         k = unflat(k_tile, W, KEYS // 8, DP // 32).reshape(4, 8, W, KEYS // 8, DP // 32, 2, 2, 2)
         k = k.permute(2, 4, 6, 0, 5, 7, 3, 1).reshape(W, DP, KEYS)
-        scores = tl.dot(q, k.to(q.dtype)) * scale  # (W, ROWS, KEYS), in units of log2 e
+        scores = softmax.scores(tl.dot(q, k.to(q.dtype)), scale, cap)  # (W, ROWS, KEYS)
         seen = (t < end) & (t <= last) & ((window <= 0) | (t > last - window))
         scores = tl.where(seen, scores, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(scores, 2))
@@ -206,7 +240,7 @@ if triton is not None:
 
     @triton.jit
     def _combine(
-        out, place, splits, block, in_order, S, Hkv, h, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+        out, sinks, place, splits, block, in_order, S, Hkv, h, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
         ROWS: tl.constexpr, REAL: tl.constexpr, SPLITS: tl.constexpr, SPLITS2: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
         """What the splits of a block of rows have left at `place` (SPLITS, ROWS, DP + 2), as their attention. REAL of
@@ -220,6 +254,7 @@ if triton is not None:
         there = (part < splits) & (row < S * G)[None, :]
         m, share = _shares(tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg"))
         l = tl.sum(tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg") * share, 0)
+        l = softmax.with_sink(l, m, sinks, h * G + row % G, row < S * G)
         y = tl.zeros((REAL, DP), tl.float32)
         for first in tl.static_range(0, SPLITS, PARTS):
             part = first + tl.arange(0, PARTS)[:, None]
@@ -246,8 +281,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["first_layer"])
     def _attention_kernel(
-        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, partial, counts, prefetch, lines, first_layer,
-        S, T, Hkv, window, max_position, scale, eps, stride_b, stride_h,
+        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, sinks, partial, counts, prefetch, lines,
+        first_layer, S, T, Hkv, window, max_position, scale, cap, eps, stride_b, stride_h,
         G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
         STRIDE: tl.constexpr, W: tl.constexpr, HALVINGS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
         SPLITS2: tl.constexpr, SPLIT_KEYS: tl.constexpr, PARTS: tl.constexpr, REAL: tl.constexpr, PDL: tl.constexpr,
@@ -353,7 +388,7 @@ if triton is not None:
             tl.store(keys + at + n[None, :], k_new.to(k_cache.dtype.element_ty), mask=written & (n < D)[None, :])
             tl.store(values + at + d[None, :], v_new.to(v_cache.dtype.element_ty), mask=written & (d < D)[None, :])
             if NEW == 1:
-                score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * scale
+                score = softmax.scores(tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1), scale, cap)
                 to_first = (tl.arange(0, W)[:, None] == 0) & (pos < T)
                 m_i = tl.where(to_first, score[None, :], float("-inf"))
                 l_i += tl.where(to_first, 1.0, 0.0)
@@ -368,15 +403,15 @@ if triton is not None:
         q = q.reshape(ROWS, X, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5).reshape(1, ROWS, DP)
         q = tl.broadcast_to(q, (W, ROWS, DP))
         last = last[None, :, None]
-        acc, l_i, m_i = _attend(q, k_tile, v_tile, acc, l_i, m_i, begin + key_of_p, end, last, window, scale)
+        acc, l_i, m_i = _attend(q, k_tile, v_tile, acc, l_i, m_i, begin + key_of_p, end, last, window, scale, cap)
         t0 = begin + (TILES - 1) * STEP
         if TILES == 2 and t0 < end:
-            acc, l_i, m_i = _attend(q, k_next, v_next, acc, l_i, m_i, t0 + key_of_p, end, last, window, scale)
+            acc, l_i, m_i = _attend(q, k_next, v_next, acc, l_i, m_i, t0 + key_of_p, end, last, window, scale, cap)
         for _ in range(begin + TILES * STEP, end, STEP):
             t0 += STEP
             k_tile = _cached(keys, t0, key_of_k, d_of_k, at_k, begin, end, D, DP, STRIDE)
             v_tile = _cached(values, t0, key_of_v, d_of_v, at_v, begin, end, D, DP, STRIDE)
-            acc, l_i, m_i = _attend(q, k_tile, v_tile, acc, l_i, m_i, t0 + key_of_p, end, last, window, scale)
+            acc, l_i, m_i = _attend(q, k_tile, v_tile, acc, l_i, m_i, t0 + key_of_p, end, last, window, scale, cap)
         m, share = _shares(m_i)
         l = tl.sum(l_i * share, 0)
         y = (acc * share[:, :, None]).permute(1, 2, 0)  # (ROWS, DP, W)
@@ -400,8 +435,11 @@ if triton is not None:
                 return
             tl.store(counts + group, 0)
             base = out + b.to(tl.int64) * S * (Hkv * G) * D
-            _combine(base, place, splits, block, in_order, S, Hkv, h, G, D, DP, ROWS, REAL, SPLITS, SPLITS2, PARTS)
+            _combine(
+                base, sinks, place, splits, block, in_order, S, Hkv, h, G, D, DP, ROWS, REAL, SPLITS, SPLITS2, PARTS
+            )
         else:
+            l = softmax.with_sink(l, m, sinks, h * G + row % G, row < S * G)
             tl.store(out + of_row[:, None] + in_order[None, :], (y / l[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
@@ -424,6 +462,9 @@ def attention_triton(
     eps: float,
     n_head: int,
     window: int,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
     prefetch: Tensor | None = None,
     first_layer: bool = True,
 ) -> Tensor:
@@ -444,9 +485,10 @@ def attention_triton(
     # Those without a KV split help to prefetch, where one row leaves most multiprocessors idle.
     programs = max(splits, 128 // (B * Hkv * blocks)) if lines and S == 1 else splits
     _attention_kernel[(B * Hkv, programs, blocks)](
-        out, qkv, k_cache, v_cache, input_pos.contiguous(), rope, q_norm, k_norm, partial,
+        out, qkv, k_cache, v_cache, input_pos.contiguous(), rope, q_norm, k_norm, sinks, partial,
         counters(qkv.device, B * Hkv * blocks), prefetch, lines,
-        int(first_layer), S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1, D**-0.5 * math.log2(math.e), eps,
+        int(first_layer), S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1,
+        *softmax.constants(D**-0.5 if scale is None else scale, soft_cap), eps,
         *k_cache.stride()[:2], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
         ROWS=rows, NEW=1 if S == 1 else 16, STRIDE=k_cache.stride(2), W=WARPS, HALVINGS=WARPS.bit_length() - 1,
         KEYS=KEYS, SPLITS=splits, SPLITS2=triton.next_power_of_2(splits), SPLIT_KEYS=SPLIT_KEYS,

@@ -8,12 +8,11 @@ rows, S new tokens, T cache length, H query heads, Hkv key/value heads, G = H / 
 """
 
 import functools
-import math
 
 import torch
 from torch import Tensor
 
-from ops import prefill_cudnn
+from ops import prefill_cudnn, softmax
 from ops.common import on_triton, op, tl, triton
 from ops.rotary import turned, turns
 
@@ -57,11 +56,13 @@ if triton is not None:
             tl.store(v_cache + cached + (head - H - HKV).to(tl.int64) * stride_h, x, mask=written)
 
     @triton.jit
-    def _step(q, k, v, acc, l_i, m_i, seen, scale, MASKED: tl.constexpr):
+    def _step(q, k, v, acc, l_i, m_i, seen, scale, cap, MASKED: tl.constexpr):
         """One step of the online softmax (Milakov and Gimelshein, arXiv:1805.02867): keys k (D, N), values v (N, D)."""
         scores = tl.dot(q, k)
-        if MASKED:
-            scores = tl.where(seen, scores * scale, float("-inf"))
+        if cap is not None or MASKED:
+            scores = softmax.scores(scores, scale, cap)
+            if MASKED:
+                scores = tl.where(seen, scores, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(scores, 1))
             safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
             p = tl.exp2(scores - safe[:, None])
@@ -76,7 +77,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["start", "S", "T"])
     def _flash_kernel(
-        out, q, k_cache, v_cache, k_tiles, v_tiles, input_pos, start, S, T, window, scale, stride_b, stride_h,
+        out, q, k_cache, v_cache, k_tiles, v_tiles, sinks, input_pos, start, S, T, window, scale, cap, stride_b,
+        stride_h,
         H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STRIDE: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
@@ -116,7 +118,7 @@ if triton is not None:
             else:
                 k = tl.load(k_at, mask=(d < D)[:, None], other=0.0)
                 v = tl.load(v_at, mask=(d < D)[None, :], other=0.0)
-            acc, l_i, m_i = _step(q, k.to(q.dtype), v.to(q.dtype), acc, l_i, m_i, None, scale, False)
+            acc, l_i, m_i = _step(q, k.to(q.dtype), v.to(q.dtype), acc, l_i, m_i, None, scale, cap, False)
             if k_tiles is None:
                 k_at += BLOCK_N * STRIDE
                 v_at += BLOCK_N * STRIDE
@@ -128,9 +130,10 @@ if triton is not None:
             k = tl.load(k_at, mask=(d < D)[:, None] & (t < end), other=0.0)
             v = tl.load(v_at, mask=(d < D)[None, :] & (t0 + n < end)[:, None], other=0.0)
             seen = (t <= at) & (t < end) & ((window <= 0) | (t > at - window))
-            acc, l_i, m_i = _step(q, k.to(q.dtype), v.to(q.dtype), acc, l_i, m_i, seen, scale, True)
+            acc, l_i, m_i = _step(q, k.to(q.dtype), v.to(q.dtype), acc, l_i, m_i, seen, scale, cap, True)
             k_at += BLOCK_N * STRIDE
             v_at += BLOCK_N * STRIDE
+        l_i = softmax.with_sink(l_i, m_i, sinks, head, True)
         tl.store(out + rows, (acc / l_i[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
@@ -157,6 +160,9 @@ def attention_prefill(
     eps: float,
     n_head: int,
     window: int,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """As `attention`, for any S. input_pos may lie on the host, where positions are known and alike in all rows."""
     B, S, _ = qkv.shape
@@ -172,15 +178,16 @@ def attention_prefill(
         0 if rope is None else rope.shape[0] - 1, eps, *strides[:2], HKV=Hkv,
         ROTARY=0 if rope is None else 2 * rope.shape[1], TOKENS=TOKENS, num_warps=4, **shared,
     )  # fmt: skip
-    if prefill_cudnn.supports(q, k_cache, start, window):
-        return prefill_cudnn.attention(q, k_cache, v_cache, start).reshape(B, S, n_head * D)
+    if not (window or soft_cap) and sinks is None and prefill_cudnn.supports(q, k_cache, start):
+        return prefill_cudnn.attention(q, k_cache, v_cache, start, scale).reshape(B, S, n_head * D)
     out = torch.empty_like(q)
     block_m, block_n, stages = next(blocks for most, blocks in BLOCKS.items() if most >= D)
     tiles = [None, None]
     if _specializes(q.device) and D == DP and D <= 128 and start is not None:
         tiles = [TensorDescriptor(c, c.shape, c.stride(), [1, 1, block_n, D]) for c in (k_cache, v_cache)]
     _flash_kernel[(n_head, B, triton.cdiv(S, block_m))](
-        out, q, k_cache, v_cache, *tiles, *positions, S, T, window, D**-0.5 * math.log2(math.e), *strides[:2],
+        out, q, k_cache, v_cache, *tiles, sinks, *positions, S, T, window,
+        *softmax.constants(D**-0.5 if scale is None else scale, soft_cap), *strides[:2],
         G=n_head // Hkv, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=stages, **shared,
     )  # fmt: skip
     return out.view(B, S, n_head * D)

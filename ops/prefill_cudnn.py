@@ -1,8 +1,8 @@
 """Attention of a whole chunk of a very long prompt by cuDNN, whose kernel is a fifth faster than ours on a Hopper.
 
     plan(layer, cache)                   have cuDNN plan what the chunks of a prompt as long as a cache need
-    supports(q, start, window)           whether a chunk is such a one, and planned
-    attention(q, k_cache, v_cache, start)
+    supports(q, k_cache, start)          whether a chunk is such a one, and planned
+    attention(q, k_cache, v_cache, start, scale)
 
 cuDNN plans each pair of lengths that it meets, for a tenth of a second, and loads itself for a second. So it gets few
 pairs: a chunk's new tokens among themselves, and those over pieces of 1, 2, 4 or 8 chunks of what was there before,
@@ -46,9 +46,9 @@ if triton is not None:
         tl.store(lse + head * lse_h + s, top + tl.log(a + b), inside)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
     """q (1, H, S, D), k and v (1, Hkv, T, D) -> (1, H, S, D) and the log-sum-exps fp32 (1, H, S, 1)."""
-    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False)[:2]
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
 
 
 def _key(q: Tensor, Hkv: int) -> tuple:
@@ -60,32 +60,32 @@ def plan(layer, k_cache: Tensor) -> None:
     _, Hkv, T, D = k_cache.shape
     if not on_triton(k_cache) or torch.cuda.get_device_capability(k_cache.device)[0] != 9:
         return
-    if T < LONG or D not in (64, 128) or k_cache.element_size() != 2 or layer.window:
+    if T < LONG or D not in (64, 128) or k_cache.element_size() != 2 or layer.window or layer.soft_cap:
         return
     q = torch.zeros(1, CHUNK, layer.n_head, D, dtype=k_cache.dtype, device=k_cache.device)
     keys = torch.zeros(1, Hkv, PIECES[0] * CHUNK, D, dtype=q.dtype, device=q.device)
-    _attend(q.transpose(1, 2), keys[:, :, :CHUNK], keys[:, :, :CHUNK], True)
+    _attend(q.transpose(1, 2), keys[:, :, :CHUNK], keys[:, :, :CHUNK], True, layer.scale)
     for size in (size * CHUNK for size in PIECES if (size + 1) * CHUNK <= T):
-        _attend(q.transpose(1, 2), keys[:, :, :size], keys[:, :, :size], False)
+        _attend(q.transpose(1, 2), keys[:, :, :size], keys[:, :, :size], False, layer.scale)
     _planned.add(_key(q, Hkv))
 
 
-def supports(q: Tensor, k_cache: Tensor, start: int | None, window: int) -> bool:
+def supports(q: Tensor, k_cache: Tensor, start: int | None) -> bool:
     """Whether queries (B, S, H, D) at positions from `start` on are a chunk that is planned."""
-    whole = start is not None and len(q) == 1 and q.shape[1] == CHUNK and start % CHUNK == 0 and not window
+    whole = start is not None and len(q) == 1 and q.shape[1] == CHUNK and start % CHUNK == 0
     return whole and k_cache.shape[2] >= start + CHUNK and _key(q, k_cache.shape[1]) in _planned
 
 
-def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int) -> Tensor:
+def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, scale: float | None) -> Tensor:
     """Causal attention of queries (1, S, H, D) at positions from `start` on over a cache that holds their keys and
     values (1, Hkv, T, D): (1, S, H, D)."""
     S, H, D = q.shape[1:]
     q = q.transpose(1, 2)
-    out, lse = _attend(q, k_cache[:, :, start : start + S], v_cache[:, :, start : start + S], True)
+    out, lse = _attend(q, k_cache[:, :, start : start + S], v_cache[:, :, start : start + S], True, scale)
     begin = 0
     while begin < start:
         end = begin + next(size for size in PIECES if begin + size * S <= start) * S
-        part, part_lse = _attend(q, k_cache[:, :, begin:end], v_cache[:, :, begin:end], False)
+        part, part_lse = _attend(q, k_cache[:, :, begin:end], v_cache[:, :, begin:end], False, scale)
         _merge_kernel[(triton.cdiv(S, ROWS), H)](
             out, lse, part, part_lse, S, out.stride(1), out.stride(2), part.stride(1), part.stride(2), lse.stride(1),
             D=D, ROWS=ROWS, num_warps=4,

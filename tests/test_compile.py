@@ -211,8 +211,9 @@ def main() -> None:
         case = f"{S} tokens, {H} heads of {D}, {Hkv} keys{', rope' if rotary else ''}"
         qkv, cache = torch.empty(1, S, (H + 2 * Hkv) * D, dtype=dtype), torch.empty(2, 1, Hkv, 1024, D, dtype=dtype)
         rope, norm = (torch.empty(1024, D // 2, 2), torch.empty(D, dtype=dtype)) if rotary else (None, None)
-        attention_triton(qkv, *cache, pos, rope, norm, norm, 1e-5, H, 0, None if rotary else qkv)
-        attention_prefill(qkv, *cache, pos, rope, norm, norm, 1e-5, H, 0)
+        scores = (None, 0.0, None) if rotary else (0.1, 5.0, torch.empty(H, dtype=dtype))
+        attention_triton(qkv, *cache, pos, rope, norm, norm, 1e-5, H, 0, *scores, None if rotary else qkv)
+        attention_prefill(qkv, *cache, pos, rope, norm, norm, 1e-5, H, 0, *scores)
 
     case, rng, history = "", torch.zeros(2, dtype=torch.int64), torch.zeros(1, 64, dtype=torch.int64)
     logits = torch.zeros(12, 32000)

@@ -1,7 +1,9 @@
 """The kernels against their references: through Triton's interpreter on the CPU, and on CUDA where there is one."""
 
+import itertools
 import math
 import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -211,6 +213,7 @@ def make_attention(B, S, H, Hkv, D, T, rotary, dtype, generator):
         (1, 16, 6, 2, 16, 96, 16, 20, False, [64]),
         (1, 8, 6, 2, 32, 1100, 32, 0, False, [1050]),  # five parts, two blocks of rows
         (1, 4, 2, 1, 16, 70, 0, 0, False, [68]),  # no rotation; the last tokens do not fit the cache
+        (1, 2, 2, 1, 256, 90, 64, 0, False, [70]),
     ],
 )
 def test_attention(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
@@ -219,9 +222,11 @@ def test_attention(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
     q_norm, k_norm = torch.rand(2, D, generator=generator).to(dtype) if norm else (None, None)
     pos = torch.tensor(positions)
     rope = rope if rotary else None
-    # What lies at or past a row's position is never read.
+    # What lies at or past a row's position, or before its window, is never read.
     for b in range(B):
-        k_cache[b, :, pos[b] :] = v_cache[b, :, pos[b] :] = math.nan
+        first = max(0, positions[b] - window + 1) if window else 0
+        for cache in (k_cache, v_cache):
+            cache[b, :, :first] = cache[b, :, pos[b] :] = math.nan
     qkv, k_cache, v_cache, rope, q_norm, k_norm, pos = on_device(qkv, k_cache, v_cache, rope, q_norm, k_norm, pos)
     k_expected, v_expected = (cache.float().nan_to_num(0) for cache in (k_cache, v_cache))
     arguments = (pos, rope, q_norm, k_norm, 1e-5, H, window)
@@ -233,8 +238,58 @@ def test_attention(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
     for cache, other in ((k_cache, k_expected), (v_cache, v_expected)):
         for b in range(B):
             end = min(int(pos[b]) + S, T)
-            assert error(cache[b, :, :end], other[b, :, :end]) < 4e-3
+            assert error(cache[b, :, pos[b] : end], other[b, :, pos[b] : end]) < 4e-3
             assert cache[b, :, end:].isnan().all()
+
+
+SCORES = [  # scale, soft cap, sinks
+    (0.3, 0.0, False),
+    (None, 2.5, False),
+    (None, 0.0, True),
+    (0.2, 4.0, True),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale,soft_cap,with_sinks", SCORES)
+@pytest.mark.parametrize(
+    "B,S,H,Hkv,D,T,window,positions",
+    [
+        (2, 1, 4, 2, 64, 300, 0, [250, 0]),  # two parts, an empty row
+        (1, 3, 8, 2, 32, 90, 20, [60]),
+        (2, 20, 6, 2, 80, 200, 30, [150, 7]),  # of many tokens
+        (1, 40, 2, 1, 32, 100, 0, [33]),
+    ],
+)
+def test_attention_with_other_scores(B, S, H, Hkv, D, T, window, positions, scale, soft_cap, with_sinks, dtype):
+    generator = torch.Generator().manual_seed(5)
+    qkv, k_cache, v_cache, rope = make_attention(B, S, H, Hkv, D, T, D, dtype, generator)
+    sinks = 2 * torch.randn(H, generator=generator).to(dtype) if with_sinks else None
+    qkv, k_cache, v_cache, rope, sinks, pos = on_device(qkv, k_cache, v_cache, rope, sinks, torch.tensor(positions))
+    rest = (pos, rope, None, None, 0.0, H, window, scale, soft_cap)
+    expected = attention_plain(qkv.double(), k_cache.double(), v_cache.double(), *rest, sinks)
+    out = (attention_triton if S <= 16 else attention_prefill)(qkv, k_cache, v_cache, *rest, sinks)
+    assert error(out, expected) < 6e-3
+
+
+def test_attention_plain_is_what_papers_say(monkeypatch):
+    monkeypatch.setattr(sys.modules["ops.attention"], "SCORES", 64)  # slices of a few queries
+    generator, H, G, D, start = torch.Generator().manual_seed(3), 4, 2, 16, 5
+    for S, scale, soft_cap, with_sinks, window in itertools.product((1, 9), (None, 0.3), (0.0, 2.0), (0, 1), (0, 4)):
+        qkv, k_cache, v_cache, _ = make_attention(1, S, H, H // G, D, 20, 0, torch.float64, generator)
+        sinks = torch.randn(H, generator=generator, dtype=torch.float64) if with_sinks else None
+        q, k, v = qkv.view(S, -1, D).split((H, H // G, H // G), 1)
+        rest = (None, None, None, 0.0, H, window, scale, soft_cap, sinks)
+        out = attention_plain(qkv, k_cache, v_cache, torch.tensor([start]), *rest).view(S, H, D)
+        k, v = (torch.cat((c[0, :, :start].transpose(0, 1), new)) for c, new in ((k_cache, k), (v_cache, v)))
+        expected = torch.empty_like(out)
+        for s, h in itertools.product(range(S), range(H)):
+            seen = slice(max(0, start + s - window + 1) if window else 0, start + s + 1)
+            scores = k[seen, h // G] @ q[s, h] * (scale or D**-0.5)
+            scores = soft_cap * torch.tanh(scores / soft_cap) if soft_cap else scores
+            weights = scores.exp() / (scores.exp().sum() + (sinks[h].exp() if with_sinks else 0))
+            expected[s, h] = weights @ v[seen, h // G]
+        torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -286,15 +341,6 @@ def test_attention_gives_the_same_bits_every_time():
             for (qkv, k, v, rope), own in zip(layers, outputs):
                 own.append(attention_triton(qkv, k, v, pos, rope, None, None, 1e-5, 8, 0))
         assert all(torch.equal(out, own[0]) for own in outputs for out in own)
-
-
-def test_attention_plain_is_scaled_dot_product_attention():
-    generator = torch.Generator().manual_seed(3)
-    qkv, k_cache, v_cache, _ = make_attention(1, 8, 4, 2, 16, 8, 16, torch.float32, generator)
-    out = attention_plain(qkv, k_cache, v_cache, torch.zeros(1, dtype=torch.int64), None, None, None, 0.0, 4, 0)
-    q, k, v = qkv.view(1, 8, 8, 16).transpose(1, 2).split((4, 2, 2), dim=1)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(out, expected.transpose(1, 2).reshape(1, 8, 64))
 
 
 @pytest.mark.parametrize("B,V", [(1, 1000), (2, 2500)])
