@@ -5,6 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$REPO"
 LIMIT=3299 # lines of Python at the top level, which an evening has to be enough for
 
+unset PYTHONDONTWRITEBYTECODE # as images of Python set: each of a hundred processes would compile PyTorch's modules anew
 activate_venv
 install_requirements requirements-dev.txt
 can_compile || die "the tests need a C++ compiler and Python's headers: on Debian and Ubuntu, apt install g++ python3-dev"
