@@ -129,5 +129,6 @@ def tile(kind: str, N: int, K: int, M: int, device: torch.device) -> Tile:
     key = kind, next((rows for rows in sizes if rows >= M), sizes[-1])
     found = own.get(key, {}).get((N, K)) or default[key][waves, None]
     tiles = math.ceil(M / found.rows) * math.ceil(N / (16 * found.row_repeat * found.num_warps))
-    fitting = processors(device) * (12 // found.num_warps) // tiles
+    programs = 1 if kind == "fp" else 12 // found.num_warps  # of a multiprocessor; plain weights fill its shared memory
+    fitting = processors(device) * programs // tiles
     return replace(found, split=found.split or max(1, min(fitting, K // 1024)))
