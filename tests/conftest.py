@@ -7,6 +7,9 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +20,7 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton, which then runs its kernels on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
 
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork of a process that used it says so on stderr
 REPO = Path(__file__).resolve().parent.parent
 SMOLLM2 = REPO / "checkpoints" / "SmolLM2-135M-Instruct"
 
@@ -70,6 +74,45 @@ def cli() -> Callable[..., Result]:
         return Result(process.returncode, process.stdout, process.stderr)
 
     return run
+
+
+def run_forked(script: str, *args: object, stdin: str = "", cwd: Path | None = None, timeout: float = 300) -> Result:
+    """Run a script of the repository, or Python code, in a fork of this process: a process of its own, which need not
+    import PyTorch anew. (What a command is told by its environment is mostly read by imports: `cli` is for that.)"""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+        streams[0].write_text(stdin, encoding="utf-8")
+        if (pid := os.fork()) == 0:
+            status = 99
+            try:
+                for number, path in enumerate(streams):
+                    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+                sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+                sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))
+                os.chdir(cwd or ".")
+                sys.argv = [script, *map(str, args)]
+                if (REPO / script).is_file():
+                    runpy.run_path(str(REPO / script), run_name="__main__")
+                else:
+                    exec(script, {"__name__": "__main__"})
+                status = 0
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:
+                status = 1
+                traceback.print_exc()
+            finally:  # nothing of pytest's runs in the fork
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        end = time.monotonic() + timeout
+        while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            if time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                pytest.fail(f"{script} takes longer than {timeout} s")
+            time.sleep(0.01)
+        return Result(os.waitstatus_to_exitcode(ended[1]), *(path.read_text(encoding="utf-8") for path in streams[1:]))
 
 
 def assert_one_line(result: Result, words: str) -> None:
