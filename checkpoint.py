@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import RMSNorm
 
 from errors import UserError, reason, shown
 from linear import Linear, kind_of, quantize_linear
-from model import Embedding, ModelConfig, Transformer
+from model import Embedding, Gains, ModelConfig, Transformer
 from process.files import read_json, replacing
 from tp import TensorParallel
 
@@ -140,7 +141,7 @@ def load_model(
     what runs on them trusts their dtypes and shapes.
     """
     state, config = _dense(path), config or read_config(path.parent)
-    if (last := f"layers.{config.n_layer - 1}.attention_norm.weight") not in state:
+    if (last := f"layers.{config.n_layer - 1}.attention.wo.weight") not in state:
         raise UserError(f"{path} lacks {last}; its config has {config.n_layer} layers")
     with torch.device("meta"):
         model = Transformer(config, tp)
@@ -157,7 +158,8 @@ def load_model(
         for key, t in tensors.items():  # what is small; of weights, the first logits tell
             if (key != "weight" or t.ndim == 1) and not t.sum(dtype=torch.float32).isfinite():
                 raise UserError(f"{path}: {prefix}.{key} holds NaN or infinite values")
-        return {key: t.contiguous().to(device, dtype if key in plain else None) for key, t in tensors.items()}
+        wanted = torch.float32 if config.unit_offset and isinstance(module, RMSNorm) else dtype
+        return {key: t.contiguous().to(device, wanted if key in plain else None) for key, t in tensors.items()}
 
     for prefix, module in model.named_modules():
         own = modules.pop(prefix, {})
@@ -175,7 +177,7 @@ def load_model(
                     raise UserError(
                         f"{path}: {prefix}.{name} needs shape {shape} in {', '.join(DTYPES)}; found {found}"
                     )
-                value = module.shard(value) if isinstance(module, Embedding) else value
+                value = module.shard(value) if isinstance(module, (Embedding, Gains)) else value
                 setattr(module, name, torch.nn.Parameter(placed({name: value})[name], requires_grad=False))
             if own:
                 modules[prefix] = own

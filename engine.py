@@ -51,8 +51,8 @@ def compile_blocks(model: Transformer) -> Callable[[Tensor, Tensor, KVCache], Te
     def hidden(x: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
         # Sizes that happen to be equal when a graph is made must not count as one.
         with symbolic.patch(use_duck_shape=False), compiling():
-            for block, k, v in zip(blocks, cache.k, cache.v):
-                x = block(x, input_pos, k, v, cache.rope)
+            for block, k, v, rope in zip(blocks, cache.k, cache.v, cache.rope):
+                x = block(x, input_pos, k, v, rope)
         return x
 
     return hidden
@@ -81,7 +81,7 @@ class Engine:
         length = max_seq_length or min(model.config.block_size, MAX_DEFAULT_CONTEXT)
         self.state = state = RunState.new(model, batch_size, length, sampler or Sampler())
         self.device = state.pos.device
-        self.few = max(ops.row_limits(self.device, model.norm.weight.dtype), default=0)  # rows that kernels serve
+        self.few = max(ops.row_limits(self.device, model.dtype), default=0)  # rows that kernels serve
 
         def step() -> None:
             state.step(model, state.cache, state.pos)
@@ -104,7 +104,7 @@ class Engine:
                 self._compile_prefill()
             if decode:
                 # Where every hot operation is a kernel of ours, the CUDA graph alone is what torch.compile would add.
-                inductor = not ops.has_kernels(self.device, self.model.norm.weight.dtype)
+                inductor = not ops.has_kernels(self.device, self.model.dtype)
                 with compiling() if inductor else nullcontext():
                     self._compile_decode(inductor)
         self.seed(0)

@@ -164,7 +164,7 @@ class LanguageModel(TemplateLM or object):
         """Feed each row's tokens from its start position on, in slices: yields (offset, hidden states (B, s, C))."""
         tokens, pos = self._padded(rows), torch.tensor(start, device=self._device)
         # A few tokens would go to the kernels for decoding, each choice of which is compiled for itself.
-        few = max(ops.row_limits(self._device, self.model.norm.weight.dtype), default=0)
+        few = max(ops.row_limits(self._device, self.model.dtype), default=0)
         least = 1 + max(1, few // len(rows)) if self.compile or self._device.type != "cpu" else 1
 
         def hidden(part: Tensor, begin: Tensor, end: int) -> Tensor:

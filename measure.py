@@ -81,7 +81,7 @@ def report(llm: Engine, measure: Measure) -> dict:
     read_bandwidth = ops.read_bandwidth(llm.device)  # after that, as it takes memory
     weights, rate = weight_bytes(llm.model), measure.decode_rate
     flops = prefill_flops(llm.model, measure.prompt_tokens, llm.batch_size) / measure.time_to_first_token
-    matmul_rate = measure.prompt_tokens >= LONG and ops.matmul_rate(llm.device, llm.model.norm.weight.dtype)
+    matmul_rate = measure.prompt_tokens >= LONG and ops.matmul_rate(llm.device, llm.model.dtype)
     positions = measure.prompt_tokens / llm.batch_size + (measure.steps + 1) / 2  # of a row, in an average step
     kv = kv_bytes(llm, positions)
     read = weights + kv  # for a token

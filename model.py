@@ -8,7 +8,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -36,13 +36,23 @@ class ModelConfig:
     vocab_size: int
     block_size: int = 2048  # longest context the model was trained for, in tokens
     norm_eps: float = 1e-5
+    pre_norms: bool = True  # x + f(norm(x));
+    post_norms: bool = False  # x + norm(f(x)), or both
+    unit_offset: bool = False  # norms' weights are 1 + w, and fp32: bf16 has no 1 + w for small w
+    activation: str = "silu"  # of gated feed-forwards; ACTIVATIONS has them
+    embedding_scale: float = 1.0
+    output_soft_cap: float = 0.0  # logits l become cap tanh(l / cap); 0 is none
+    soft_cap: float = 0.0  # and so do attention's scores
+    attention_scale: float = 0.0  # of scores; 0 is head_dim^-0.5
     rope_base: float = 10000.0
     rope_scaling: Mapping[str, object] = field(default_factory=dict)  # as formats/config.py reads it; {} is plain RoPE
+    local_rope: Mapping[str, object] = field(default_factory=dict)  # what differs of these two in layers with a window
     rotary_dim: int = 0  # leading features of a head that rotate; 0 means head_dim
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool = False  # of each query and key head
+    qk_norm_whole: bool = False  # of all query heads together, and of all key heads (OLMo 2)
     tied: bool = False  # the output layer is the embedding
     windows: tuple[int, ...] = ()  # sliding window of each layer, 0 is full attention; () is full everywhere
     rope_layers: tuple[bool, ...] = ()  # whether each layer rotates (SmolLM3 skips some); () is everywhere
@@ -61,6 +71,13 @@ class ModelConfig:
     def from_name(cls, name: str) -> "ModelConfig":
         """The blueprint of one of gpt-fast's model names, for directories that hold no config.json."""
         return cls.from_hf(builtin(name))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
 
 
 def _repeated(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -86,31 +103,93 @@ class Attention(nn.Module):
         rows = [range((first + own.start) * D, (first + own.stop) * D) for first, own in parts]
         self.n_head = len(queries)
         self.window = config.windows[layer] if config.windows else 0
-        self.scale, self.soft_cap = D**-0.5, 0.0  # of the scores; 0 is no cap
+        # Of the scores; 0 is no cap.
+        self.scale, self.soft_cap = config.attention_scale or D**-0.5, config.soft_cap
         self.sinks: nn.Parameter | None = None  # (H,), a logit of each head in the softmax's denominator alone
-        self.rotates = not config.rope_layers or config.rope_layers[layer]
         self.wqkv = Linear(config.dim, (H + 2 * Hkv) * D, config.qkv_bias, tp=tp, rows=rows)
         self.wo = Linear(H * D, config.dim, config.o_bias, tp=tp, columns=rows[0])
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.whole_norm = WholeNorm(config, queries, keys, tp) if config.qk_norm_whole else None
+        self.growth = config.rope_scaling.get("llama_4_scaling_beta", 0.0)
+        self.original = config.rope_scaling.get("original_max_position_embeddings", 1)
         ops.prepare_attention(self)
 
-    def forward(self, x: Tensor, norm: RMSNorm, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
-        """x + attention(norm(x))"""
+    def forward(
+        self,
+        x: Tensor,
+        norm: RMSNorm | None,
+        post_norm: RMSNorm | None,
+        input_pos: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: Tensor | None,
+    ) -> Tensor:
+        """x + post_norm(attention(norm(x)))"""
         qkv = self.project_in(x, norm)
-        return self.project_out(ops.attention(self, qkv, k, v, input_pos, rope if self.rotates else None), x)
+        if self.whole_norm:
+            qkv = self.whole_norm(qkv)
+        if self.growth:
+            qkv = self.grown(qkv, input_pos)
+        return self.project_out(ops.attention(self, qkv, k, v, input_pos, rope), x, post_norm)
 
     @_repeated
-    def project_in(self, x: Tensor, norm: RMSNorm) -> Tensor:
+    def project_in(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         return self.wqkv(x, norm)
 
+    def grown(self, qkv: Tensor, input_pos: Tensor) -> Tensor:
+        """Queries times 1 + beta log(1 + floor(position / original context)) (Llama 4's, and Ministral 3's)."""
+        positions = input_pos.to(qkv.device)[:, None] + torch.arange(qkv.shape[1], device=qkv.device)
+        growth = 1 + self.growth * torch.log1p((positions // self.original).float())
+        queries = self.wo.in_features
+        return torch.cat((qkv[..., :queries] * growth[..., None].to(qkv.dtype), qkv[..., queries:]), -1)
+
     @_repeated
-    def project_out(self, y: Tensor, x: Tensor) -> Tensor:
-        return self.wo(y, residual=x)
+    def project_out(self, y: Tensor, x: Tensor, post_norm: RMSNorm | None) -> Tensor:
+        return add(x, self.wo, y, post_norm)
+
+
+def add(x: Tensor, layer: Linear, y: Tensor, post_norm: RMSNorm | None) -> Tensor:
+    """x + post_norm(layer(y))"""
+    return ops.add_norm(x, layer(y), post_norm) if post_norm else layer(y, residual=x)
+
+
+class Gains(nn.Module):
+    """A norm's weights, of which a rank holds a part."""
+
+    def __init__(self, size: int, part: range):
+        super().__init__()
+        self.shape, self.part = (size,), part
+        self.weight = nn.Parameter(torch.empty(len(part)))
+
+    def shard(self, weight: Tensor) -> Tensor:
+        """This rank's part of the whole."""
+        return cut(weight, 0, self.part)
+
+
+class WholeNorm(nn.Module):
+    """RMSNorm of queries and of keys, each over all heads together, of all ranks (OLMo 2, arXiv 2501.00656)."""
+
+    def __init__(self, config: ModelConfig, queries: range, keys: range, tp: TensorParallel):
+        super().__init__()
+        D = config.head_dim
+        self.queries = Gains(config.n_head * D, range(queries.start * D, queries.stop * D))
+        self.keys = Gains(config.n_local_heads * D, range(keys.start * D, keys.stop * D))
+        self.eps, self.tp = config.norm_eps, tp
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        gains = (self.queries.weight, self.keys.weight)
+        *parts, values = qkv.split((len(gains[0]), len(gains[1]), len(gains[1])), -1)
+        squares = torch.cat([part.float().square().mean(-1, keepdim=True) for part in parts], -1)  # (B, S, 2)
+        if self.tp.world > 1:  # ranks hold equally many, so that the mean of their means is that of all
+            squares = ops.all_reduce(squares, False, self.tp.rank, self.tp.world) / self.tp.world
+        scales = torch.rsqrt(squares + self.eps).split(1, -1)
+        normed = [(part.float() * by * gain.float()).to(qkv.dtype) for part, by, gain in zip(parts, scales, gains)]
+        return torch.cat((*normed, values), -1)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+    """Gated linear units (arXiv 2002.05202): w2(act(w1 x) * w3 x), with silu SwiGLU."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel):
         super().__init__()
@@ -118,19 +197,20 @@ class FeedForward(nn.Module):
         self.w1 = Linear(config.dim, size, config.mlp_bias, tp=tp, rows=[hidden])
         self.w3 = Linear(config.dim, size, config.mlp_bias, tp=tp, rows=[hidden])
         self.w2 = Linear(size, config.dim, config.mlp_bias, tp=tp, columns=hidden)
+        self.act = ACTIVATIONS[config.activation]
         self.w13: Linear | None = None  # what `merge` makes of w1 and w3
 
     def merge(self) -> None:
-        """Make w1 and w3 one layer, if they are of one kind."""
-        self.w13 = interleaved(self.w1, self.w3)
+        """Make w1 and w3 one layer, if they are of one kind and SwiGLU's."""
+        self.w13 = interleaved(self.w1, self.w3) if self.act is F.silu else None
         if self.w13:
             self.w1 = self.w3 = None
 
     @_repeated
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """x + feed_forward(norm(x))"""
-        hidden = self.w13(x, norm) if self.w13 else F.silu(self.w1(x, norm)) * self.w3(x, norm)
-        return self.w2(hidden, residual=x)
+    def forward(self, x: Tensor, norm: RMSNorm | None, post_norm: RMSNorm | None = None) -> Tensor:
+        """x + post_norm(feed_forward(norm(x)))"""
+        hidden = self.w13(x, norm) if self.w13 else self.act(self.w1(x, norm)) * self.w3(x, norm)
+        return add(x, self.w2, hidden, post_norm)
 
 
 class TransformerBlock(nn.Module):
@@ -138,14 +218,15 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(config, layer, tp)
         self.feed_forward = FeedForward(config, tp)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        for name in ("attention_norm", "ffn_norm"):
+            setattr(self, name, RMSNorm(config.dim, config.norm_eps) if config.pre_norms else None)
+            setattr(self, f"post_{name}", RMSNorm(config.dim, config.norm_eps) if config.post_norms else None)
 
-    def forward(self, x: Tensor, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
-        """x: (B, S, C); k, v: this layer's caches (B, Hkv, T, D), written in place."""
-        # Each part takes its norm and returns x plus its result, so that the linears beside them can fuse both.
-        x = self.attention(x, self.attention_norm, input_pos, k, v, rope)
-        return self.feed_forward(x, self.ffn_norm)
+    def forward(self, x: Tensor, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> Tensor:
+        """x: (B, S, C); k, v: this layer's caches (B, Hkv, T, D), written in place; rope: its rotary table, if any."""
+        # Each part takes its norms and returns x plus its result, so that the linears beside them can fuse both.
+        x = self.attention(x, self.attention_norm, self.post_attention_norm, input_pos, k, v, rope)
+        return self.feed_forward(x, self.ffn_norm, self.post_ffn_norm)
 
 
 class Embedding(nn.Module):
@@ -154,7 +235,7 @@ class Embedding(nn.Module):
     def __init__(self, config: ModelConfig, tp: TensorParallel):
         super().__init__()
         self.shape = (config.vocab_size, config.dim)  # of the whole table
-        self.tp, self.rows = tp, tp.part(config.vocab_size, 16)
+        self.tp, self.rows, self.scale = tp, tp.part(config.vocab_size, 16), config.embedding_scale
         self.weight = nn.Parameter(torch.empty(len(self.rows), config.dim), requires_grad=False)
 
     def shard(self, table: Tensor) -> Tensor:
@@ -166,7 +247,11 @@ class Embedding(nn.Module):
         those from start on are wanted, `length` a row."""
         alone = self.tp.world == 1
         x = ops.embed(self.weight, tokens, start, length or tokens.shape[1], None if alone else self.rows.start)
-        return x if alone else ops.all_reduce(x, False, self.tp.rank, self.tp.world)
+        return self.scaled(x if alone else ops.all_reduce(x, False, self.tp.rank, self.tp.world))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Rows of the table times the model's scale, which is of their dtype (Gemma's 55.4 is 55.5 in bf16)."""
+        return x if self.scale == 1 else x * torch.tensor(self.scale, dtype=x.dtype)
 
 
 class Transformer(nn.Module):
@@ -183,6 +268,11 @@ class Transformer(nn.Module):
         if config.tied:
             self.output.weight = self.tok_embeddings.weight
         self.requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Activations'."""
+        return self.tok_embeddings.weight.dtype
 
     def pack(self, dtype: torch.dtype) -> None:
         """Lay the weights out for the device they are on and activations of `dtype`. Called once, after loading."""
@@ -201,7 +291,7 @@ class Transformer(nn.Module):
 
     def cache(self, batch_size: int, length: int) -> "KVCache":
         """Run state for so many rows of so many tokens."""
-        like = {"dtype": self.norm.weight.dtype, "device": self.norm.weight.device}
+        like = {"dtype": self.dtype, "device": self.norm.weight.device}
         return KVCache(self.config, batch_size, length, shards=self.tp.world, **like)
 
     def hidden(self, x: Tensor, input_pos: Tensor, cache: "KVCache") -> Tensor:
@@ -210,13 +300,14 @@ class Transformer(nn.Module):
 
         Positions past a row's end may hold padding: what it writes is overwritten before a real token can see it.
         """
-        for layer, k, v in zip(self.layers, cache.k, cache.v):
-            x = layer(x, input_pos, k, v, cache.rope)
+        for layer, k, v, rope in zip(self.layers, cache.k, cache.v, cache.rope):
+            x = layer(x, input_pos, k, v, rope)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
         """The output layer: (..., C) -> fp32 (..., V)."""
-        return self.output(x, self.norm)
+        logits, cap = self.output(x, self.norm), self.config.output_soft_cap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(
         self,
@@ -238,7 +329,7 @@ class Transformer(nn.Module):
 
 
 class KVCache:
-    """Run state: each layer's keys and values (B, Hkv, T, D) and the rotary table. Allocated once.
+    """Run state: each layer's keys and values (B, Hkv, T, D) and its rotary table, if any. Allocated once.
 
     Rolling back is a matter of position alone: what lies at or past a row's position is rewritten before it is read.
     """
@@ -250,7 +341,7 @@ class KVCache:
         self.length = length
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.rope = rope_table(config, length).to(device)
+        self.rope = rope_tables(config, length, device)
 
     def first(self, length: int) -> "KVCache":
         """The first positions of it, sharing memory: what lies beyond costs nothing then."""
@@ -263,6 +354,17 @@ class KVCache:
     def bytes_per_position(self) -> int:
         """Bytes that one position of one row takes in all layers, keys and values together."""
         return 2 * sum(k.element_size() * k.shape[1] * k.shape[3] for k in self.k)
+
+
+def rope_tables(config: ModelConfig, length: int, device) -> list[Tensor | None]:
+    """Each layer's rotary table, None where it does not rotate. Layers that rotate alike share one."""
+    tables = {False: rope_table(config, length).to(device)}
+    tables[True] = (
+        rope_table(replace(config, **config.local_rope), length).to(device) if config.local_rope else tables[0]
+    )
+    windows = config.windows or (0,) * config.n_layer
+    rotate = config.rope_layers or (True,) * config.n_layer
+    return [tables[window > 0] if rotates else None for window, rotates in zip(windows, rotate)]
 
 
 def rope_table(config: ModelConfig, length: int) -> Tensor:

@@ -24,7 +24,7 @@ from cli import DEFAULT_CHECKPOINT, peak_memory, pick_device, positive
 from errors import UserError
 from gptq import Hessian, gptq
 from linear import GROUPS, Int4, Linear, Plain, quantize_linear, quantizer
-from model import KVCache, ModelConfig, RMSNorm, Transformer, TransformerBlock
+from model import KVCache, ModelConfig, RMSNorm, Transformer, TransformerBlock, rope_tables
 from process.command import Parser
 from texts import read_text, task_documents
 from tokenizer import load_tokenizer
@@ -96,7 +96,8 @@ def gptq_checkpoint(
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     home = torch.device("cpu") if offload else device
     model.config.check_tokens(tokens.flatten().tolist() for tokens in sequences)
-    activations = [state["tok_embeddings.weight"][tokens].to(home, dtype) for tokens in sequences]
+    table, scaled = state["tok_embeddings.weight"], model.tok_embeddings.scaled
+    activations = [scaled(table[tokens].to(home, dtype)) for tokens in sequences]
 
     def results() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for name, linear, hessian in calibrated(model, state, activations, device):
@@ -121,32 +122,33 @@ def calibrated(
         module.load_state_dict({n.removeprefix(f"{name}."): state[n].to(device, dtype) for n in names}, assign=True)
         return module
 
-    for prefix in (f"layers.{i}" for i in range(model.config.n_layer)):
-        block = load(prefix)
-        for name, *rest in calibrated_block(model.config, block, activations, device):
-            yield f"{prefix}.{name}", *rest
+    for i in range(model.config.n_layer):
+        block = load(f"layers.{i}")
+        for name, *rest in calibrated_block(model.config, i, block, activations, device):
+            yield f"layers.{i}.{name}", *rest
         block.to("meta")
-    yield "output", load("output", None), input_hessian(activations, load("norm"))
+    yield "output", load("output", None), input_hessian(activations, load("norm"), device)
 
 
 def calibrated_block(
-    config: ModelConfig, block: TransformerBlock, activations: list[Tensor], device: torch.device
+    config: ModelConfig, layer: int, block: TransformerBlock, activations: list[Tensor], device: torch.device
 ) -> Iterator[tuple[str, Linear, Hessian]]:
     """`calibrated` for a block, whose output replaces its input in `activations`."""
 
     def attention(x: Tensor) -> Tensor:
         cache = KVCache(replace(config, n_layer=1), *x.shape[:2], dtype=x.dtype, device=device)
-        start = torch.zeros(len(x), dtype=torch.int32, device=device)
-        return block.attention(x, block.attention_norm, start, cache.k[0], cache.v[0], cache.rope)
+        start, rope = torch.zeros(len(x), dtype=torch.int32, device=device), rope_tables(config, x.shape[1], device)
+        norms = block.attention_norm, block.post_attention_norm
+        return block.attention(x, *norms, start, cache.k[0], cache.v[0], rope[layer])
 
     def feed_forward(x: Tensor) -> Tensor:
-        return block.feed_forward(x, block.ffn_norm)
+        return block.feed_forward(x, block.ffn_norm, block.post_ffn_norm)
 
     for part, norm, first, last in (
         (attention, block.attention_norm, ("attention.wqkv",), "attention.wo"),
         (feed_forward, block.ffn_norm, ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2"),
     ):
-        hessian = input_hessian(activations, norm)
+        hessian = input_hessian(activations, norm, device)
         for name in first:
             yield name, block.get_submodule(name), hessian
         linear = block.get_submodule(last)
@@ -160,11 +162,12 @@ def calibrated_block(
             activations[i] = part(x.to(device)).to(x.device)
 
 
-def input_hessian(activations: list[Tensor], norm: RMSNorm) -> Hessian:
-    """The Hessian of the linear layers that read norm(x)."""
-    hessian = Hessian(len(norm.weight), norm.weight.device)
+def input_hessian(activations: list[Tensor], norm: RMSNorm | None, device: torch.device) -> Hessian:
+    """The Hessian of the linear layers that read norm(x), or x."""
+    hessian = Hessian(activations[0].shape[-1], device)
     for x in activations:
-        hessian.add(norm(x.to(norm.weight.device)))
+        x = x.to(device)
+        hessian.add(norm(x) if norm else x)
     return hessian
 
 

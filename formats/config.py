@@ -5,42 +5,63 @@ keys). Also here are the configs of models known by name. Loads no torch.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from errors import UserError, shown
+from formats.families import FAMILIES, WRAPPERS, Family, rotates
 from formats.fields import NEEDED, Field, either, flag, integer, list_of, mapping, number, read, read_one, text
 
-SIZES = {  # our field -> the key that every config.json must have
+SIZES = {  # our field -> the key that a config.json must have
     "dim": "hidden_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
     "intermediate_size": "intermediate_size",
     "vocab_size": "vocab_size",
 }
-# The keys read, in every family unless it says otherwise; others are ignored. The bounds are far from any real model:
-# they keep what is built before weights are compared with it small.
+# What each key may hold; which of them a family reads, and what they are where they are absent, FAMILIES says. The
+# bounds are far from any real model: they keep what is built before weights are compared with it small.
 KEYS: dict[str, Field] = {
     "hidden_size": integer(high=2**20),
     "num_hidden_layers": integer(high=10_000),
     "num_attention_heads": integer(high=2**16),
-    "num_key_value_heads": integer(high=2**16, default=None),  # as many as attention heads
-    "head_dim": integer(high=2**13, default=None),  # what hidden_size gives each attention head
+    "num_key_value_heads": integer(high=2**16),  # null: as many as attention heads
+    "head_dim": integer(high=2**13),  # null: what hidden_size gives each attention head
     "intermediate_size": integer(high=2**24),
     "vocab_size": integer(high=2**24),
-    "max_position_embeddings": integer(default=2048),
-    "original_max_position_embeddings": integer(low=2, default=None),  # max_position_embeddings
-    "rms_norm_eps": number(1e-20, 1, default=1e-5),
-    "rope_theta": number(2, 1e15, default=10000.0),
-    "partial_rotary_factor": number(0, 1, default=1.0),
-    "attention_bias": flag(default=False),
-    "mlp_bias": flag(default=False),
-    "tie_word_embeddings": flag(default=False),
-    "sliding_window": integer(low=0, default=0),  # 0 is none
-    "use_sliding_window": flag(default=None),  # where there is one, and then in all layers
-    "max_window_layers": integer(low=0, default=0),  # the first with a window, given use_sliding_window
-    "layer_types": list_of(text(("full_attention", "sliding_attention")), default=()),
-    "no_rope_layers": list_of(either(integer(0, 1), flag()), default=()),  # 1 is a layer that rotates
+    "hidden_act": text(),
+    "hidden_activation": text(),
+    "max_position_embeddings": integer(),
+    "original_max_position_embeddings": integer(low=2),  # null: max_position_embeddings
+    "rms_norm_eps": number(1e-20, 1),
+    "rope_theta": number(2, 1e15),
+    "rope_local_base_freq": number(2, 1e15),  # of the layers that have a window
+    "partial_rotary_factor": number(0, 1),
+    "attention_bias": flag(),
+    "attention_out_bias": flag(),
+    "mlp_bias": flag(),
+    "use_bias": flag(),
+    "tie_word_embeddings": flag(),
+    "sliding_window": integer(low=0),  # 0 or null is none
+    "use_sliding_window": flag(),
+    "max_window_layers": integer(low=0),  # the first with a window, given use_sliding_window
+    "sliding_window_pattern": either(integer(low=0), text()),  # the last of so many layers has none
+    "layer_types": list_of(text(("full_attention", "sliding_attention"))),
+    "no_rope_layers": list_of(either(integer(0, 1), flag())),  # 1 is a layer that rotates
+    "no_rope_layer_interval": integer(),
+    "use_bidirectional_attention": flag(),
+    "query_pre_attn_scalar": number(1e-6, 1e6),
+    "attn_logit_softcapping": number(1e-3, 1e6),
+    "final_logit_softcapping": number(1e-3, 1e6),
+    "embedding_multiplier": number(1e-6, 1e6),
+    "attention_multiplier": number(1e-6, 1e6),
+    "residual_multiplier": number(1e-6, 1e6),
+    "logits_scaling": number(1e-6, 1e6),
 }
+# Where these are null, they are not what an absent key is: there are none, or they follow from others.
+NULLABLE = (
+    *("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "layer_types", "no_rope_layers"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
 _FACTOR = number(1, 1e6)
 _PER_PAIR = list_of(number(1e-3, 1e6))  # of the features that rotate
 ROPE_TYPES: dict[str, dict[str, Field]] = {  # and the parameters of each in config.json
@@ -61,30 +82,34 @@ ROPE_TYPES: dict[str, dict[str, Field]] = {  # and the parameters of each in con
         "mscale": number(0, 100, default=None),
         "mscale_all_dim": number(0, 100, default=None),
         "truncate": flag(default=True),
+        "llama_4_scaling_beta": number(0, 100, default=0.0),
     },
 }
 _ANYWHERE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")  # with them or at the top level
-ACTIVATIONS = ("silu", "swish")  # two names of one
 
 
-@dataclass(frozen=True)
-class Family:
-    """What a family means beyond what its config.json says."""
+def text_config(config: Mapping, where: object = "config.json") -> Mapping:
+    """The config of the text model inside a wrapper's, or else the config itself. Raises UserError."""
+    if config.get("model_type") not in WRAPPERS:
+        return config
+    kind, tied = WRAPPERS[config["model_type"]]
+    inner = read_one(where, "text_config", mapping(default={**config, "model_type": kind}), config.get("text_config"))
+    told = [part["tie_word_embeddings"] for part in (config, inner) if part.get("tie_word_embeddings") is not None]
+    return {**inner, "model_type": inner.get("model_type") or kind, "tie_word_embeddings": (told or [tied])[0]}
 
-    fixed: Mapping[str, object] = field(default_factory=dict)  # fields of ModelConfig
-    keys: Mapping[str, Field] = field(default_factory=dict)  # its own, or with other defaults
+
+def family_of(config: Mapping) -> Family:
+    """The family of a text model by its config. Raises UserError naming those supported."""
+    if (kind := config.get("model_type")) not in WRAPPERS:
+        return FAMILIES[_choice("model_type", kind, FAMILIES, *WRAPPERS)]
+    raise UserError(f"text_config's model_type {shown(kind)} is not a text model")
 
 
-_WINDOW_ON_DEMAND = {"use_sliding_window": flag(default=False)}
-# A dense Llama-like family is one line here.
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "phi3": Family(),
-    "qwen2": Family({"qkv_bias": True}, _WINDOW_ON_DEMAND),
-    "qwen3": Family({"qk_norm": True}, _WINDOW_ON_DEMAND),
-    "smollm3": Family({}, {"no_rope_layer_interval": integer(default=4), **_WINDOW_ON_DEMAND}),
-}
+def unread(config: Mapping) -> list[str]:
+    """The keys of a config that its family does not read, though others do, and that are not null, false or 0."""
+    config = text_config(config)
+    known = {*family_of(config).keys, *SIZES.values(), "hidden_act"}
+    return [key for key in KEYS if config.get(key) and key not in known]
 
 
 def config_fields(config: Mapping, where: object = "config.json") -> dict:
@@ -92,22 +117,70 @@ def config_fields(config: Mapping, where: object = "config.json") -> dict:
 
     Raises UserError naming what is unknown and what is supported, or the key whose value is not accepted.
     """
-    family = FAMILIES[_choice("model_type", config.get("model_type"), FAMILIES)]
-    if (activation := config.get("hidden_act")) is not None:
-        _choice("hidden_act", activation, ACTIVATIONS)
-    rope = _rope_parameters(where, config)
-    values = read(where, {**KEYS, **family.keys}, {**config, **{key: rope[key] for key in _ANYWHERE if key in rope}})
+    config = text_config(config, where)
+    family = family_of(config)
+    rope, local = _rope_parameters(where, config, family)
+    values = _values(where, config, family, rope)
+    if values.get("use_bidirectional_attention"):
+        raise UserError(f"{where}: use_bidirectional_attention is true; causal attention alone is supported")
+    bias = values.get("use_bias", values.get("attention_bias", False))
+    windows, heads = _windows(where, family, values), _heads(where, values)
     fields = {ours: values[key] for ours, key in SIZES.items()} | {
-        **_heads(where, values),
+        **heads,
+        **_scales(family, values),
+        "activation": _activation(family, values),
         "norm_eps": values["rms_norm_eps"],
-        "qkv_bias": values["attention_bias"],
-        "o_bias": values["attention_bias"],
-        "mlp_bias": values["mlp_bias"],
+        "qkv_bias": bias,
+        "o_bias": values.get("attention_out_bias", bias),
+        "mlp_bias": values.get("use_bias", values.get("mlp_bias", False)),
         "tied": values["tie_word_embeddings"],
-        "windows": _windows(where, values),
-        "rope_layers": _rope_layers(where, values),
+        "windows": windows,
+        "rope_layers": _rope_layers(where, family, values, windows),
     }
-    return fields | _rope(where, values, rope, fields["head_dim"]) | family.fixed
+    fields |= _rope(where, values, rope, heads["head_dim"])
+    if local is not None and any(windows):
+        own = _rope(where, _values(where, config, family, local), local, heads["head_dim"])
+        fields["local_rope"] = {key: own[key] for key in ("rope_base", "rope_scaling") if own[key] != fields[key]}
+    return fields | family.fixed
+
+
+def weight_factors(config: Mapping) -> dict[str, float]:
+    """What to multiply tensors by at conversion, by our modules' names: Granite's scalars, which linear layers can
+    absorb."""
+    config = text_config(config)
+    values = _values("config.json", config, family_of(config), {})
+    branch, logits = values.get("residual_multiplier", 1.0), values.get("logits_scaling", 1.0)
+    factors = {"attention.wo": branch, "feed_forward.w2": branch, "norm": 1 / logits}
+    return {name: factor for name, factor in factors.items() if factor != 1}
+
+
+def _values(where: object, config: Mapping, family: Family, rope: Mapping) -> dict:
+    """The keys that a family reads, SIZES among them, each with what the config or else the family says of it."""
+    config = {**config, **{ours: config[key] for key, ours in family.spelled.items() if key in config}}
+    original = "original_max_position_embeddings"  # of these keys the one that goes before rope_parameters'
+    before = original if config.get(original) or family.keys[original] else None
+    config |= {key: rope[key] for key in _ANYWHERE if key in rope and key != before}
+    defaults = dict.fromkeys(SIZES.values(), NEEDED) | family.keys
+    values = read(where, {key: replace(KEYS[key], default=default) for key, default in defaults.items()}, config)
+    return values | {key: None for key in NULLABLE if key in values and config.get(key, NEEDED) is None}
+
+
+def _activation(family: Family, values: dict) -> str:
+    key = "hidden_activation" if "hidden_activation" in values else "hidden_act"
+    return family.activations[_choice(key, values[key], family.activations)]
+
+
+def _scales(family: Family, values: dict) -> dict:
+    """Scales and soft caps, of which 0 is none."""
+    scalar = values.get("query_pre_attn_scalar")
+    return {
+        "attention_scale": scalar**-0.5 if scalar else values.get("attention_multiplier", 0.0),
+        "embedding_scale": values["hidden_size"] ** 0.5
+        if family.sqrt_embedding
+        else values.get("embedding_multiplier", 1.0),
+        "soft_cap": values.get("attn_logit_softcapping") or 0.0,
+        "output_soft_cap": values.get("final_logit_softcapping") or 0.0,
+    }
 
 
 def builtin(name: str) -> dict:
@@ -124,14 +197,29 @@ def _heads(where: object, values: dict) -> dict:
     return {"n_local_heads": n_local_heads, "head_dim": head_dim}
 
 
-def _rope_parameters(where: object, config: Mapping) -> dict:
-    """All that stands in rope_parameters, where transformers 5 keeps it, and in rope_scaling, an addition to it."""
+def _rope_parameters(where: object, config: Mapping, family: Family) -> tuple[dict, dict | None]:
+    """All that stands in rope_parameters, where transformers 5 keeps it, and in rope_scaling, an addition to it; and
+    what stands there of the layers with a window, where they have a RoPE of their own."""
     parts = read(where, dict.fromkeys(("rope_parameters", "rope_scaling"), mapping(default={})), config)
     rope = {key: value for part in parts.values() for key, value in part.items() if value is not None}
-    by_layer_type = [value for value in rope.values() if isinstance(value, dict)]
-    if by_layer_type and any(value != by_layer_type[0] for value in [*by_layer_type, *rope.values()]):
-        raise UserError(f"{where}: rope_parameters differ between {shown(list(rope))}; one for all layers is supported")
-    return {key: value for key, value in by_layer_type[0].items() if value is not None} if by_layer_type else rope
+    nested, local = {key: value for key, value in rope.items() if isinstance(value, dict)}, None
+    if family.local_rope:
+        local = nested.get("sliding_attention", {})
+        rope = {**nested.get("full_attention", {}), **{key: rope[key] for key in rope.keys() - nested.keys()}}
+    elif nested:
+        same = next(iter(nested.values()))
+        if any(value != same for value in rope.values()):
+            raise UserError(
+                f"{where}: rope_parameters differ between {shown(list(rope))}; one for all layers is supported"
+            )
+        rope = same
+    rope = {key: value for key, value in rope.items() if value is not None} or dict(family.rope)
+    kind = rope.get("rope_type") or rope.get("type")  # the older spelling
+    if isinstance(kind, str):
+        rope["rope_type"] = family.rope_types.get(kind, kind)
+    if local is not None and config.get("rope_local_base_freq", family.keys.get("rope_local_base_freq")):
+        local = {"rope_theta": config.get("rope_local_base_freq") or family.keys["rope_local_base_freq"], **local}
+    return rope, local
 
 
 def _rope(where: object, values: dict, rope: Mapping, head_dim: int) -> dict:
@@ -144,7 +232,7 @@ def _rope(where: object, values: dict, rope: Mapping, head_dim: int) -> dict:
         raise UserError(f"{where}: rope_type {kind!r} needs {', '.join(missing)}")
     scaling, context = read(where, table, rope), values["max_position_embeddings"]
     original = values["original_max_position_embeddings"] or max(2, context)
-    rotary_dim = int(head_dim * values["partial_rotary_factor"] + 1e-9)  # of a quotient, perhaps a little less
+    rotary_dim = int(head_dim * values.get("partial_rotary_factor", 1.0) + 1e-9)  # of a quotient, perhaps a little less
     if rotary_dim % 2 or not rotary_dim:
         raise UserError(f"{where}: {rotary_dim} of {head_dim} features of a head rotate; an even number is needed")
     for key in ("short_factor", "long_factor"):
@@ -164,36 +252,36 @@ def _rope(where: object, values: dict, rope: Mapping, head_dim: int) -> dict:
     }
 
 
-def _rope_layers(where: object, values: dict) -> tuple[bool, ...]:
+def _rope_layers(where: object, family: Family, values: dict, windows: tuple[int, ...]) -> tuple[bool, ...]:
     """Whether each layer rotates, () where all do."""
-    if interval := not values["no_rope_layers"] and values.get("no_rope_layer_interval"):
-        return tuple((layer + 1) % interval != 0 for layer in range(values["num_hidden_layers"]))
-    return tuple(map(bool, _for_each_layer(where, values, "no_rope_layers")))
+    _for_each_layer(where, values, "no_rope_layers")
+    if "no_rope_layers" in values:
+        return tuple(rotates(layer, values) for layer in range(values["num_hidden_layers"]))
+    return tuple(map(bool, windows)) if family.window_rope else ()
 
 
-def _windows(where: object, values: dict) -> tuple[int, ...]:
-    """Each layer's sliding window (transformers' rules: layer_types, else use_sliding_window and max_window_layers)."""
-    window, used, types = values["sliding_window"], values["use_sliding_window"], values["layer_types"]
-    _for_each_layer(where, values, "layer_types")
-    if used is False or not (window or "sliding_attention" in types):
+def _windows(where: object, family: Family, values: dict) -> tuple[int, ...]:
+    """Each layer's sliding window (transformers' rules: layer_types, or else the family's), () where none has one."""
+    window, types = values.get("sliding_window"), _for_each_layer(where, values, "layer_types")
+    if values.get("use_sliding_window") is False:
         return ()
-    if not window:
+    slides = [kind == "sliding_attention" for kind in types]
+    slides = slides or [bool(window and family.sliding(i, values)) for i in range(values["num_hidden_layers"])]
+    if any(slides) and not window:
         raise UserError(f"{where}: layer_types has sliding_attention, but sliding_window is missing")
-    if types:
-        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
-    first = values["max_window_layers"] if used else 0
-    return tuple(window if layer >= first else 0 for layer in range(values["num_hidden_layers"]))
+    return tuple(window if slide else 0 for slide in slides) if any(slides) else ()
 
 
 def _for_each_layer(where: object, values: dict, key: str) -> tuple:
-    if len(values[key]) not in (0, values["num_hidden_layers"]):
-        raise UserError(f"{where}: {key} are told of {len(values[key])} layers of {values['num_hidden_layers']}")
-    return values[key]
+    listed = values.get(key) or ()
+    if len(listed) not in (0, values["num_hidden_layers"]):
+        raise UserError(f"{where}: {key} are told of {len(listed)} layers of {values['num_hidden_layers']}")
+    return listed
 
 
-def _choice(what: str, value: object, known: Collection[str]) -> str:
+def _choice(what: str, value: object, known: Collection[str], *more: str) -> str:
     if not isinstance(value, str) or value not in known:
-        raise UserError(f"{what} {shown(value)} is not supported; supported: {', '.join(sorted(known))}")
+        raise UserError(f"{what} {shown(value)} is not supported; supported: {', '.join(sorted([*known, *more]))}")
     return value
 
 

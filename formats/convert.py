@@ -12,6 +12,7 @@ from tqdm import tqdm
 from checkpoint import DTYPES, abridged, new_state_dict, unchanged
 from errors import UserError
 from formats import gguf, huggingface, llama2c, meta
+from formats.config import unread, weight_factors
 from formats.source import Source
 from model import ModelConfig, Transformer
 from process.files import write_text
@@ -57,10 +58,15 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
     check = unchanged(*itertools.chain.from_iterable(directory.glob(pattern) for pattern in FORMATS))
     source = open_source(directory, model_name)
     config = ModelConfig.from_hf(source.config)
+    if ignored := unread(source.config):
+        print(f"this family does not read these keys of config.json, nor does transformers: {', '.join(ignored)}")
     if config.tied and _untied(source):
         config = ModelConfig.from_hf({**source.config, "tie_word_embeddings": False})
+    factors = weight_factors(source.config)
     with torch.device("meta"):
         blank = {name: tensor.to(dtype) for name, tensor in Transformer(config).state_dict().items()}
+    if config.unit_offset:
+        blank |= {name: tensor.float() for name, tensor in blank.items() if name.endswith("norm.weight")}
     if config.tied:  # stored once, as the embedding
         del blank["output.weight"]
     _check(source, config, blank)
@@ -68,7 +74,12 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
         for name, tensor in tqdm(target.items(), desc="converting", unit="tensor", disable=None):
             check()
             value = source.read(name)
-            tensor.copy_(value if source.interleaved else _interleave(value, config, name))
+            value = value if source.interleaved else _interleave(value, config, name)
+            if source.norm_offset and name.endswith("norm.weight"):
+                value = value.float() + source.norm_offset
+            if factor := factors.get(_kind(name)):
+                value = value.float() * factor
+            tensor.copy_(value)
             if not tensor.isfinite().all():
                 raise UserError(_not_finite(abridged(source.names[name]), value, dtype))
         check()
@@ -76,6 +87,12 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
         for name, text in {"config.json": json.dumps(written, indent=2), **source.files}.items():
             _write_new(directory / name, text)  # before model.pth is there, whose presence says that all is
     return directory / "model.pth"
+
+
+def _kind(name: str) -> str:
+    """The name of a tensor's module, without its layer."""
+    module = name.rpartition(".")[0]
+    return module.split(".", 2)[2] if module.startswith("layers.") else module
 
 
 def _not_finite(names: str, value: Tensor, dtype: torch.dtype) -> str:
@@ -114,10 +131,13 @@ def _check(source: Source, config: ModelConfig, blank: dict[str, Tensor]) -> Non
 
 def _interleave(value: Tensor, config: ModelConfig, name: str) -> Tensor:
     """Hugging Face rotates (i, i + rotary/2), gpt-fast (2i, 2i+1): reorder the rows of each query and key head."""
-    if ".wqkv." not in name and not name.endswith(("q_norm.weight", "k_norm.weight")):
-        return value
-    heads = config.n_head + config.n_local_heads if ".wqkv." in name else 1
     D, rotary = config.head_dim, config.rotary_dim or config.head_dim
+    if ".wqkv." in name:
+        heads = config.n_head + config.n_local_heads
+    elif name.endswith(("q_norm.weight", "k_norm.weight")) or ".whole_norm." in name:
+        heads = len(value) // D
+    else:
+        return value
     order = torch.arange(D)
     order[:rotary] = torch.arange(rotary).view(2, rotary // 2).t().flatten()
     rotated = value[: heads * D].view(heads, D, *value.shape[1:])[:, order].flatten(0, 1)

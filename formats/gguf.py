@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checkpoint import abridged
 from errors import UserError, shown
-from formats.config import KEYS, ROPE_TYPES, config_fields, llama3_scaling
+from formats.config import KEYS, ROPE_TYPES, config_fields, family_of, llama3_scaling
 from formats.fields import NEEDED, Field, integer, read, read_one, text
 from formats.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from formats.gguf_tokenizer import gguf_tokenizer_files
@@ -23,6 +23,8 @@ from model import ModelConfig, rope_table
 
 # Architectures, called like model_types: whether q and k are interleaved already (llama.cpp's llama_rope_type).
 ARCHITECTURES = {"llama": True, "smollm3": True, "qwen2": False, "qwen3": False, "phi3": False}
+ARCHITECTURES |= dict.fromkeys(("gemma", "gemma2", "gemma3", "olmo2"), False)
+MODEL_TYPES = {"gemma3": "gemma3_text"}  # of those that are called otherwise
 INSTEAD = "convert the Hugging Face checkpoint instead"
 # The file's keys, which come after the architecture's name, in config.json's terms; those of _OPTIONAL may be absent.
 TERMS = {
@@ -36,11 +38,15 @@ TERMS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
     "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
-_OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta", "sliding_window")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta", "sliding_window", *list(TERMS.values())[-2:])
+# Gemma's largest models, by their layers, scale scores by hidden_size / num_attention_heads, the others by head_dim.
+_LARGEST = {"gemma2": 46, "gemma3": 62}
 SCALING = {
     "rope.scaling.type": text(("none", "linear", "yarn", "longrope"), default="none"),
-    "rope.scaling.original_context_length": KEYS["original_max_position_embeddings"],
+    "rope.scaling.original_context_length": replace(KEYS["original_max_position_embeddings"], default=None),
 }
 SPLIT = {
     "split.no": integer(0, 99998, default=0),
@@ -110,14 +116,22 @@ def _config(path: Path, arch: str, meta: Mapping[str, Any], tensors: Mapping[str
     if embedding is None or len(embedding.shape) != 2:
         raise UserError(f"{path}: missing tensors: token_embd.weight of two dimensions")
     config |= {
-        "model_type": arch,
+        "model_type": MODEL_TYPES.get(arch, arch),
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in tensors,
     }
     head_dim = config_fields(config, path)["head_dim"]
     rotating = read_one(path, key := f"{arch}.rope.dimension_count", integer(2, head_dim, head_dim), meta.get(key))
-    return {**config, "head_dim": head_dim, "partial_rotary_factor": rotating / head_dim}
+    if "partial_rotary_factor" in family_of(config).keys:
+        config["partial_rotary_factor"] = rotating / head_dim
+    elif rotating < head_dim:
+        raise UserError(f"{path}: {key} is {rotating}; accepted: {head_dim}, all of a head")
+    if arch in _LARGEST:
+        whole = config["num_hidden_layers"] == _LARGEST[arch]
+        width = config["hidden_size"] // config["num_attention_heads"] if whole else head_dim
+        config["query_pre_attn_scalar"] = width
+    return {**config, "head_dim": head_dim}
 
 
 def _rope_scaling(

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from checkpoint import abridged
 from errors import UserError
-from formats.config import builtin
+from formats.config import builtin, family_of, text_config
+from formats.families import WRAPPERS
 from formats.fields import Field, mapping, read, text
 from formats.source import HF, Lazy, Source, named, torch_tensors
 from process.files import read_json
+
+VISION = ("visual", "vision_tower", "vision_model", "multi_modal_projector")  # what wrappers call their other parts
 
 
 def _names_files(value: object) -> frozenset[str]:
@@ -41,9 +44,24 @@ def _open(files: list[Path], reader: Callable[[Path], dict[str, Lazy]], model_na
         raise UserError(f"{path} says what the model is; --model_name is for weights without it")
     config = builtin(model_name) if model_name else read_json(path)
     tensors = {name: tensor for file in files for name, tensor in reader(file).items()}
-    if not any(name.startswith("model.") for name in tensors):  # saved from the bare decoder
+    family = family_of(text_config(config))
+    if config.get("model_type") in WRAPPERS:
+        tensors = _text_tensors(tensors)
+    elif not any(name.startswith(("model.", family.layers or "model.")) for name in tensors):  # the bare decoder's
         tensors = {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in tensors.items()}
-    return named(HF, config, tensors, interleaved=False)
+    offset = float(family.fixed.get("unit_offset", False))
+    return named(HF, config, tensors, interleaved=family.interleaved, norm_offset=offset)
+
+
+def _text_tensors(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+    """The tensors of a wrapper's text model under a text model's names; says which others it leaves out."""
+    vision = [name for name in tensors if any(part in VISION for part in name.split("."))]
+    if vision:
+        kinds = sorted({part for name in vision for part in name.split(".") if part in VISION})
+        print(f"left out: {len(vision)} tensors of {', '.join(kinds)}; the text model alone is converted")
+    text = {name: tensor for name, tensor in tensors.items() if name not in vision}
+    # model.language_model.X of transformers 5, language_model.model.X of older ones
+    return {name.replace("language_model.", "", 1): tensor for name, tensor in text.items()}
 
 
 def _listed(files: list[Path], name: str) -> list[Path]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checkpoint import abridged, torch_load
 from errors import UserError, shown
-from formats.config import config_fields
+from formats.config import config_fields, family_of, text_config
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,6 +32,7 @@ class Source:
     tensors: Mapping[str, Lazy]
     names: dict[str, list[str]]  # our name -> the source's names, whose rows are stacked
     interleaved: bool  # RoPE pairs are (2i, 2i+1) already, as in gpt-fast; else (i, i + D/2)
+    norm_offset: float = 0.0  # what norms' weights lack
     files: Mapping[str, str] = field(default_factory=dict)  # what it holds beside weights, as Hugging Face's files
 
     def read(self, name: str) -> Tensor:
@@ -86,13 +87,18 @@ _LAYER = {  # several names are stacked along the rows
     "attention.wo": ("self_attn.o_proj", "attention.wo", "attn_output"),
     "attention.q_norm": ("self_attn.q_norm", "", "attn_q_norm"),
     "attention.k_norm": ("self_attn.k_norm", "", "attn_k_norm"),
+    "attention.whole_norm.queries": ("self_attn.q_norm", "", "attn_q_norm"),
+    "attention.whole_norm.keys": ("self_attn.k_norm", "", "attn_k_norm"),
     "feed_forward.w1": ("mlp.gate_proj", "feed_forward.w1", "ffn_gate"),
     "feed_forward.w3": ("mlp.up_proj", "feed_forward.w3", "ffn_up"),
     "feed_forward.w2": ("mlp.down_proj", "feed_forward.w2", "ffn_down"),
     "attention_norm": ("input_layernorm", "attention_norm", "attn_norm"),
     "ffn_norm": ("post_attention_layernorm", "ffn_norm", "ffn_norm"),
+    "post_attention_norm": ("", "", "post_attention_norm"),
+    "post_ffn_norm": ("", "", "post_ffw_norm"),
 }
-_FUSED = (("self_attn.qkv_proj", "mlp.gate_up_proj"), None, ("attn_qkv", "ffn_up"))  # Phi-3's: wqkv, and w1 above w3
+_FUSED_QKV = ("self_attn.qkv_proj", "", "attn_qkv")
+_FUSED_GATE_UP = ("mlp.gate_up_proj", "", "ffn_up")  # w1 above w3, where there is no gate
 
 
 def named(style: int, config: dict, tensors: dict[str, Lazy], where: object = "config.json", **more) -> Source:
@@ -100,22 +106,32 @@ def named(style: int, config: dict, tensors: dict[str, Lazy], where: object = "c
 
     Raises UserError of config, and where there are not as many layers as it says.
     """
-    names = {f"{ours}.weight": [f"{theirs[style]}.weight"] for ours, theirs in _TOP.items()}
-    prefix, n_layer = f"{_LAYERS[style]}.", config_fields(config, where)["n_layer"]
-    layers = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
+    family = family_of(text_config(config))
+    top = {ours: theirs[style] for ours, theirs in _TOP.items()}
+    layer_names, prefix = {ours: theirs[style] for ours, theirs in _LAYER.items()}, _LAYERS[style]
+    if style == HF:
+        layer_names |= family.tensors
+        top |= {ours: family.tensors[ours] for ours in top if ours in family.tensors}
+        prefix = family.layers or prefix
+    names = {f"{ours}.weight": [f"{theirs}.weight"] for ours, theirs in top.items()}
+    n_layer, starts = config_fields(config, where)["n_layer"], f"{prefix}."
+    layers = {name.removeprefix(starts).partition(".")[0] for name in tensors if name.startswith(starts)}
     if not layers:  # another program's file
-        absent = {f"{prefix}*", *itertools.chain.from_iterable(names.values())} - tensors.keys()
+        absent = {f"{starts}*", *itertools.chain.from_iterable(names.values())} - tensors.keys()
         raise UserError(f"missing tensors: {abridged(sorted(absent))}")
     if n_layer > len(layers):  # before any is built
         raise UserError(f"missing tensors: {where} has {n_layer} layers; there are tensors of {len(layers)}")
-    qkv, gate_up = _FUSED[style] or ("", "")
-    fused = qkv and any(f".{qkv}." in name for name in tensors)
+    qkv, gate_up, gate = _FUSED_QKV[style], _FUSED_GATE_UP[style], layer_names["feed_forward.w1"]
+    fused_qkv = qkv and any(f".{qkv}." in name for name in tensors)
+    fused_up = gate_up and any(f".{gate_up}." in name for name in tensors)
+    fused_up = fused_up and not any(f".{gate}." in name for name in tensors)
     for layer, kind in itertools.product(range(n_layer), ("weight", "bias")):
-        our_layer, their_layer = f"layers.{layer}", f"{_LAYERS[style]}.{layer}"
-        for ours, theirs in _LAYER.items():
-            names[f"{our_layer}.{ours}.{kind}"] = [f"{their_layer}.{name}.{kind}" for name in theirs[style].split()]
-        if fused:
+        our_layer, their_layer = f"layers.{layer}", f"{prefix}.{layer}"
+        for ours, theirs in layer_names.items():
+            names[f"{our_layer}.{ours}.{kind}"] = [f"{their_layer}.{name}.{kind}" for name in theirs.split()]
+        if fused_qkv:
             names[f"{our_layer}.attention.wqkv.{kind}"] = [f"{their_layer}.{qkv}.{kind}"]
+        if fused_up:
             halves = _halves(f"{their_layer}.{gate_up}.{kind}", tensors)
             names |= {f"{our_layer}.feed_forward.{ours}.{kind}": [half] for ours, half in zip(("w1", "w3"), halves)}
     return Source(config, tensors, names, **more)

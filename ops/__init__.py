@@ -21,11 +21,13 @@ from ops.ngram import copy_match, find
 from ops.packing import dequantize
 from ops.prefill_cudnn import plan as plan_prefill
 from ops.read_bandwidth import free_memory, read_bandwidth
+from ops.rms_norm import add_norm
 from ops.sampling import logit_threshold, sample
 from ops.symmetric import all_reduce
 from ops.verify import verify
 
 __all__ = [
+    "add_norm",
     "all_reduce",
     "attention",
     "capture",
