@@ -120,9 +120,7 @@ def same(path, other):
 
 
 # Every two of a writer, a place and a signal meet.
-CASES = [
-    (name, pause, list(ENDS)[(i + j) % 3]) for i, name in enumerate(WRITERS) for j, pause in enumerate((0, 2, -1))
-]
+CASES = [(name, pause, list(ENDS)[(i + j) % 3]) for i, name in enumerate(WRITERS) for j, pause in enumerate((0, 2, -1))]
 
 
 @pytest.mark.parametrize(("name", "pause", "number"), CASES)
