@@ -12,6 +12,7 @@ from errors import UserError
 class Request:
     index: int  # of its prompt
     room: int  # tokens that it may still get
+    to_come: int  # of these, those that no step, as far as is known, is on its way to
     finite: Callable[[], bool]  # whether the logits that its first token was drawn from are
     fresh: bool = True  # whether its first token, drawn by the prefill, has yet to be fetched
     ended: bool = False
@@ -45,15 +46,18 @@ def serve(
     llm.state.pos.fill_(start)
     while queue or pending or any(rows):
         for row, request in enumerate(rows):
-            if request and request.ended:
+            if request and (request.ended or request.to_come <= 0):
                 rows[row] = None
                 llm.state.pos[row] = start  # goes on from there, where it disturbs no one
             if rows[row] is None and queue:
                 index, prompt = queue.popleft()
                 finite = llm.fill(row, prompt, start)
-                rows[row] = Request(index, min(max_new_tokens, llm.state.cache.length - len(prompt) + 1), finite)
+                room = min(max_new_tokens, llm.state.cache.length - len(prompt) + 1)
+                rows[row] = Request(index, room, room - 1, finite)
         if any(rows):
             pending.append((list(rows), llm.advance()))
+            for request in filter(None, rows):
+                request.to_come -= 1 if llm.speculator else llm.block
         if pending and (len(pending) > lag or not any(rows)):
             owners, result = pending.popleft()
             for request, tokens in zip(owners, result()):

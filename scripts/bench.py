@@ -7,6 +7,8 @@
 
 Shapes are filled with random weights. Each figure is the median of --runs generations of --max_new_tokens tokens after
 a prompt of --prompt_length, prefill included, or with --context tokens in the cache already, which nothing has read.
+--queue: so many prompts of 20 to
+2,000 tokens on --batch_size rows, beside what reading each and the decode steps take by themselves in the same run.
 Fraction: bytes of the weights but the embedding, times tokens per second, over the read bandwidth measured in the same
 run.
 """
@@ -37,6 +39,7 @@ from typing import NamedTuple
 import torch
 
 import ops
+from batches import serve
 from checkpoint import DTYPES, load_model, read_config
 from cli import check_flags, pick_device, positive
 from engine import Engine
@@ -257,6 +260,50 @@ def measure_peer(model: torch.nn.Module, ours: Row, args: argparse.Namespace, li
     )
 
 
+@torch.inference_mode()
+def measure_queue(model: Transformer, count: int, rows: int, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds that `count` prompts of 20 to 2,000 random tokens take on so many rows, --max_new_tokens each, and those
+    of their parts alone: reading each prompt, and decode steps of all rows with the mean context."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(20, 2001, (count,), generator=generator).tolist()
+    vocabulary = min(1024, model.config.vocab_size)
+    prompts = [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    sampler, most = Sampler(temperature=args.temperature, top_k=args.top_k), max(lengths) + args.max_new_tokens
+    llm = Engine(model, batch_size=rows, max_seq_length=most, sampler=sampler, compile=True)
+
+    def timed(run: Callable[[], object]) -> float:
+        llm.state.synchronize()
+        begin = time.perf_counter()
+        run()
+        llm.state.synchronize()
+        return time.perf_counter() - begin
+
+    def serving() -> None:
+        for _ in serve(llm, prompts, args.max_new_tokens, is_stop=never):
+            pass
+
+    def reading() -> None:
+        for prompt in prompts:
+            llm.reader.prefill([prompt])
+
+    timed(serving)  # warms up
+    seconds = [timed(serving) for _ in range(args.runs)]
+    work = Work(0, round(sum(lengths) / count), rows)
+    steps = statistics.median(decoding(llm, work, args)[0] for _ in range(3)) * count / rows
+    parts = timed(reading) + steps
+    median = statistics.median(seconds)
+    return {
+        "prompts": count,
+        "prompt_tokens": sum(lengths),
+        "batch_size": rows,
+        "seconds": median,
+        "spread": (min(seconds), max(seconds)),
+        "tokens_per_second": count * args.max_new_tokens / median,
+        "parts_seconds": parts,
+        "of_parts": parts / median,
+    }
+
+
 def release(device: torch.device) -> None:
     """Give back what an engine and its graph, which hold each other, have taken."""
     gc.collect()
@@ -359,6 +406,7 @@ def main() -> None:
     parser.add_argument("--top_k", type=int, default=200)
     parser.add_argument("--runs", type=positive, default=5)
     parser.add_argument("--rows", type=positive, nargs="*", default=[], help="also time a step with so many rows")
+    parser.add_argument("--queue", type=positive, metavar="N", help="also serve N prompts on the rows")
     parser.add_argument("--peer", action="store_true", help="measure transformers with the same shapes too")
     parser.add_argument("--device")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, and what they were measured on")
@@ -367,14 +415,14 @@ def main() -> None:
         args = parser.parse_args()
         check_flags(parser, args, {"checkpoint_path": ("models", "modes", "peer")}, {})
         if args.prompt_length is None:
-            args.prompt_length = [] if args.context else [5]
+            args.prompt_length = [] if args.context or args.queue else [5]
         _run(args, tp)
 
 
 def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     if args.max_new_tokens < 2:
         raise UserError(f"--max_new_tokens is {args.max_new_tokens}; at least 2 are needed")
-    length = max(args.prompt_length + args.context) + args.max_new_tokens
+    length = max([*args.prompt_length, *args.context, 2000 if args.queue else 0]) + args.max_new_tokens
     if max(args.rows, default=1) > length - length // 2:  # which begin in the middle of the context
         most = length - length // 2
         raise UserError(f"--rows {max(args.rows)} exceeds {most}, half of the context and --max_new_tokens")
@@ -386,9 +434,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     configs = {path.name: read_config(path) for path in paths} or {n: ModelConfig.from_name(n) for n in args.models}
     for name, config in configs.items():
         if length > config.block_size:
-            raise UserError(
-                f"{length} tokens (--prompt_length or --context, --max_new_tokens) exceed {name}'s {config.block_size}"
-            )
+            raise UserError(f"{length} tokens (with --max_new_tokens) exceed {name}'s {config.block_size}")
     if (bandwidth := ops.read_bandwidth(device)) is None:
         raise UserError(f"{device} has too little free memory for its read bandwidth to be measured")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -397,26 +443,37 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     about = {"device": name, **provenance(), "read_bandwidth": bandwidth, "matmul_rate": limits[1]}
     kept = read_json(args.json, missing={}) if args.json else {}  # what else the file holds
     rows: list[Row] = []
+    queues: list[dict] = []
+
+    def keep() -> None:
+        if args.json and tp.rank == 0:
+            found = about | {"rows": [vars(row) for row in rows]} | ({"queues": queues} if queues else {})
+            write_text(args.json, json.dumps(kept | found, indent=1) + "\n")
 
     def take(row: Row) -> None:
         rows.append(row)
         print(table([row]).splitlines()[2], flush=True)
-        if args.json and tp.rank == 0:
-            found = about | {"rows": [vars(row) for row in rows]}
-            write_text(args.json, json.dumps(kept | found, indent=1) + "\n")
+        keep()
+
+    def measure_all(name: str, mode: str, model: Transformer) -> None:
+        for work in works:
+            take(measure(name, mode, model, work, args, limits))
+            release(device)
+        for batch in args.batch_size if args.queue else ():
+            queues.append({"model": name, "mode": mode, **measure_queue(model, args.queue, batch, args)})
+            print(queues[-1], flush=True)
+            keep()
+            release(device)
 
     works = [Work(n, 0, batch) for n in args.prompt_length for batch in args.batch_size]
     works += [Work(0, n, batch) for n in args.context for batch in args.batch_size]
     if args.checkpoint_path:
         model = load_model(args.checkpoint_path, device=device, dtype=dtype, tp=tp)
-        for work in works:
-            take(measure(args.checkpoint_path.parent.name, args.checkpoint_path.stem, model, work, args, limits))
+        measure_all(args.checkpoint_path.parent.name, args.checkpoint_path.stem, model)
     for shape, config in () if args.checkpoint_path else configs.items():
         for mode in args.modes:
             model = random_model(config, mode, device, dtype, tp)
-            for work in works:
-                take(measure(shape, mode, model, work, args, limits))
-                release(device)
+            measure_all(shape, mode, model)
             del model
             release(device)
         if args.peer:
