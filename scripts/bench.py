@@ -83,8 +83,12 @@ def random_model(
         if isinstance(module, Linear):
             if name == "output" and config.tied and mode == "bf16":
                 continue
-            tensors = random_tensors(mode, module.out_features, module.in_features, device, dtype)
-            module.assign(tensors, name)
+            rows = (*module.experts, module.out_features)
+            tensors = random_tensors(mode, math.prod(rows), module.in_features, device, dtype)
+            module.assign({key: t.unflatten(0, rows) for key, t in tensors.items()}, name)
+        elif isinstance(module, torch.nn.Linear):  # a router, which does not send all tokens to the same experts
+            weight = torch.randn(module.weight.shape, dtype=dtype, device=device) * module.in_features**-0.5
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
         elif name == "tok_embeddings":
             module.weight = torch.nn.Parameter(
                 torch.randn(module.weight.shape, dtype=dtype, device=device) * config.dim**-0.5, requires_grad=False
@@ -144,7 +148,7 @@ def measure(
         rates.append(B * count / (time.perf_counter() - begin))
     rates, prefills = rates[1:], prefills[1:]
     rate, prefill = statistics.median(rates), statistics.median(prefills)
-    weights, step = weight_bytes(model), (B * args.max_new_tokens / rate - prefill) / (args.max_new_tokens - 1)
+    weights, step = weight_bytes(model, B), (B * args.max_new_tokens / rate - prefill) / (args.max_new_tokens - 1)
     used = kv_bytes(llm, prompt_length + args.max_new_tokens / 2)
     return Row(
         model=name,
