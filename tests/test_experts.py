@@ -15,10 +15,11 @@ from formats.config import config_fields
 from formats.convert import convert
 from linear import Linear
 from measure import prefill_flops, weight_bytes
-from ops import experts_triton
+from ops import experts_gemm, experts_triton, tuning
 from ops.common import counters
 from ops.experts import mixture_plain
 from ops.rms_norm import rms_norm
+from ops.tuning import Tile
 from quantize import gptq_checkpoint, quantize_checkpoint
 from tp import TensorParallel
 
@@ -247,8 +248,12 @@ def make_case(kind, M, E, N, K, top_k, dtype, seed=0):
         )
         for w13, w2, of in ((up, down, dtype), (plain_up, plain_down, torch.float32))
     )
-    norm, twin_norm = (torch.nn.RMSNorm(K, 1e-5) for _ in range(2))
-    norm.weight, twin_norm.weight = (torch.nn.Parameter(t, requires_grad=False) for t in (gain, gain.float()))
+    norm = torch.nn.RMSNorm(K, 1e-5)
+    norm.weight = torch.nn.Parameter(gain, requires_grad=False)
+
+    def twin_norm(x):  # rounded alike, or two experts of nearly one score might change places
+        return rms_norm(x, gain.float(), 1e-5).to(dtype).float()
+
     return mixture, twin, norm, twin_norm, x, residual
 
 
@@ -273,12 +278,20 @@ def test_route(M, E, top_k, renormalize, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("M,E,N,K,top_k", [(1, 6, 40, 96, 3), (5, 7, 96, 288, 2)])
+@pytest.mark.parametrize("M,E,N,K,top_k", [(1, 4, 32, 96, 2), (5, 3, 64, 32, 2)])
 def test_experts(kind, M, E, N, K, top_k, dtype, monkeypatch):
     monkeypatch.setattr(experts_triton, "few_rows_on_triton", lambda x: True)
-    if kind != "16-bit" and N % 32:
-        N = 64
     mixture, twin, norm, twin_norm, x, residual = make_case(kind, M, E, N, K, top_k, dtype)
     y = experts_triton.run(mixture, x, norm, residual)
-    expected = mixture_plain(twin, x.double(), twin_norm.double(), residual.double())
-    assert error(y, expected) < 6e-3
+    assert error(y, mixture_plain(twin, x.float(), twin_norm, residual.float())) < 4e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["16-bit", "int8", "fp8", "int4:32", "int4:128"])
+def test_many_rows_of_experts(kind, dtype, monkeypatch):
+    """Tiles that are full along no axis, experts of none and of several tiles."""
+    monkeypatch.setattr(tuning, "grouped", lambda *_: Tile(16, 1, 1, 4, 2, 1))
+    monkeypatch.setattr(experts_gemm, "on_triton", lambda x: True)
+    mixture, twin, norm, twin_norm, x, residual = make_case(kind, 37, 5, 32, 96, 2, dtype)
+    y = experts_gemm.run(mixture, x, norm, residual)
+    assert error(y, mixture_plain(twin, x.float(), twin_norm, residual.float())) < 4e-3
