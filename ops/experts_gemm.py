@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops import tuning
-from ops.common import is_hopper, on_triton, op, tl, triton
+from ops.common import on_triton, op, pdl, tl, triton
 from ops.linear_gemm import assembly, places, rms_norm, values, weights
 from ops.linear_triton import kind_of, out_features
 
@@ -150,7 +150,7 @@ def product(
     BN, BK = 16 * W * R, C * tuning.CHUNK[kind]
     width = N if down else triton.cdiv(N // 2, 64) * 64
     y = (torch.empty if down or width == N // 2 else torch.zeros)(P, width, dtype=x.dtype, device=x.device)
-    hopper = is_hopper(x.device)
+    hopper = pdl(x.device)["PDL"]
     _grouped_kernel[(triton.cdiv(N, BN), len(tiles))](
         y, x, weight if kind == "fp" else weight.view(torch.int32), scales, bias, scores, order, tiles,
         N, K, x.shape[1], scores.shape[1],
