@@ -195,7 +195,8 @@ class WholeNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated linear units (arXiv 2002.05202): w2(act(w1 x) * w3 x), with silu SwiGLU. With `experts`, so many of them."""
+    """Gated linear units (arXiv 2002.05202): w2(act(w1 x) * w3 x), with silu SwiGLU. With `experts`, so
+    many of them."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, size: int = 0, experts: int = 0):
         super().__init__()

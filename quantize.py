@@ -209,7 +209,8 @@ def calibrated_experts(
         x = torch.cat([h[(index == e).any(1)] for h, index in zip(inputs, met)]).to(device)
         for name, layer in layers.items():
             if name == "w2":
-                x = F.silu(F.linear(x, layers["w1"].weight[e])) * F.linear(x, layers["w3"].weight[e])
+                gate, x = (F.linear(x, layers[name].weight[e]) for name in ("w1", "w3"))
+                x = mixture.cond_ffn.act(gate) * x
             if name != "w3":
                 hessian = Hessian(x.shape[1], device)
                 hessian.add(x)

@@ -64,6 +64,7 @@ def attention(
     usual = layer.scale == k_cache.shape[3] ** -0.5 and not layer.soft_cap and layer.sinks is None
     usual = usual and (q_norm is None or q_norm.dtype is qkv.dtype)
     if usual and cpu.supports_attention(qkv, k_cache, v_cache, input_pos):
+        return cpu.attention(qkv, k_cache, v_cache, *rest[:7])
     return attention_plain(qkv, k_cache, v_cache, input_pos.to(qkv.device), *rest[1:])
 
 

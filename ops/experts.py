@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops import experts_gemm, experts_triton, symmetric
@@ -26,8 +25,10 @@ from ops.packing import dequantize, pack_int4
 
 
 class Experts(Protocol):
-    """Gate and up as one layer, or apart where they are of two kinds. Weights have an axis E before N and K."""
+    """Gate and up as one layer with SwiGLU, or apart where they are of two kinds or have another activation. Weights
+    have an axis E before N and K."""
 
+    act: Callable[[Tensor], Tensor]
     w13: LinearLayer | None
     w1: LinearLayer | None
     w3: LinearLayer | None
@@ -113,7 +114,7 @@ def mixture_plain(layer: MixtureLayer, x: Tensor, norm: nn.RMSNorm, residual: Te
     if experts.w13:
         hidden = _grouped(experts.w13, rows, k)
     else:
-        hidden = F.silu(_grouped(experts.w1, rows, k)) * _grouped(experts.w3, rows, k)
+        hidden = experts.act(_grouped(experts.w1, rows, k)) * _grouped(experts.w3, rows, k)
     y = _grouped(experts.w2, hidden, k).view(*index.shape, -1)
     y = (y * weights[..., None]).sum(1).to(x.dtype).view(x.shape)
     return y if residual is None else residual + y
