@@ -5,6 +5,7 @@ scripts/convert_hf_checkpoint.py makes them from other formats.
 
 import mmap
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -49,13 +50,24 @@ def _load_version(path: Path, version: tuple[int, ...]) -> dict:
             warnings.simplefilter("ignore")  # about what will be refused, in a line of ours
             state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
         if isinstance(state, dict):
-            return state
+            return {_from_disk(name) if type(name) is str else name: value for name, value in state.items()}
         detail = f"it holds a {type(state).__name__}"
     except PermissionError as error:
         raise UserError(reason(error)) from None
     except Exception as error:  # the unpickler's and the zip reader's errors have no common base
         detail = reason(error)[:120]
     raise UserError(f"{path} is truncated or not a file of weights ({detail})")
+
+
+def _on_disk(name: str) -> str:
+    """gpt-fast's names of experts' tensors: cond_ffn.w1 and cond_ffn.scales1 are our w1.weight and w1.scales."""
+    short = lambda found: f"{found[2].replace('weight', 'w')}{found[1]}"  # noqa: E731
+    return re.sub(r"(?<=\.cond_ffn\.)w([123])\.(weight|scales|zeros|bias)$", short, name)
+
+
+def _from_disk(name: str) -> str:
+    full = lambda found: f"w{found[2]}.{'weight' if found[1] == 'w' else found[1]}"  # noqa: E731
+    return re.sub(r"(?<=\.cond_ffn\.)(w|scales|zeros|bias)([123])$", full, name)
 
 
 def abridged(names: list[str]) -> str:
@@ -73,14 +85,14 @@ def new_state_dict(path: Path, like: dict[str, Tensor]) -> Iterator[dict[str, Te
     with replacing(path) as partial:
         try:
             with FakeTensorMode():
-                fakes = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}
+                fakes = {_on_disk(name): torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}
             with torch.serialization.skip_data(materialize_fake_tensors=True):
                 torch.save(fakes, partial)
             if hasattr(os, "posix_fallocate"):  # claim the blocks now: a full disk is an error here, a SIGBUS later
                 with partial.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
             with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-                tensors = torch.load(partial, mmap=True, weights_only=True)
+                tensors = {_from_disk(k): t for k, t in torch.load(partial, mmap=True, weights_only=True).items()}
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
         except RuntimeError:  # PyTorch does not say why
@@ -166,7 +178,7 @@ def load_model(
         if prefix == "output" and tied:
             module.weight = model.tok_embeddings.weight
         elif isinstance(module, Linear):
-            kind_of(*module.shape, own, prefix)  # raises what is wrong with them
+            kind_of(module.shape, own, prefix)  # raises what is wrong with them
             own = quantize_linear(quantize, own, prefix, device) if quantize is not None else own
             module.assign(placed(module.shard(own, prefix)), prefix)
         else:

@@ -28,6 +28,8 @@ class Hessian:
     def add(self, x: Tensor) -> None:
         """Take in the layer's inputs x (..., K) of any floating dtype."""
         x = x.reshape(-1, x.shape[-1]).to(self.mean.device, torch.float32)
+        if not len(x):  # an expert that no token is sent to
+            return
         self.tokens += len(x)
         # A running mean, not a sum: the entries stay within fp32's comfort however many tokens come.
         self.mean.addmm_(x.t(), x, beta=1 - len(x) / self.tokens, alpha=2 / self.tokens)

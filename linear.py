@@ -6,7 +6,7 @@
     int4   weight uint8 (N, K'/2), low nibble first, scales and zeros bf16 (N, K'/G): w = (q - 8) * scale + zero,
            where K' is K padded up to a multiple of the group G
 
-How a layer is computed is ops' business.
+E experts, linear layers of one shape, have an axis E before N. How a layer is computed is ops' business.
 """
 
 import math
@@ -31,8 +31,9 @@ class Plain:
     """A weight in floating point."""
 
     @staticmethod
-    def matches(weight: Tensor, shapes: dict[str, tuple], N: int, K: int) -> bool:
-        return weight.dtype in FLOATS and shapes == {"weight": (N, K)}
+    def matches(weight: Tensor, shapes: dict[str, tuple], rows: tuple[int, ...], K: int) -> bool:
+        """Whether a weight makes up (*rows, K), rows being (N,) or (E, N)."""
+        return weight.dtype in FLOATS and shapes == {"weight": (*rows, K)}
 
     @staticmethod
     def columns(tensors: dict[str, Tensor], part: range) -> dict[str, Tensor]:
@@ -44,8 +45,8 @@ class Int8(Plain):
     """Symmetric int8, one scale per output row."""
 
     @staticmethod
-    def matches(weight: Tensor, shapes: dict[str, tuple], N: int, K: int) -> bool:
-        return weight.dtype is torch.int8 and shapes == {"weight": (N, K), "scales": (N,)}
+    def matches(weight: Tensor, shapes: dict[str, tuple], rows: tuple[int, ...], K: int) -> bool:
+        return weight.dtype is torch.int8 and shapes == {"weight": (*rows, K), "scales": rows}
 
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
@@ -61,8 +62,8 @@ class FP8(Plain):
     """8-bit floating point (e4m3, arXiv 2209.05433), one scale per output row."""
 
     @staticmethod
-    def matches(weight: Tensor, shapes: dict[str, tuple], N: int, K: int) -> bool:
-        return weight.dtype is torch.float8_e4m3fn and shapes == {"weight": (N, K), "scales": (N,)}
+    def matches(weight: Tensor, shapes: dict[str, tuple], rows: tuple[int, ...], K: int) -> bool:
+        return weight.dtype is torch.float8_e4m3fn and shapes == {"weight": (*rows, K), "scales": rows}
 
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
@@ -77,9 +78,9 @@ class Int4(Plain):
     """Asymmetric int4 in groups of G = 32, 64, 128 or 256 along K (padded to K'): w = (q - 8) * scale + zero."""
 
     @staticmethod
-    def matches(weight: Tensor, shapes: dict[str, tuple], N: int, K: int) -> bool:
+    def matches(weight: Tensor, shapes: dict[str, tuple], rows: tuple[int, ...], K: int) -> bool:
         groups = ((G, math.ceil(K / G)) for G in GROUPS)
-        fitting = ({"weight": (N, n * G // 2), "scales": (N, n), "zeros": (N, n)} for G, n in groups)
+        fitting = ({"weight": (*rows, n * G // 2)} | dict.fromkeys(("scales", "zeros"), (*rows, n)) for G, n in groups)
         return weight.dtype is torch.uint8 and shapes in fitting
 
     @staticmethod
@@ -126,17 +127,19 @@ class Int4(Plain):
 KINDS = (Plain, Int8, FP8, Int4)
 
 
-def kind_of(N: int, K: int, tensors: dict[str, Tensor], name: str) -> type[Plain]:
-    """The kind that dtypes and shapes tell. Raises UserError where they tell of no (N, K) linear layer."""
+def kind_of(shape: tuple[int, ...], tensors: dict[str, Tensor], name: str) -> type[Plain]:
+    """The kind that dtypes and shapes tell. Raises UserError where they tell of no linear layer of this shape, (N, K)
+    or experts' (E, N, K)."""
+    *rows, K = shape
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     floats = all(t.dtype in FLOATS for key, t in tensors.items() if key != "weight")
-    if floats and shapes.pop("bias", (N,)) == (N,) and "weight" in shapes:
+    if floats and shapes.pop("bias", tuple(rows)) == tuple(rows) and "weight" in shapes:
         for kind in KINDS:
-            if kind.matches(tensors["weight"], shapes, N, K):
+            if kind.matches(tensors["weight"], shapes, tuple(rows), K):
                 return kind
     found = ", ".join(f"{key} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for key, t in tensors.items())
     raise UserError(
-        f"{name or 'a linear layer'} needs a plain, int8, fp8 or int4 weight for {[N, K]}; found {found or 'none'}"
+        f"{name or 'a linear layer'} needs a plain, int8, fp8 or int4 weight for {list(shape)}; found {found or 'none'}"
     )
 
 
@@ -146,6 +149,7 @@ class Linear(nn.Module):
     rows: the rows of the weight that this rank holds (column-parallel, in Megatron-LM's words), all by default; its
     result has these features only, or with `gather` those of all ranks. columns: the columns that it holds
     (row-parallel), which meet that part of x; the result is the sum over the ranks. fp32: the result's dtype, else x's.
+    experts: so many layers of one shape, of which ops.mixture computes those that a token is sent to.
     """
 
     def __init__(
@@ -159,10 +163,12 @@ class Linear(nn.Module):
         columns: range | None = None,
         gather: bool = False,
         fp32: bool = False,
+        experts: int = 0,
     ):
         super().__init__()
         tp = tp or TensorParallel()
-        self.shape = (out_features, in_features)  # of the whole weight
+        self.experts = (experts,) if experts else ()
+        self.shape = (*self.experts, out_features, in_features)  # of the whole weight
         self.rank, self.world, self.rows, self.columns = tp.rank, tp.world, rows, columns
         self.in_features = in_features if columns is None else len(columns)
         self.out_features = sum(map(len, rows)) if rows else out_features
@@ -171,14 +177,14 @@ class Linear(nn.Module):
         self.kind: type[Plain] = Plain
         for name in ("weight", "bias", "scales", "zeros"):
             self.register_parameter(name, None)
-        weight = {"weight": torch.empty(self.out_features, self.in_features)}
-        self.assign(weight | ({"bias": torch.empty(self.out_features)} if bias else {}))
+        own = (*self.experts, self.out_features)
+        self.assign({"weight": torch.empty(*own, self.in_features)} | ({"bias": torch.empty(own)} if bias else {}))
         self.backends: tuple[Callable, ...] = (ops.plain,)
 
     def assign(self, tensors: dict[str, Tensor], name: str = "") -> "Linear":
         """Take these tensors (weight; scales, zeros, bias where there are any), as on disk, of this rank's part.
         Nothing is copied. Raises UserError where they make up no such layer."""
-        self.kind = kind_of(self.out_features, self.in_features, tensors, name)
+        self.kind = kind_of((*self.experts, self.out_features, self.in_features), tensors, name)
         for key in ("weight", "bias", "scales", "zeros"):
             setattr(self, key, nn.Parameter(tensors[key], requires_grad=False) if key in tensors else None)
         return self
@@ -186,20 +192,22 @@ class Linear(nn.Module):
     def shard(self, tensors: dict[str, Tensor], name: str = "") -> dict[str, Tensor]:
         """This rank's part of the whole layer's tensors. Only that part of a mapped file is read. Raises UserError
         where they make up no such layer."""
-        kind = kind_of(*self.shape, tensors, name)
+        kind, axis = kind_of(self.shape, tensors, name), len(self.experts)
         if self.world == 1:
             return tensors
         if self.columns is None:
-            return {key: cut(t, 0, *self.rows) if self.rows else t for key, t in tensors.items()}
-        return kind.columns({k: t for k, t in tensors.items() if k != "bias" or self.rank == 0}, self.columns)
+            return {key: cut(t, axis, *self.rows) if self.rows else t for key, t in tensors.items()}
+        matrices = {k: t.flatten(0, axis) for k, t in tensors.items() if k != "bias" or self.rank == 0}
+        return {k: t.unflatten(0, self.shape[:-1]) for k, t in kind.columns(matrices, self.columns).items()}
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight as the matrix (N, K) it stands for."""
-        return ops.dequantize(self.weight, self.scales, self.zeros, dtype)[:, : self.in_features]
+        """The weight as the matrix (N, K), or the matrices (E, N, K), that it stands for."""
+        return ops.dequantize(self.weight, self.scales, self.zeros, dtype)[..., : self.in_features]
 
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
         """Lay the weight out for the device it is on and activations of `dtype`. Called once, after loading."""
-        ops.prepare_linear(self, dtype)
+        if not self.experts:
+            ops.prepare_linear(self, dtype)
 
     def forward(self, x: Tensor, norm: nn.RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
         """[residual +] W norm(x) [+ bias]: x (..., K) -> (..., N) in x's dtype, or fp32 if the layer is such."""
@@ -213,9 +221,11 @@ def interleaved(gate: Linear, up: Linear) -> Linear | None:
     kinds = [{name: (t.dtype, t.shape) for name, t in own.items()} for own in (ours, theirs)]
     if gate.out_features % 8 or kinds[0] != kinds[1]:
         return None
-    blocks = {k: torch.stack([t.unflatten(0, (-1, 8)) for t in (ours[k], theirs[k])], 1).flatten(0, 2) for k in ours}
+    n = len(gate.experts)  # the axis of rows
+    pairs = {k: torch.stack([t.unflatten(n, (-1, 8)) for t in (ours[k], theirs[k])], n + 1) for k in ours}
+    blocks = {k: pair.flatten(n, n + 2) for k, pair in pairs.items()}
     with torch.device("meta"):
-        both = Linear(gate.in_features, 2 * gate.out_features).assign(blocks)
+        both = Linear(gate.in_features, 2 * gate.out_features, experts=sum(gate.experts)).assign(blocks)
     both.swiglu = True
     return both
 
@@ -233,8 +243,8 @@ def quantizer(mode: str) -> Callable[[Tensor], dict[str, Tensor]]:
 def quantize_linear(
     mode: str, tensors: dict[str, Tensor], name: str, device: torch.device | str | None = None
 ) -> dict[str, Tensor]:
-    """A linear layer's tensors (weight (N, K) and perhaps bias) with the weight quantised on `device` (by default where
-    it is), some rows at a time; the bias stays as it is.
+    """A linear layer's tensors (weight (N, K) or (E, N, K) and perhaps bias) with the weight quantised on `device` (by
+    default where it is), some rows at a time; the bias stays as it is.
 
     Raises UserError for an unknown mode, and for a weight that is absent, quantised already or not finite.
     """
@@ -243,7 +253,7 @@ def quantize_linear(
         raise UserError(f"{name} has no weight")
     if "scales" in tensors or weight.dtype.itemsize < 2:
         raise UserError(f"{name} is quantised already ({weight.dtype}); give the full-precision checkpoint")
-    device = weight.device if device is None else device
+    device, lead, weight = weight.device if device is None else device, weight.shape[:-1], weight.flatten(0, -2)
     out = {key: torch.empty_like(t, device=device) for key, t in quantize(weight.to("meta")).items()}
     step = max(1, CHUNK // weight.shape[1])
     for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
@@ -252,4 +262,4 @@ def quantize_linear(
             raise UserError(f"{name} holds NaN or infinite weights")
         for key, tensor in quantize(piece).items():
             out[key][rows] = tensor
-    return tensors | out
+    return tensors | {key: t.unflatten(0, lead) for key, t in out.items()}

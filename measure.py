@@ -53,17 +53,21 @@ class Throughput:
     seconds: float
 
 
-def weight_bytes(model: Transformer) -> int:
-    """Bytes of the weights that a decode step reads: all but the embedding table, unless it is the output as well."""
-    embedding = model.tok_embeddings.weight
+def weight_bytes(model: Transformer, rows: float = 1) -> int:
+    """Bytes of the weights that a decode step of so many tokens reads: all but the embedding table, unless it is the
+    output as well, and of experts those that are met, if tokens met any k of E alike: E (1 - (1 - k / E)^rows)."""
+    embedding, config = model.tok_embeddings.weight, model.config
     unread = 0 if model.output.weight is embedding else embedding.nbytes
-    return sum(p.nbytes for p in model.parameters()) - unread
+    experts = sum(p.nbytes for m in model.modules() if isinstance(m, Linear) and m.experts for p in m.parameters())
+    missed = (1 - config.n_expert_used / config.n_expert) ** rows if experts else 0
+    return round(sum(p.nbytes for p in model.parameters()) - unread - experts * missed)
 
 
 def prefill_flops(model: Transformer, tokens: int, rows: int) -> float:
     """FLOP that reading so many tokens takes, alike in all rows: of products alone, causal ones by half."""
     config, length = model.config, tokens / rows
-    linear = sum(math.prod(m.shape) for name, m in model.named_modules() if isinstance(m, Linear) and name != "output")
+    linears = [m for name, m in model.named_modules() if isinstance(m, Linear) and name != "output"]
+    linear = sum(math.prod(m.shape[-2:]) * (config.n_expert_used if m.experts else 1) for m in linears)
     seen = sum(length * min(length / 2, window or length) for window in config.windows or (0,) * config.n_layer)
     return 2 * linear * tokens + 4 * config.n_head * config.head_dim * seen * rows
 
@@ -79,7 +83,7 @@ def report(llm: Engine, measure: Measure) -> dict:
     """Rates, bytes per token, and the share of the device's read bandwidth, measured now, that they make."""
     memory = torch.cuda.max_memory_reserved() if llm.device.type == "cuda" else peak_memory()
     read_bandwidth = ops.read_bandwidth(llm.device)  # after that, as it takes memory
-    weights, rate = weight_bytes(llm.model), measure.decode_rate
+    weights, rate = weight_bytes(llm.model, llm.batch_size), measure.decode_rate
     flops = prefill_flops(llm.model, measure.prompt_tokens, llm.batch_size) / measure.time_to_first_token
     matmul_rate = measure.prompt_tokens >= LONG and ops.matmul_rate(llm.device, llm.model.dtype)
     positions = measure.prompt_tokens / llm.batch_size + (measure.steps + 1) / 2  # of a row, in an average step
@@ -87,7 +91,9 @@ def report(llm: Engine, measure: Measure) -> dict:
     read = weights + kv  # for a token
     if llm.speculator:
         (passes, drafted), draft = llm.speculator.work_per_token(), llm.speculator.draft.model
-        read = read * passes + (weight_bytes(draft) * drafted if draft else 0)
+        rows = llm.batch_size * (1 + drafted / (passes or 1))  # tokens of a pass
+        read = (weight_bytes(llm.model, rows) + kv) * passes
+        read += weight_bytes(draft, llm.batch_size) * drafted if draft else 0
     return {
         **asdict(measure),
         "seconds": measure.seconds,

@@ -54,6 +54,12 @@ class ModelConfig:
     qk_norm: bool = False  # of each query and key head
     qk_norm_whole: bool = False  # of all query heads together, and of all key heads (OLMo 2)
     tied: bool = False  # the output layer is the embedding
+    n_expert: int = 0  # experts of a mixture, in place of the feed-forward; 0 is none
+    n_expert_used: int = 0  # of which each token meets so many
+    expert_size: int = 0  # each one's intermediate_size
+    shared_size: int = 0  # that of an expert which all tokens meet; 0 is none
+    norm_topk: bool = False  # the weights of the experts that a token meets sum to one
+    dense_layers: tuple[int, ...] = ()  # layers that have a feed-forward all the same
     windows: tuple[int, ...] = ()  # sliding window of each layer, 0 is full attention; () is full everywhere
     rope_layers: tuple[bool, ...] = ()  # whether each layer rotates (SmolLM3 skips some); () is everywhere
 
@@ -189,14 +195,16 @@ class WholeNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated linear units (arXiv 2002.05202): w2(act(w1 x) * w3 x), with silu SwiGLU."""
+    """Gated linear units (arXiv 2002.05202): w2(act(w1 x) * w3 x), with silu SwiGLU. With `experts`, so
+    many of them."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel):
+    def __init__(self, config: ModelConfig, tp: TensorParallel, size: int = 0, experts: int = 0):
         super().__init__()
-        size, hidden = config.intermediate_size, tp.part(config.intermediate_size, 32)
-        self.w1 = Linear(config.dim, size, config.mlp_bias, tp=tp, rows=[hidden])
-        self.w3 = Linear(config.dim, size, config.mlp_bias, tp=tp, rows=[hidden])
-        self.w2 = Linear(size, config.dim, config.mlp_bias, tp=tp, columns=hidden)
+        size = size or config.intermediate_size
+        hidden = tp.part(size, 32)
+        self.w1 = Linear(config.dim, size, config.mlp_bias, tp=tp, rows=[hidden], experts=experts)
+        self.w3 = Linear(config.dim, size, config.mlp_bias, tp=tp, rows=[hidden], experts=experts)
+        self.w2 = Linear(size, config.dim, config.mlp_bias, tp=tp, columns=hidden, experts=experts)
         self.act = ACTIVATIONS[config.activation]
         self.w13: Linear | None = None  # what `merge` makes of w1 and w3
 
@@ -206,18 +214,55 @@ class FeedForward(nn.Module):
         if self.w13:
             self.w1 = self.w3 = None
 
+    @property
+    def first(self) -> Linear:
+        return self.w13 or self.w1
+
     @_repeated
     def forward(self, x: Tensor, norm: RMSNorm | None, post_norm: RMSNorm | None = None) -> Tensor:
         """x + post_norm(feed_forward(norm(x)))"""
-        hidden = self.w13(x, norm) if self.w13 else self.act(self.w1(x, norm)) * self.w3(x, norm)
-        return add(x, self.w2, hidden, post_norm)
+        return add(x, self.w2, self.hidden(x, norm), post_norm)
+
+    def hidden(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        return self.w13(x, norm) if self.w13 else self.act(self.w1(x, norm)) * self.w3(x, norm)
+
+
+class Mixture(nn.Module):
+    """Mixture of experts (Mixtral, arXiv 2401.04088): of `cond_ffn`'s feed-forwards each token meets the few that its
+    router, `gate`, scores highest, weighted by their scores, and perhaps one that all tokens share."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel):
+        super().__init__()
+        self.top_k, self.renormalize, self.rank, self.world = config.n_expert_used, config.norm_topk, tp.rank, tp.world
+        self.gate = nn.Linear(config.dim, config.n_expert, bias=False)
+        self.cond_ffn = FeedForward(config, tp, config.expert_size, config.n_expert)
+        self.shared_expert = FeedForward(config, tp, config.shared_size) if config.shared_size else None
+        self.shared_expert_gate = nn.Linear(config.dim, 1, bias=False) if config.shared_size else None
+        if self.shared_expert:
+            self.shared_expert.w2.reduce = ""  # ops.mixture sums over the ranks
+        self.backends: tuple[Callable, ...] = ()
+
+    def pack(self, dtype: torch.dtype) -> None:
+        ops.prepare_mixture(self, dtype)
+
+    @_repeated
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """x + mixture(norm(x))"""
+        own = x if self.rank == 0 else None  # rank 0's share of the sum includes the residual
+        if self.shared_expert:
+            h = norm(x)
+            hidden = self.shared_expert.hidden(h, None) * self.shared_expert_gate(h).sigmoid()
+            own = self.shared_expert.w2(hidden, residual=own)
+        return ops.mixture(self, x, norm, own)
 
 
 class TransformerBlock(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel):
         super().__init__()
         self.attention = Attention(config, layer, tp)
-        self.feed_forward = FeedForward(config, tp)
+        mixed = config.n_expert > 0 and layer not in config.dense_layers
+        self.feed_forward = None if mixed else FeedForward(config, tp)
+        self.block_sparse_moe = Mixture(config, tp) if mixed else None  # gpt-fast's name
         for name in ("attention_norm", "ffn_norm"):
             setattr(self, name, RMSNorm(config.dim, config.norm_eps) if config.pre_norms else None)
             setattr(self, f"post_{name}", RMSNorm(config.dim, config.norm_eps) if config.post_norms else None)
@@ -226,6 +271,8 @@ class TransformerBlock(nn.Module):
         """x: (B, S, C); k, v: this layer's caches (B, Hkv, T, D), written in place; rope: its rotary table, if any."""
         # Each part takes its norms and returns x plus its result, so that the linears beside them can fuse both.
         x = self.attention(x, self.attention_norm, self.post_attention_norm, input_pos, k, v, rope)
+        if self.block_sparse_moe:
+            return self.block_sparse_moe(x, self.ffn_norm)
         return self.feed_forward(x, self.ffn_norm, self.post_ffn_norm)
 
 
@@ -279,11 +326,13 @@ class Transformer(nn.Module):
         if self.norm.weight.is_meta:
             return
         for i, layer in enumerate(self.layers):
-            layer.feed_forward.merge()
+            for module in list(layer.modules()):
+                if isinstance(module, FeedForward):
+                    module.merge()
             for module in layer.modules():
-                if isinstance(module, Linear):
+                if isinstance(module, (Linear, Mixture)):
                     module.pack(dtype)
-            following = layer.feed_forward.w13 or layer.feed_forward.w1
+            following = layer.block_sparse_moe.gate if layer.block_sparse_moe else layer.feed_forward.first
             ops.prepare_attention(layer.attention, first_layer=i == 0, following=following.weight)
             if self.norm.weight.is_cuda:
                 torch.cuda.empty_cache()  # the tensors replaced leave holes that none of the new ones fits

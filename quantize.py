@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import EllipsisType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,12 +26,15 @@ from cli import DEFAULT_CHECKPOINT, peak_memory, pick_device, positive
 from errors import UserError
 from gptq import Hessian, gptq
 from linear import GROUPS, Int4, Linear, Plain, quantize_linear, quantizer
-from model import KVCache, ModelConfig, RMSNorm, Transformer, TransformerBlock, rope_tables
+from model import KVCache, Mixture, ModelConfig, RMSNorm, Transformer, TransformerBlock, rope_tables
 from process.command import Parser
 from texts import read_text, task_documents
 from tokenizer import load_tokenizer
 
 SHORTEST = 32  # tokens of a calibration sequence
+FEW = 32  # tokens of an expert with fewer of which GPTQ would fit these alone
+
+Place = int | EllipsisType  # of a matrix in a linear layer's weight: which expert's, or all of it
 
 
 def open_model(path: Path) -> tuple[Transformer, dict[str, Tensor], list[str]]:
@@ -45,21 +50,31 @@ def open_model(path: Path) -> tuple[Transformer, dict[str, Tensor], list[str]]:
 
 
 def write_checkpoint(source: Path, path: Path, state: dict, linears: list[str], mode: str, results: Iterable) -> None:
-    """Write a quantised file: in place of each linear layer's weight what `results`, of (name, tensors), has for it,
-    all else as it is in `state`, which is mapped from the source."""
+    """Write a quantised file: in place of each linear layer's weight what `results`, of (name, place, tensors), has for
+    it, all else as it is in `state`, which is mapped from the source."""
     check = unchanged(source)
     pending = {name: state[f"{name}.weight"].to("meta") for name in linears}
-    blank = {f"{name}.{key}": t for name, weight in pending.items() for key, t in quantizer(mode)(weight).items()}
+    blank = {
+        f"{name}.{key}": t.unflatten(0, weight.shape[:-1])
+        for name, weight in pending.items()
+        for key, t in quantizer(mode)(weight.flatten(0, -2)).items()
+    }
+    total = sum(len(matrices(weight)) for weight in pending.values())
     with new_state_dict(path, state | blank) as target:
         for name in state.keys() - blank.keys():
             target[name].copy_(state[name])
             check()
-        for name, tensors in tqdm(results, desc="quantising", total=len(linears), unit="layer", disable=None):
-            del pending[name]
+        for name, place, tensors in tqdm(results, desc="quantising", total=total, unit="layer", disable=None):
+            pending.pop(name, None)
             for key, tensor in tensors.items():
-                target[f"{name}.{key}"].copy_(tensor)
+                target[f"{name}.{key}"][place].copy_(tensor)
             check()
         assert not pending, f"nothing was made of {list(pending)}"
+
+
+def matrices(weight: Tensor) -> list[tuple[Place, Tensor]]:
+    """The matrices of a linear layer, one or one an expert, and their places."""
+    return list(enumerate(weight)) if weight.ndim == 3 else [(..., weight)]
 
 
 def quantize_checkpoint(source: Path, target: Path, mode: str, device: torch.device) -> None:
@@ -68,8 +83,11 @@ def quantize_checkpoint(source: Path, target: Path, mode: str, device: torch.dev
     Raises UserError and leaves no file when the source is no full-precision checkpoint or holds NaN.
     """
     _, state, linears = open_model(source)
-    tensors = ((name, {"weight": state[f"{name}.weight"]}) for name in linears)
-    results = ((name, quantize_linear(mode, own, f"{source}: {name}", device)) for name, own in tensors)
+    weights = ((name, *matrix) for name in linears for matrix in matrices(state[f"{name}.weight"]))
+    results = (
+        (name, place, quantize_linear(mode, {"weight": weight}, f"{source}: {name}", device))
+        for name, place, weight in weights
+    )
     write_checkpoint(source, target, state, linears, mode, results)
 
 
@@ -85,12 +103,14 @@ def gptq_checkpoint(
     *,
     offload: bool = False,
     **options,
-) -> None:
+) -> int:
     """Quantise a checkpoint by GPTQ, layer by layer, each calibrated on the output of the quantised ones before it.
 
     sequences: calibration tokens, int64 (B, S) each; offload: keep activations in host memory; options: gptq.gptq's.
+    Returns how many experts' matrices met too few tokens to calibrate on, and were rounded to nearest.
     Raises UserError and leaves no file when the source is no full-precision checkpoint or activations are not finite.
     """
+    few = []
     model, state, linears = open_model(source)
     # CPUs without half-precision arithmetic calibrate faster in fp32, and no CPU worse.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -99,22 +119,28 @@ def gptq_checkpoint(
     table, scaled = state["tok_embeddings.weight"], model.tok_embeddings.scaled
     activations = [scaled(table[tokens].to(home, dtype)) for tokens in sequences]
 
-    def results() -> Iterator[tuple[str, dict[str, Tensor]]]:
-        for name, linear, hessian in calibrated(model, state, activations, device):
+    def results() -> Iterator[tuple[str, Place, dict[str, Tensor]]]:
+        for name, place, linear, hessian in calibrated(model, state, activations, device):
             if not linear.weight.isfinite().all():
                 raise UserError(f"{source}: {name} holds NaN or infinite weights")
-            own = Int4.tensors(*gptq(linear.weight, hessian.mean, group, **options))
+            if place is not ... and hessian.tokens < FEW:
+                few.append(name)
+                own = Int4.quantize(linear.weight, group)
+            else:
+                own = Int4.tensors(*gptq(linear.weight, hessian.mean, group, **options))
             linear.weight.data = ops.dequantize(*own.values(), linear.weight.dtype)[:, : linear.in_features]
-            yield name, own
+            yield name, place, own
 
     write_checkpoint(source, target, state, linears, f"int4:{group}", results())
+    return len(few)
 
 
 def calibrated(
     model: Transformer, state: dict[str, Tensor], activations: list[Tensor], device: torch.device
-) -> Iterator[tuple[str, Linear, Hessian]]:
-    """The name of each linear layer, the layer, and the Hessian of its inputs, in the order in which they run. What the
-    caller makes of a layer's weight counts for the next ones. Only a block is resident; `activations` are consumed."""
+) -> Iterator[tuple[str, Place, Linear, Hessian]]:
+    """The name of each linear layer, the place of a matrix in it, this as a layer, and the Hessian of its inputs, in
+    the order in which they run. What the caller makes of a layer's weight counts for the next ones. Only a block is
+    resident; `activations` are consumed."""
 
     def load(name: str, dtype: torch.dtype | None = activations[0].dtype) -> nn.Module:
         names = [n for n in state if n.startswith(f"{name}.")]
@@ -127,12 +153,12 @@ def calibrated(
         for name, *rest in calibrated_block(model.config, i, block, activations, device):
             yield f"layers.{i}.{name}", *rest
         block.to("meta")
-    yield "output", load("output", None), input_hessian(activations, load("norm"), device)
+    yield "output", ..., load("output", None), input_hessian(activations, load("norm"), device)
 
 
 def calibrated_block(
     config: ModelConfig, layer: int, block: TransformerBlock, activations: list[Tensor], device: torch.device
-) -> Iterator[tuple[str, Linear, Hessian]]:
+) -> Iterator[tuple[str, Place, Linear, Hessian]]:
     """`calibrated` for a block, whose output replaces its input in `activations`."""
 
     def attention(x: Tensor) -> Tensor:
@@ -142,24 +168,56 @@ def calibrated_block(
         return block.attention(x, *norms, start, cache.k[0], cache.v[0], rope[layer])
 
     def feed_forward(x: Tensor) -> Tensor:
-        return block.feed_forward(x, block.ffn_norm, block.post_ffn_norm)
+        return mixture(x, block.ffn_norm) if mixture else block.feed_forward(x, block.ffn_norm, block.post_ffn_norm)
 
+    mixture = block.block_sparse_moe
+    own = "block_sparse_moe.shared_expert" if mixture else "feed_forward"
     for part, norm, first, last in (
         (attention, block.attention_norm, ("attention.wqkv",), "attention.wo"),
-        (feed_forward, block.ffn_norm, ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2"),
+        (feed_forward, block.ffn_norm, (f"{own}.w1", f"{own}.w3"), f"{own}.w2"),
     ):
-        hessian = input_hessian(activations, norm, device)
-        for name in first:
-            yield name, block.get_submodule(name), hessian
-        linear = block.get_submodule(last)
-        hessian = Hessian(linear.in_features, device)
-        recorder = linear.register_forward_pre_hook(lambda _, inputs, hessian=hessian: hessian.add(inputs[0]))
-        for x in activations:
-            part(x.to(device))
-        recorder.remove()
-        yield last, linear, hessian
+        experts = mixture if part is feed_forward else None
+        if experts:
+            for name, *rest in calibrated_experts(experts, norm, activations, device):
+                yield f"block_sparse_moe.cond_ffn.{name}", *rest
+        if not experts or experts.shared_expert:
+            hessian = input_hessian(activations, norm, device)
+            for name in first:
+                yield name, ..., block.get_submodule(name), hessian
+            linear = block.get_submodule(last)
+            hessian = Hessian(linear.in_features, device)
+            recorder = linear.register_forward_pre_hook(lambda _, inputs, hessian=hessian: hessian.add(inputs[0]))
+            for x in activations:
+                part(x.to(device))
+            recorder.remove()
+            yield last, ..., linear, hessian
         for i, x in enumerate(activations):
             activations[i] = part(x.to(device)).to(x.device)
+
+
+def calibrated_experts(
+    mixture: Mixture, norm: RMSNorm, activations: list[Tensor], device: torch.device
+) -> Iterator[tuple[str, int, Linear, Hessian]]:
+    """`calibrated` for experts, one after the other, each on the tokens that are sent to it."""
+    inputs = [norm(x.to(device)).flatten(0, -2) for x in activations]
+    met = [ops.route(mixture, h)[0].to(x.device) for h, x in zip(inputs, activations)]
+    inputs = [h.to(x.device) for h, x in zip(inputs, activations)]
+    layers = {name: getattr(mixture.cond_ffn, name) for name in ("w1", "w3", "w2")}
+    for layer in layers.values():
+        layer.weight.data = layer.weight.clone()  # of what may be mapped from the source
+    for e in range(len(mixture.gate.weight)):
+        x = torch.cat([h[(index == e).any(1)] for h, index in zip(inputs, met)]).to(device)
+        for name, layer in layers.items():
+            if name == "w2":
+                gate, x = (F.linear(x, layers[name].weight[e]) for name in ("w1", "w3"))
+                x = mixture.cond_ffn.act(gate) * x
+            if name != "w3":
+                hessian = Hessian(x.shape[1], device)
+                hessian.add(x)
+            with torch.device("meta"):
+                own = Linear(layer.in_features, layer.out_features).assign({"weight": layer.weight[e]})
+            yield name, e, own, hessian
+            layer.weight.data[e] = own.weight
 
 
 def input_hessian(activations: list[Tensor], norm: RMSNorm | None, device: torch.device) -> Hessian:
@@ -240,14 +298,16 @@ def main(argv: list[str] | None = None) -> None:
             encode = load_tokenizer(source.parent).encode
             sequences = calibration_sequences(documents, encode, length, limit, pad=args.pad_calibration_inputs)
             options = {name: getattr(args, name) for name in ("percdamp", "blocksize", "mse", "offload")}
-            gptq_checkpoint(source, target, args.groupsize, sequences, device, **options)
+            few = gptq_checkpoint(source, target, args.groupsize, sequences, device, **options)
+            if few:
+                print(f"rounded {few} matrices of experts that met fewer than {FEW} calibration tokens to nearest")
         else:
             quantize_checkpoint(source, target, f"int4:{args.groupsize}" if args.mode == "int4" else args.mode, device)
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory on {device}; try --offload (of int4-gptq) or --device cpu") from None
     if args.mode.startswith("int4"):
         _, state, linears = open_model(source)
-        widths = [state[f"{name}.weight"].shape[1] for name in linears]
+        widths = [state[f"{name}.weight"].shape[-1] for name in linears]
         if padded := [K for K in widths if K % args.groupsize]:
             sizes = ", ".join(f"{K} to {K + -K % args.groupsize}" for K in sorted(set(padded)))
             print(f"padded {len(padded)} of {len(widths)} layers, whose inputs the group does not divide: {sizes}")

@@ -57,7 +57,7 @@ class TensorParallel:
 
 
 def cut(t: Tensor, dim: int, *parts: range) -> Tensor:
-    """These parts of t along dim (0, or 1 of 2), contiguous, with zeros where the last reaches past the end."""
+    """These parts of t along dim (0 or 1), contiguous, with zeros where the last reaches past the end."""
     pieces = [t[part.start : part.stop] if dim == 0 else t[:, part.start : part.stop] for part in parts]
     whole = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]  # one piece of a mapped file needs no copy
     missing = sum(map(len, parts)) - whole.shape[dim]

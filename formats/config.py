@@ -56,11 +56,18 @@ KEYS: dict[str, Field] = {
     "attention_multiplier": number(1e-6, 1e6),
     "residual_multiplier": number(1e-6, 1e6),
     "logits_scaling": number(1e-6, 1e6),
+    "num_local_experts": integer(high=2**12),
+    "num_experts_per_tok": integer(high=64),
+    "moe_intermediate_size": integer(high=2**24),  # of an expert, intermediate_size where a family has none
+    "shared_expert_intermediate_size": integer(low=0, high=2**24),
+    "norm_topk_prob": flag(),
+    "decoder_sparse_step": integer(),  # each so-manieth layer is a mixture,
+    "mlp_only_layers": list_of(integer(low=0)),  # but these
 }
 # Where these are null, they are not what an absent key is: there are none, or they follow from others.
 NULLABLE = (
     *("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "layer_types", "no_rope_layers"),
-    *("attn_logit_softcapping", "final_logit_softcapping"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "mlp_only_layers"),
 )
 _FACTOR = number(1, 1e6)
 _PER_PAIR = list_of(number(1e-3, 1e6))  # of the features that rotate
@@ -136,6 +143,7 @@ def config_fields(config: Mapping, where: object = "config.json") -> dict:
         "tied": values["tie_word_embeddings"],
         "windows": windows,
         "rope_layers": _rope_layers(where, family, values, windows),
+        **_mixture(where, values),
     }
     fields |= _rope(where, values, rope, heads["head_dim"])
     if local is not None and any(windows):
@@ -150,7 +158,8 @@ def weight_factors(config: Mapping) -> dict[str, float]:
     config = text_config(config)
     values = _values("config.json", config, family_of(config), {})
     branch, logits = values.get("residual_multiplier", 1.0), values.get("logits_scaling", 1.0)
-    factors = {"attention.wo": branch, "feed_forward.w2": branch, "norm": 1 / logits}
+    last = dict.fromkeys(("attention.wo", "feed_forward.w2", "block_sparse_moe.cond_ffn.w2"), branch)
+    factors = last | {"norm": 1 / logits}
     return {name: factor for name, factor in factors.items() if factor != 1}
 
 
@@ -195,6 +204,24 @@ def _heads(where: object, values: dict) -> dict:
         raise UserError(f"{where}: num_key_value_heads {n_local_heads} does not divide {n_head} attention heads")
     head_dim = values["head_dim"] or read_one(where, "hidden_size / num_attention_heads", integer(), dim // n_head)
     return {"n_local_heads": n_local_heads, "head_dim": head_dim}
+
+
+def _mixture(where: object, values: dict) -> dict:
+    """Experts, {} in families without them. Raises UserError for numbers that do not fit each other."""
+    if "num_experts_per_tok" not in values:
+        return {}
+    used, step = values["num_experts_per_tok"], values.get("decoder_sparse_step", 1)
+    n_expert, dense = values["num_local_experts"], values.get("mlp_only_layers") or ()
+    if used > n_expert:
+        raise UserError(f"{where}: num_experts_per_tok {used} is more than the {n_expert} experts")
+    return {
+        "n_expert": n_expert,
+        "n_expert_used": used,
+        "expert_size": values.get("moe_intermediate_size", values["intermediate_size"]),
+        "shared_size": values.get("shared_expert_intermediate_size", 0),
+        "norm_topk": values.get("norm_topk_prob", True),
+        "dense_layers": tuple(i for i in range(values["num_hidden_layers"]) if i in dense or (i + 1) % step),
+    }
 
 
 def _rope_parameters(where: object, config: Mapping, family: Family) -> tuple[dict, dict | None]:
@@ -304,7 +331,7 @@ _LLAMA3 = {"kv": 8, "vocab": 128256, "context": 8192, "base": 5e5}
 _LLAMA31 = {**_LLAMA3, "context": 131072, "rope_scaling": llama3_scaling(8.0)}
 _LLAMA32 = {**_LLAMA3, "context": 131072, "rope_scaling": llama3_scaling(32.0), "tie_word_embeddings": True}
 
-# The dense models that gpt-fast lists by name, llama2.c's and Llama 3.2's, in config.json's terms.
+# The models that gpt-fast lists by name, llama2.c's and Llama 3.2's, in config.json's terms.
 BUILTIN: dict[str, dict] = {
     "CodeLlama-7b-Python-hf": _llama(4096, 32, 32, 11008, context=16384, base=1e6),
     "7B": _llama(4096, 32, 32, 11008),
@@ -313,6 +340,7 @@ BUILTIN: dict[str, dict] = {
     "34B": _llama(8192, 48, 64, 22016, kv=8, context=16384, base=1e6),
     "70B": _llama(8192, 80, 64, 28672, kv=8),
     "Mistral-7B": _llama(4096, 32, 32, 14336, kv=8, context=32768, model_type="mistral", sliding_window=4096),
+    "Mixtral-8x7B-v0.1": _llama(4096, 32, 32, 14336, kv=8, context=32768, base=1e6, model_type="mixtral"),
     "stories15M": _llama(288, 6, 6, 768, context=256),
     "stories42M": _llama(512, 8, 8, 1376, context=1024),
     "stories110M": _llama(768, 12, 12, 2048, context=1024),

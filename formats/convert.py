@@ -73,7 +73,7 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
     with new_state_dict(directory / "model.pth", blank) as target:
         for name, tensor in tqdm(target.items(), desc="converting", unit="tensor", disable=None):
             check()
-            value = source.read(name)
+            value = source.read(name).view(tensor.shape)
             value = value if source.interleaved else _interleave(value, config, name)
             if source.norm_offset and name.endswith("norm.weight"):
                 value = value.float() + source.norm_offset
@@ -123,7 +123,9 @@ def _check(source: Source, config: ModelConfig, blank: dict[str, Tensor]) -> Non
     if unexpected := [n for n in source.tensors if n not in used and not n.endswith(IGNORED)]:
         raise UserError(f"unexpected tensors: {abridged(sorted(unexpected))}")
     for name, tensor in blank.items():
-        shape, parts = tuple(tensor.shape), [source.tensors[n].shape for n in needed[name]]
+        parts = [source.tensors[n].shape for n in needed[name]]
+        experts = tensor.ndim == 3 and len(parts) > 1  # each one's matrix by itself
+        shape = tuple(tensor.flatten(0, 1).shape if experts else tensor.shape)
         if any(part[1:] != shape[1:] or not part for part in parts) or sum(part[0] for part in parts) != shape[0]:
             detail = ", ".join(f"{n} {list(part)}" for n, part in zip(needed[name], parts))
             raise UserError(f"wrongly shaped tensor: {detail}; {name} needs {list(shape)}")

@@ -100,6 +100,9 @@ _POST_NAMES = {"post_attention_norm": "post_attention_layernorm", "post_ffn_norm
 _SANDWICH_NAMES = {"ffn_norm": "pre_feedforward_layernorm", **_POST_NAMES}
 _GLM4_NAMES = {"post_attention_norm": "post_self_attn_layernorm", "post_ffn_norm": "post_mlp_layernorm"}
 _UNIT = {"unit_offset": True}
+_MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}  # renormalised, unless norm_topk_prob says otherwise
+_QWEN_MOE = {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None}
+_EXPERTS = {"num_experts": "num_local_experts"}  # the other spelling
 _CWM_ROPE = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _CWM_ROPE |= {"rope_theta": 1e6, "original_max_position_embeddings": 8192}
 _MINISTRAL3_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
@@ -264,6 +267,34 @@ FAMILIES: dict[str, Family] = {
     ),
     "granite": Family(
         _keys(_LLAMA, embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)
+    ),
+    "mixtral": Family(  # arXiv 2401.04088
+        _keys(_COMMON, _MOE, num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1e6)
+        | {"sliding_window": None}
+    ),
+    "qwen2_moe": Family(  # arXiv 2407.10671
+        _keys(_QWEN, _QWEN_MOE, num_key_value_heads=16, moe_intermediate_size=1408, num_local_experts=60)
+        | {"shared_expert_intermediate_size": 5632, "num_experts_per_tok": 4},
+        {"qkv_bias": True},
+        spelled=_EXPERTS,
+        sliding=lambda layer, keys: layer % 2 == 0 and layer < keys["max_window_layers"],
+    ),
+    "qwen3_moe": Family(  # arXiv 2505.09388
+        _keys(_COMMON, _QWEN_MOE, num_key_value_heads=4, max_position_embeddings=32768, attention_bias=False)
+        | {"use_sliding_window": False, "sliding_window": 4096}
+        | {"moe_intermediate_size": 768, "num_local_experts": 128, "num_experts_per_tok": 8},
+        {"qk_norm": True},
+        spelled=_EXPERTS,
+    ),
+    "olmoe": Family(  # arXiv 2409.02060
+        _keys(_COMMON, max_position_embeddings=4096, rms_norm_eps=1e-5, attention_bias=False, norm_topk_prob=False)
+        | {"num_local_experts": 64, "num_experts_per_tok": 8},
+        {"qk_norm_whole": True},
+        spelled=_EXPERTS,
+    ),
+    "granitemoe": Family(
+        _keys(_COMMON, _MOE, attention_bias=False)
+        | dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
     ),
     "glm": Family(_GLM, {"o_bias": False}, interleaved=True),  # arXiv 2406.12793
     "glm4": Family(_GLM, {"o_bias": False, "post_norms": True}, tensors=_GLM4_NAMES, interleaved=True),

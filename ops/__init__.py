@@ -13,6 +13,8 @@ from ops.attention import attention
 from ops.attention import prepare as prepare_attention
 from ops.common import MAX_ROWS, triton
 from ops.embedding import embed
+from ops.experts import mixture, route
+from ops.experts import prepare as prepare_mixture
 from ops.graph import capture
 from ops.linear import FEW_ROWS, linear, plain
 from ops.linear import prepare as prepare_linear
@@ -41,11 +43,14 @@ __all__ = [
     "linear",
     "logit_threshold",
     "matmul_rate",
+    "mixture",
     "plain",
     "plan_prefill",
     "prepare_attention",
     "prepare_linear",
+    "prepare_mixture",
     "read_bandwidth",
+    "route",
     "row_limits",
     "sample",
     "verify",

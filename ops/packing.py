@@ -6,18 +6,20 @@ from torch import Tensor
 
 
 def nibbles(packed: Tensor) -> Tensor:
-    """uint8 (N, K/2), low nibble first -> uint8 (N, K)."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+    """uint8 (..., N, K/2), low nibble first -> uint8 (..., N, K)."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
 def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K) that a stored or packed one stands for. int4: w = (q - 8) * scale + zero, as in tinygemm."""
+    """The weight (N, K), or (E, N, K), that a stored or packed one stands for. int4: w = (q - 8) * scale + zero, as in
+    tinygemm."""
     if weight.dtype == torch.int32:
         weight, scales, zeros = unpack_int4(weight, scales)
     if weight.dtype == torch.uint8:
-        offsets = nibbles(weight).to(dtype).unflatten(1, (scales.shape[1], -1)) - 8
-        return torch.addcmul(zeros[..., None], offsets, scales[..., None]).to(dtype).flatten(1)  # one rounding, not two
-    return weight.to(dtype) if scales is None else (weight.to(dtype) * scales[:, None]).to(dtype)
+        offsets = nibbles(weight).to(dtype).unflatten(-1, (scales.shape[-1], -1)) - 8
+        wide = torch.addcmul(zeros[..., None], offsets, scales[..., None])  # one rounding, not two
+        return wide.to(dtype).flatten(-2)
+    return weight.to(dtype) if scales is None else (weight.to(dtype) * scales[..., None]).to(dtype)
 
 
 def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def read_file(path: Path, kernel: str = "linear") -> tuple[list[str], Table]:
     for row in found.get(kernel, []):
         own = table.setdefault((row.pop("kind"), row.pop("max_rows")), {})
         shape = (row.pop("waves"), None) if "waves" in row else (row.pop("N"), row.pop("K"))
-        own[shape] = Configuration(**row) if kernel == "linear" else Tile(**row)
+        own[shape] = Tile(**row) if kernel in ("gemm", "grouped") else Configuration(**row)
     return found.get("devices", []), table
 
 
@@ -118,6 +118,28 @@ def configuration(kind: str, N: int, K: int, M: int, device: torch.device) -> Co
     while CHUNK[kind] * W * C >= 2 * K and W * C > 2:
         W, C = (W, C // 2) if C > 1 else (W // 2, C)
     return replace(found, num_warps=W, k_repeat=C)
+
+
+def experts(kind: str, N: int, K: int, M: int, slots: int, down: bool, device: torch.device) -> Configuration:
+    """How to launch the experts' kernel for experts (N, K) of this kind, so many of which are used: as the linear
+    kernel for the weight that they make up, unless the GPU has a configuration of its own."""
+    own = tables(device, "experts")[0].get(key(kind, M), {}).get((N, K))
+    found = own or configuration(kind, N * (1 if down else slots), K * (slots if down else 1), M, device)
+    W, C = found.num_warps, found.k_repeat
+    while C > 1 and K % (C * CHUNK[kind]):  # a warp's unit lies within an expert
+        C //= 2
+    while not down and CHUNK[kind] * W * C >= 2 * K and W > 2:
+        W //= 2
+    return replace(found, tile_rows=max(16, found.tile_rows), num_warps=W, k_repeat=C)
+
+
+def grouped(kind: str, N: int, rows: int, device: torch.device) -> Tile:
+    """How to launch experts' GEMM for experts of this kind with N rows, and so many of x each."""
+    own, default = tables(device, "grouped")
+    kind = "int8" if kind == "fp8" else kind
+    sizes = sorted(most for of, most in default if of == kind)
+    key = kind, next((most for most in sizes if most >= rows), sizes[-1])
+    return own.get(key, {}).get((N, None)) or default[key][1, None]
 
 
 @functools.cache

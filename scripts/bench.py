@@ -90,8 +90,12 @@ def random_model(
         if isinstance(module, Linear):
             if name == "output" and config.tied and mode == "bf16":
                 continue
-            tensors = random_tensors(mode, module.out_features, module.in_features, device, dtype)
-            module.assign(tensors, name)
+            rows = (*module.experts, module.out_features)
+            tensors = random_tensors(mode, math.prod(rows), module.in_features, device, dtype)
+            module.assign({key: t.unflatten(0, rows) for key, t in tensors.items()}, name)
+        elif isinstance(module, torch.nn.Linear):  # a router, which does not send all tokens to the same experts
+            weight = torch.randn(module.weight.shape, dtype=dtype, device=device) * module.in_features**-0.5
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
         elif name == "tok_embeddings":
             module.weight = torch.nn.Parameter(
                 torch.randn(module.weight.shape, dtype=dtype, device=device) * config.dim**-0.5, requires_grad=False
@@ -161,7 +165,7 @@ def measure(
     seconds, prefills = zip(*[run() for _ in range(args.runs + 1)][1:])  # the first warms up
     rates = [work.rows * args.max_new_tokens / s for s in seconds]
     rate, prefill = statistics.median(rates), statistics.median(prefills)
-    weights, steps = weight_bytes(model), args.max_new_tokens - bool(work.prompt)
+    weights, steps = weight_bytes(model, work.rows), args.max_new_tokens - bool(work.prompt)
     step = (work.rows * args.max_new_tokens / rate - prefill) / steps
     return Row(
         model=name,

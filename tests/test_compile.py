@@ -43,14 +43,19 @@ def test_all_kernels_compile_for_hopper(compiled):
         "_copy_match_kernel",
         "_embedding_kernel",
         "_all_reduce_kernel",
+        "_route_kernel",
+        "_experts_kernel",
+        "_grouped_kernel",
+        "_sum_kernel",
     }
-    others = ("_attention_kernel", "_rotate_kernel", "_flash_kernel")  # the latter start when all before has ended
+    others = ("_attention_kernel", "_rotate_kernel", "_flash_kernel", "_grouped_kernel", "_sum_kernel")  # all but the
+    # first start when all before has ended
     assert all(row["waits"] == row["launches"] > 0 for row in compiled if row["kernel"] not in others)
 
 
 def test_fragments_are_loaded_as_they_are(compiled):
     """A layout that Triton converts on the way to a product shows as shared memory with a name of its own."""
-    linear = [row for row in compiled if row["kernel"] == "_linear_kernel"]
+    linear = [row for row in compiled if row["kernel"] in ("_linear_kernel", "_experts_kernel")]
     assert len(linear) > 20
     assert [row["case"] for row in linear if row["buffers"]] == []
 
@@ -130,7 +135,17 @@ def assembled(ptx: str) -> str:
 
 def main() -> None:
     """Compile each kernel for sm_90 by its own launcher, with a driver that only says so, and print what came out."""
-    from ops import linear_gemm, linear_triton, linear_wide, ngram, sampling, symmetric, tuning
+    from ops import (
+        experts_gemm,
+        experts_triton,
+        linear_gemm,
+        linear_triton,
+        linear_wide,
+        ngram,
+        sampling,
+        symmetric,
+        tuning,
+    )
     from ops.attention import attention_triton
     from ops.embedding import embedding_triton
     from ops.prefill import attention_prefill
@@ -189,6 +204,21 @@ def main() -> None:
     linear_triton.linear(x, w, None, None, gain, 1e-5, out_dtype=torch.float32)
     case = "programs of several tiles, a step for all of K"
     linear_triton.linear(x[:, :2048], w[:, :2048].to(torch.int8).contiguous(), torch.empty(32000, dtype=dtype))
+
+    C, size, E, k = 2048, 768, 8, 2
+    for kind, rows in (("16-bit", 1), ("int8", 1), ("int4:32", 6)):
+        case, slots = f"experts of {kind}, {rows} rows", min(E, rows * k)
+        up, down = empty_weight(kind, E * 2 * size, C), empty_weight(kind, E * C, size)
+        x, used, weights = torch.empty(rows, C, dtype=dtype), torch.zeros(1 + slots).int(), torch.zeros(slots, rows)
+        hidden = experts_triton.experts(x, *up, None, E, used, weights, None, False)
+        experts_triton.experts(hidden, *down, None, E, used, weights, x, True)
+    case, gate = "a router", torch.empty(E, C, dtype=dtype)
+    experts_triton.route(x, torch.empty(rows, E), x, gate[0], 1e-5, gate, k, True)
+    for kind in ("16-bit", "int4:32"):
+        case, rows = f"many rows of experts of {kind}", 600
+        up, down = empty_weight(kind, E * 2 * size, C), empty_weight(kind, E * C, size)
+        x = torch.empty(rows, C, dtype=dtype)
+        experts_gemm.mixture_many(x, gate[0], 1e-5, gate, k, True, *up, None, *down, None, x)
 
     buffers = counts = torch.zeros(2, dtype=torch.int64)
     symmetric.symmetric_buffers = lambda device: (None, (buffers, counts))

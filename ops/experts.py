@@ -1,0 +1,157 @@
+"""Mixture of experts (arXiv 1701.06538): [residual +] the weighted sum of the few feed-forwards that each token meets.
+
+    mixture(layer, x, norm, residual)   by the first of the layer's backends that supports these rows
+    prepare(layer, dtype)               lay the experts' weights out for their device, and choose the backends
+    route(layer, h)                     which experts each token meets, and their weights
+
+Routing is a softmax over all experts, of which the top k count, renormalised or not. (Renormalised, that is the softmax
+of the top k logits, as some families have it.) It is done in fp32.
+
+Backends: for up to 16 rows on an NVIDIA GPU two launches that read the chosen experts alone (experts_triton.py); for
+more rows there tokens grouped by expert (experts_gemm.py); plain PyTorch, which runs everywhere and is the reference.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ops import experts_gemm, experts_triton, symmetric
+from ops.common import op, triton
+from ops.linear import BACKENDS, LinearLayer, linear, plain
+from ops.packing import dequantize, pack_int4
+
+
+class Experts(Protocol):
+    """Gate and up as one layer with SwiGLU, or apart where they are of two kinds or have another activation. Weights
+    have an axis E before N and K."""
+
+    act: Callable[[Tensor], Tensor]
+    w13: LinearLayer | None
+    w1: LinearLayer | None
+    w3: LinearLayer | None
+    w2: LinearLayer
+
+
+class MixtureLayer(Protocol):
+    """What a backend reads of a layer."""
+
+    gate: nn.Linear  # the router, (E, C)
+    cond_ffn: Experts
+    top_k: int
+    renormalize: bool
+    rank: int
+    world: int
+    backends: tuple[Callable, ...]  # before plain PyTorch
+
+
+@dataclass
+class Expert:
+    """One of a layer's experts: a LinearLayer of ops/linear.py that knows of no ranks."""
+
+    weight: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    bias: Tensor | None
+    in_features: int
+    swiglu: bool
+    fp32: bool = False
+    reduce: str = ""
+    rank: int = 0
+    world: int = 1
+    backends: tuple[Callable, ...] = (plain,)
+
+
+def prepare(layer: MixtureLayer, dtype: torch.dtype) -> None:
+    """Called once, after loading: `dtype` is that of activations."""
+    experts = layer.cond_ffn
+    for own in (experts.w13, experts.w1, experts.w3, experts.w2):
+        if own is not None and own.weight.is_cpu and own.weight.dtype is torch.float8_e4m3fn:  # see linear.prepare
+            wide = dequantize(own.weight, own.scales, None, dtype)
+            own.weight, own.scales = nn.Parameter(wide, requires_grad=False), None
+    layer.backends = (experts_triton.run, experts_gemm.run) if pack(layer, dtype) else ()
+
+
+def pack(layer: MixtureLayer, dtype: torch.dtype) -> bool:
+    """Lay experts' weights out for the kernels and activations of `dtype`, as linear_triton.pack does. Returns whether
+    the kernels support them."""
+    experts = [layer.cond_ffn.w13, layer.cond_ffn.w2]
+    if triton is None or dtype.itemsize != 2 or None in experts:
+        return False
+    for own in experts:
+        weight, fits = own.weight, own.in_features % 32 == 0 and own.weight.shape[1] % 8 == 0
+        if not (weight.is_cuda and fits and weight.dtype in (dtype, torch.int8, torch.float8_e4m3fn, torch.uint8)):
+            return False
+    for own in experts:
+        weight, scales = own.weight.flatten(0, 1), None if own.scales is None else own.scales.flatten(0, 1)
+        if weight.dtype is torch.uint8:
+            weight, scales = pack_int4(weight, scales, own.zeros.flatten(0, 1))
+        own.weight, own.zeros = nn.Parameter(weight, requires_grad=False), None
+        own.scales = None if scales is None else nn.Parameter(scales, requires_grad=False)
+    return True
+
+
+def mixture(layer: MixtureLayer, x: Tensor, norm: nn.RMSNorm, residual: Tensor | None = None) -> Tensor:
+    """[residual +] mixture(norm(x)) of x (..., C), in its dtype; with several ranks, which have a part of each expert
+    and perhaps a residual, the sum of theirs."""
+    ways = (run(layer, x, norm, residual) for run in (*layer.backends, mixture_plain))
+    y = next(y for y in ways if y is not None)
+    return y if layer.world == 1 else symmetric.all_reduce(y, False, layer.rank, layer.world)
+
+
+def route(layer: MixtureLayer, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts that rows h (M, C) meet, int64 (M, k), and their weights, fp32 (M, k)."""
+    return experts_gemm.choose(h, layer.gate.weight, layer.top_k, layer.renormalize)
+
+
+def mixture_plain(layer: MixtureLayer, x: Tensor, norm: nn.RMSNorm, residual: Tensor | None) -> Tensor:
+    """The reference, which supports everything."""
+    h = norm(x).flatten(0, -2)
+    index, weights = route(layer, h)
+    rows, experts, k = h.repeat_interleave(layer.top_k, 0), layer.cond_ffn, index.flatten()  # (M k, C)
+    if experts.w13:
+        hidden = _grouped(experts.w13, rows, k)
+    else:
+        hidden = experts.act(_grouped(experts.w1, rows, k)) * _grouped(experts.w3, rows, k)
+    y = _grouped(experts.w2, hidden, k).view(*index.shape, -1)
+    y = (y * weights[..., None]).sum(1).to(x.dtype).view(x.shape)
+    return y if residual is None else residual + y
+
+
+def _grouped(layer: LinearLayer, x: Tensor, index: Tensor) -> Tensor:
+    return grouped_linear(x, index, layer.weight, layer.scales, layer.zeros, layer.bias, layer.swiglu)
+
+
+@op("grouped_linear")
+def grouped_linear(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    swiglu: bool,
+) -> Tensor:
+    """Each row of x (P, K) through its expert, index (P,), of weights (E, N, K) of any kind: (P, N), or (P, N / 2) of
+    gate and up. On a CPU only the experts that are met are read; elsewhere the host does not wait to know them."""
+    y = x.new_empty(_shape(x, weight, swiglu))
+    for e in index.unique().tolist() if x.is_cpu else range(len(weight)):
+        own = Expert(*(t if t is None else t[e] for t in (weight, scales, zeros, bias)), x.shape[1], swiglu)
+        if x.is_cpu:
+            own.backends = tuple(run for supports, run in BACKENDS if supports(own, x.dtype))
+            rows = (index == e).nonzero()[:, 0]
+            y[rows] = linear(own, x[rows])
+        else:
+            y = torch.where((index == e)[:, None], linear(own, x), y)
+    return y
+
+
+@torch.library.register_fake("gptfast::grouped_linear")
+def _(x, index, weight, scales, zeros, bias, swiglu):
+    return x.new_empty(_shape(x, weight, swiglu))
+
+
+def _shape(x: Tensor, weight: Tensor, swiglu: bool) -> tuple[int, int]:
+    return x.shape[0], weight.shape[1] // (2 if swiglu else 1)

@@ -1,0 +1,371 @@
+"""Mixture of experts of a decode step (1 to 16 rows) on an NVIDIA GPU: three Triton kernels, no word to the host.
+
+    run(layer, x, norm, residual)   the backend of experts.py
+    route(x, norm, ...)             RMSNorm, the router's scores, the top k, and which experts are used at all
+    experts(x, weight, ...)         one product of all used experts: gate and up, with SwiGLU, or down, with their sum
+
+Weights are those of linear_triton.py with all experts' rows below one another, and so is the product, in the same
+fragments. What differs is where a tile's weights lie. Going up a tile belongs to one expert, and meets all rows of x:
+a product costs the tensor cores the same for one row and for eight, and an expert is read once however many rows chose
+it. Its result is weighted at once, with 0 for a row that did not choose it, so that going down is one long sum over
+features of all used experts, which a program takes from the first to the last, always in the same order.
+
+Axes: S slots, used experts in ascending order, of which there are `count`; M rows of x; of a tile those of
+linear_triton.py. A warp's C chunks along K are a unit, which lies within one expert; there are U in each.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ops import linear_products as products
+from ops import tuning
+from ops.common import counters, few_rows_on_triton, op, pdl, tl, tlx, triton
+from ops.linear_triton import kind_of, out_features
+
+if triton is not None:
+    from ops.linear_triton import _axes
+
+    @triton.jit
+    def _route_kernel(
+        h, logits, used, weights, done, x, gain, gate, M, C, E, eps, TOP: tl.constexpr, RENORMALIZE: tl.constexpr,
+        ROWS: tl.constexpr, EXPERTS: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """h (M, C) = RMSNorm of x; logits fp32 (M, E) of some experts and a row in each program. The last program to
+        come writes count and slots, used int32 (1 + S), and their weights, fp32 (S, M)."""
+        block, m = tl.program_id(0), tl.program_id(1)
+        e, c = block * BE + tl.arange(0, BE), tl.arange(0, BC)
+        if PDL:
+            tlx.gdc_launch_dependents()
+        own = tl.load(gate + e[:, None] * C + c[None, :], (e < E)[:, None] & (c < C)[None, :], other=0.0)
+        v = tl.load(gain + c, c < C, other=0.0).to(tl.float32)
+        if PDL:
+            tlx.gdc_wait()
+        row = tl.load(x + m * C + c, c < C, other=0.0).to(tl.float32)
+        v = (row * tl.rsqrt(tl.sum(row * row, 0) / C + eps) * v).to(h.dtype.element_ty)
+        if block == 0:
+            tl.store(h + m * C + c, v, c < C)
+        tl.store(logits + m * E + e, tl.sum(own.to(tl.float32) * v.to(tl.float32)[None, :], 1), e < E)
+        tl.debug_barrier()
+        if tl.atomic_add(done, 1, sem="acq_rel") < tl.num_programs(0) * tl.num_programs(1) - 1:
+            return
+        tl.store(done, 0)
+        rows, e = tl.arange(0, ROWS)[:, None], tl.arange(0, EXPERTS)[None, :]
+        rest = tl.load(logits + rows * E + e, (rows < M) & (e < E), other=-3e38, cache_modifier=".cg")
+        p = tl.exp(rest - tl.max(rest, 1, keep_dims=True))
+        chosen = (rows < 0) & (e < 0)
+        for _ in tl.static_range(TOP):
+            best = e == tl.argmax(rest, 1, keep_dims=True)
+            chosen |= best
+            rest = tl.where(best, float("-inf"), rest)
+        if RENORMALIZE:
+            p = tl.where(chosen, p, 0.0)
+        p = tl.where(chosen, p / tl.sum(p, 1, keep_dims=True), 0.0)
+        met = tl.max((chosen & (rows < M) & (e < E)).to(tl.int32), 0, keep_dims=True)  # (1, EXPERTS)
+        slot = tl.cumsum(met, 1) - met
+        tl.store(used + 1 + slot, e, met > 0)
+        tl.store(used, tl.sum(tl.sum(met, 1), 0))
+        tl.store(weights + slot * M + rows, p, (met > 0) & (rows < M))
+
+    @triton.jit
+    def _unit(used, count, tile, step, T, U, DOWN: tl.constexpr, warp):
+        """Of each warp at a step of a tile: its slot, its unit there, its expert, and whether it has something to do;
+        where it has not, it is to read what it finds."""
+        at = step + warp
+        if DOWN:
+            live = at < count * U
+            at = tl.minimum(at, count * U - 1)
+            slot, unit = at // U, at % U
+        else:
+            live = at < U
+            unit = tl.minimum(at, U - 1)
+            slot = tl.minimum(tile // T, count - 1) + 0 * unit
+        return slot, unit, tl.load(used + 1 + slot, cache_modifier=".cg"), live
+
+    @triton.jit
+    def _weights(
+        w, s, used, count, tile, step, wanted, T, U, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr,
+        DOWN: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
+    ):  # fmt: skip
+        """The words of a tile at a step of W units and, for int4, its scales and zeros; for kinds of 8 bits going down,
+        each warp's scales of rows (W, 8 R)."""
+        PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
+        j, i, warp, r, u = _axes(W, R)
+        _, unit, expert, _ = _unit(used, count, tile, step, T, U, DOWN, warp)
+        chunk = unit * C + tl.arange(0, C)[None, None, None, None, :, None]
+        here = tile if DOWN else tile % T
+        pair = 0.0
+        if KIND == "int4":
+            blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
+            row8 = expert.to(tl.int64) * (N // 8) + tl.minimum(here * R + r, N // 8 - 1)
+            words = row8 * (blocks * 128) + (chunk * 128 + i * 16 + j * 4 + u)
+            inside = chunk < blocks
+            pairs = i * (256 // GROUP) + chunk // 2 * (8 * 256 // GROUP)
+            if GROUP < 256:
+                pairs += chunk % 2 * (128 // GROUP)
+            if COLS == 1:  # lane j has a group of 32
+                pairs = pairs + j // (GROUP // 32)
+            else:
+                GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+                pairs = tl.broadcast_to(pairs, (1, 8, W, 1, C, GROUPS))
+                pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
+            pairs = row8 * (tl.cdiv(K, 256) * (8 * 256 // GROUP)) + pairs
+            pair = products.load(s, pairs, 0, inside, EVEN, False, wanted)
+        else:
+            row = expert.to(tl.int64) * N + tl.minimum((here * R + r) * 8 + i, N - 1)
+            words = row * (K // PER_WORD) + (chunk * 16 + j * 4 + u)
+            inside = (chunk * 16 + j * 4) * PER_WORD < K
+            if DOWN and KIND != "fp":
+                _, _, expert, _ = _unit(used, count, tile, step, T, U, DOWN, tl.arange(0, W)[:, None])
+                n = tile * (R * 8) + tl.arange(0, R * 8)[None, :]
+                pair = tl.load(s + expert.to(tl.int64) * N + n, n < N, other=0.0).to(tl.float32)
+        return products.load(w, words, 0, inside, EVEN, KIND != "fp", wanted), pair
+
+    @triton.jit
+    def _rows(
+        xs, kx, used, count, tile, step, T, U, M, K, COLS: tl.constexpr, DOWN: tl.constexpr, SPAN: tl.constexpr,
+        X: tl.constexpr, W: tl.constexpr,
+    ):  # fmt: skip
+        """The words of x that meet `_weights`; kx are those of a unit, of SPAN words."""
+        B: tl.constexpr = (COLS + 7) // 8
+        warp = tl.arange(0, W)[None, None, :, None, None, None]
+        slot, unit, _, live = _unit(used, count, tile, step, T, U, DOWN, warp)
+        at = unit * SPAN + kx
+        inside = live & (at < K // 2)
+        row = 0 * slot
+        if DOWN:
+            row = slot * M
+        if COLS > 1:  # columns past M hold the last row again
+            i = tl.arange(0, 8)[None, :, None, None, None, None]
+            row = row + tl.minimum(tl.arange(0, B)[None, None, None, :, None, None] * 8 + i, M - 1)
+            at = tl.broadcast_to(at, (4, 8, W, B, X, 4))
+        return products.load(xs, row.to(tl.int64) * (K // 2) + at, 0, inside, False)
+
+    @triton.jit
+    def _times(
+        acc, w, s, b, scale, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        W: tl.constexpr, COLS: tl.constexpr, DOWN: tl.constexpr, ASM: tl.constexpr,
+    ):  # fmt: skip
+        """acc and a tile's product; going down, weights of 8 bits have scales of their own in each expert."""
+        if DOWN and (KIND == "int8" or KIND == "fp8"):
+            D: tl.constexpr = acc.shape[0] // W
+            own = products.multiply(tl.zeros(acc.shape, tl.float32), w, 0, b, scale, KIND, GROUP, R, C, W, COLS, ASM)
+            s = tl.broadcast_to(s[None, :, :], (D, W, R * 8)).reshape(D * W, R * 8)
+            acc += own * s[:, :, None]
+        else:
+            acc = products.multiply(acc, w, s, b, scale, KIND, GROUP, R, C, W, COLS, ASM)
+        return acc
+
+    @triton.jit
+    def _experts_kernel(
+        y, x, w, s, bias, residual, used, weights, M, N, K, KIND: tl.constexpr, GROUP: tl.constexpr,
+        DOWN: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """Up: y (S, M, N / 2) = weights * SwiGLU of W x [+ bias], of x (M, K). DOWN: y (M, N) = [residual +] the sum
+        over slots of W x [+ weights * bias], of x (S, M, K). M is at most COLS. See linear_triton._linear_kernel.
+
+        Up, kernels that depend on this one may start when its wait is over, so that going down may look for the used
+        experts, and ask for its first weights, before it waits itself.
+        """
+        P: tl.constexpr = 2 if KIND == "fp" else 8 if KIND == "int4" else 4  # values in a word
+        CHUNK: tl.constexpr = 16 * P
+        X: tl.constexpr = C * CHUNK // 32
+        B: tl.constexpr = (COLS + 7) // 8
+        DTYPE: tl.constexpr = x.dtype.element_ty
+        SMALL: tl.constexpr = KIND == "int4" and COLS > 1 and ASM is not None
+        UNIT: tl.constexpr = 2.0**69 if SMALL else 64.0 if KIND == "int8" and COLS > 1 and ASM is not None else 1.0
+        IN_INT8: tl.constexpr = COLS == 1 and (KIND == "int8" or KIND == "int4")
+        D: tl.constexpr = (C if C < 8 // R else 8 // R) if P == 4 and COLS == 8 else 1
+        SPAN: tl.constexpr = C * CHUNK // 2
+        j, i, _, _, u = _axes(W, R)
+        if IN_INT8:  # see linear_triton.py
+            PARTS: tl.constexpr = 4 if X > 4 else X
+            part = tl.minimum(i // 2, PARTS - 1) + tl.arange(0, X // PARTS)[None, None, None, None, :, None] * PARTS
+        elif COLS == 1:
+            part = tl.minimum(i, X - 1)
+        else:
+            part = tl.arange(0, X)[None, None, None, None, :, None]
+        if P == 4:
+            kx = (part // 2) * 32 + j * 8 + (part % 2) * 4 + u
+        else:
+            kx = part * 16 + j * 4 + u
+        xs = x.to(tl.pointer_type(tl.int32))
+
+        T, U = tl.cdiv(N, 8 * R), tl.cdiv(K, C * CHUNK)
+        tile = tl.program_id(0)
+        if PDL:
+            if DOWN:
+                tlx.gdc_launch_dependents()
+            else:
+                tlx.gdc_wait()
+                tlx.gdc_launch_dependents()
+        count = tl.load(used, cache_modifier=".cg")
+        tiles, units = count * T, U
+        if DOWN:
+            tiles, units = T, count * U
+        if tile >= tiles:
+            return
+        wanted = None
+        w_now, s_now = _weights(
+            w, s, used, count, tile, 0, wanted, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
+        )  # fmt: skip
+        if PDL and DOWN:
+            tlx.gdc_wait()
+        t = _rows(xs, kx, used, count, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
+        squares = tl.zeros((1, 16, 16), tl.float32)
+        if WHOLE:
+            b, x_scale, squares = products.operand(
+                squares, t, None, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
+            )
+        PART: tl.constexpr = 1 if DOWN else 2
+        outputs = N // PART
+        col = tl.arange(0, COLS)
+        rounds = 1
+        if PERSIST:
+            rounds = tl.cdiv(tiles - tile, tl.num_programs(0))
+        for _ in range(rounds):
+            here = tile if DOWN else tile % T
+            slot = 0 if DOWN else tile // T
+            n = here * (R * 8) + tl.arange(0, R * 8)
+            of_y = here * (R * 8 // PART) + tl.arange(0, R * 8 // PART)
+            stored = (of_y < outputs)[:, None] & (col < M)[None, :]
+            if not DOWN:
+                expert = tl.load(used + 1 + slot, cache_modifier=".cg").to(tl.int64)
+                weight = tl.load(weights + slot * M + col, col < M, other=0.0)
+                if P == 4:
+                    scale = tl.load(s + expert * N + n, n < N, other=0.0).to(tl.float32)
+                if bias is not None:
+                    shift = tl.load(bias + expert * N + n, n < N, other=0.0).to(tl.float32)
+            at = (slot * M + col[None, :]).to(tl.int64) * outputs + of_y[:, None]
+            if residual is not None:
+                before = tl.load(residual + at, mask=stored, other=0.0).to(tl.float32)
+            acc = tl.zeros((D * W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
+            if not WHOLE:
+                for step in range(W, units, W):
+                    t_next = _rows(xs, kx, used, count, tile, step, T, U, M, K, COLS, DOWN, SPAN, X, W)
+                    b, x_scale, squares = products.operand(
+                        squares, t, None, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
+                    )
+                    acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, DOWN, ASM)
+                    w_now, s_now = _weights(
+                        w, s, used, count, tile, step, wanted, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
+                    )  # fmt: skip
+                    t = t_next
+                b, x_scale, squares = products.operand(
+                    squares, t, None, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
+                )
+            acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, DOWN, ASM)
+            tile += tl.num_programs(0)
+            if PERSIST:
+                w_now, s_now = _weights(
+                    w, s, used, count, tile, 0, tile < tiles, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
+                )  # fmt: skip
+                if not WHOLE:
+                    t = _rows(xs, kx, used, count, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
+
+            if D > 1:
+                acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
+            if COLS == 1:
+                acc = tl.sum(acc, 2, keep_dims=True)
+            out = tl.sum(acc, 0)  # (rows of W, rows of x)
+            out *= UNIT
+            if DOWN:
+                if bias is not None:
+                    for slot in range(count):
+                        expert = tl.load(used + 1 + slot, cache_modifier=".cg").to(tl.int64)
+                        weight = tl.load(weights + slot * M + col, col < M, other=0.0)
+                        shift = tl.load(bias + expert * N + n, n < N, other=0.0).to(tl.float32)
+                        out += shift[:, None] * weight[None, :]
+            else:
+                if P == 4:
+                    out *= scale[:, None]
+                if bias is not None:
+                    out += shift[:, None]
+                gate, up = tl.split(out.reshape(R // 2, 2, 8, COLS).permute(0, 2, 3, 1))
+                out = (gate * up / (1 + tl.exp(-gate))).reshape(R * 4, COLS)
+                out = tl.where((weight != 0)[None, :], out * weight[None, :], 0.0)
+            if residual is not None:
+                out += before
+            tl.store(y + at, out.to(y.dtype.element_ty), mask=stored)
+
+
+@op("route", ("h", "logits"))
+def route(
+    h: Tensor, logits: Tensor, x: Tensor, norm: Tensor, eps: float, gate: Tensor, top_k: int, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Which experts rows x (M, C) are sent to by the router `gate` (E, C): used int32 (1 + S), their number and then
+    their indices in ascending order, and weights fp32 (S, M), 0 where a row is not sent there. S is as many as there
+    may be, min(E, M k). h (M, C) becomes the RMSNorm of x, logits fp32 (M, E) the scores."""
+    (M, C), E = x.shape, len(gate)
+    S = min(E, M * top_k)
+    used = torch.empty(1 + S, dtype=torch.int32, device=x.device)
+    weights = torch.empty(S, M, dtype=torch.float32, device=x.device)
+    BE = max(1, triton.next_power_of_2(E) // 32)
+    _route_kernel[(triton.cdiv(E, BE), M)](
+        h, logits, used, weights, counters(x.device, 1), x, norm, gate, M, C, E, eps,
+        TOP=top_k, RENORMALIZE=renormalize, ROWS=triton.next_power_of_2(M), EXPERTS=triton.next_power_of_2(E), BE=BE,
+        BC=triton.next_power_of_2(C), num_warps=8, **pdl(x.device),
+    )  # fmt: skip
+    return used, weights
+
+
+@torch.library.register_fake("gptfast::route")
+def _(h, logits, x, norm, eps, gate, top_k, renormalize):
+    S = min(len(gate), len(x) * top_k)
+    return x.new_empty(1 + S, dtype=torch.int32), x.new_empty(S, len(x), dtype=torch.float32)
+
+
+@op("experts")
+def experts(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    used: Tensor,
+    weights: Tensor,
+    residual: Tensor | None,
+    down: bool,
+) -> Tensor:
+    """One product of the used experts, see `route`, in one launch; n: experts whose rows the weight has.
+
+    Up: x (M, K) -> weights * SwiGLU of W x [+ bias], (S, M, N / 2). Down: x (S, M, K) -> [residual +] the sum over
+    experts of W x [+ weights * bias], (M, N). In x's dtype; bias (E, N).
+    """
+    (M, K), S = x.shape[-2:], len(weights)
+    N, kind = out_features(weight) // n, kind_of(weight)
+    how = tuning.experts(kind, N, K, M, S, down, x.device)
+    R, C, W = how.tile_rows // 8, how.k_repeat, how.num_warps
+    launch, processors = pdl(x.device), tuning.processors(x.device)
+    hopper, units = launch["PDL"], triton.cdiv(K, C * tuning.CHUNK[kind])
+    tiles = triton.cdiv(N, how.tile_rows) * (1 if down else S)
+    programs = min(tiles, how.ctas_per_sm * processors or tiles)
+    y = torch.empty(*((M, N) if down else (S, M, N // 2)), dtype=x.dtype, device=x.device)
+    _experts_kernel[(programs,)](
+        y, x, weight.view(torch.int32), scales, bias, residual, used, weights, M, N, K,
+        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, DOWN=down, COLS=tuning.columns(M),
+        R=R, C=C, W=W, WHOLE=not down and units <= W, PERSIST=programs < tiles,
+        EVEN=K % (C * tuning.CHUNK[kind]) == 0,
+        ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
+        num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
+    )  # fmt: skip
+    return y
+
+
+@torch.library.register_fake("gptfast::experts")
+def _(x, weight, scales, bias, n, used, weights, residual, down):
+    M, N = x.shape[-2], out_features(weight) // n
+    return x.new_empty((M, N) if down else (len(weights), M, N // 2))
+
+
+def run(layer, x: Tensor, norm: nn.RMSNorm, residual: Tensor | None) -> Tensor | None:
+    """This rank's result, for a few rows of x."""
+    if not few_rows_on_triton(x) or norm.weight.dtype != x.dtype:
+        return None
+    rows, up, down, E = x.reshape(-1, x.shape[-1]).contiguous(), layer.cond_ffn.w13, layer.cond_ffn.w2, layer.gate
+    h, logits = torch.empty_like(rows), torch.empty(len(rows), len(E.weight), dtype=torch.float32, device=x.device)
+    used, weights = route(h, logits, rows, norm.weight, norm.eps, E.weight, layer.top_k, layer.renormalize)
+    hidden = experts(h, up.weight, up.scales, up.bias, len(E.weight), used, weights, None, False)
+    residual = None if residual is None else residual.reshape(rows.shape).contiguous()
+    y = experts(hidden, down.weight, down.scales, down.bias, len(E.weight), used, weights, residual, True)
+    return y.view(x.shape)

@@ -1,0 +1,300 @@
+"""Mixtures of experts: logits equal transformers', every kind of weight, ranks, GPTQ, and the kernels."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from test_kernels import DEVICE, DTYPES, KINDS, error, make_weight, on_device, scalars_index
+
+import ops
+from checkpoint import load_model, torch_load
+from errors import UserError
+from formats.config import config_fields
+from formats.convert import convert
+from linear import Linear
+from measure import prefill_flops, weight_bytes
+from ops import experts_gemm, experts_triton, tuning
+from ops.common import counters
+from ops.experts import mixture_plain
+from ops.rms_norm import rms_norm
+from ops.tuning import Tile
+from quantize import gptq_checkpoint, quantize_checkpoint
+from tp import TensorParallel
+
+__all__ = ["scalars_index"]  # a fixture
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
+GRANITE = {"embedding_multiplier": 6.0, "attention_multiplier": 0.1}
+GRANITE |= {"residual_multiplier": 0.5, "logits_scaling": 4.0}
+QWEN = {"num_experts": 5, "moe_intermediate_size": 32}
+FAMILIES = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 7}),
+    "qwen2_moe": ("Qwen2Moe", {**QWEN, "shared_expert_intermediate_size": 40}),
+    "qwen2_moe-dense-layer": ("Qwen2Moe", {**QWEN, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 2}),
+    "qwen3_moe": ("Qwen3Moe", {**QWEN, "head_dim": 32, "norm_topk_prob": True, "num_experts_per_tok": 3}),
+    "qwen3_moe-not-normalised": ("Qwen3Moe", {**QWEN, "mlp_only_layers": [0]}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "intermediate_size": 48}),
+    "granitemoe": ("GraniteMoe", {"num_local_experts": 4, "intermediate_size": 48, **GRANITE}),
+}
+
+
+def build(directory, name):
+    """A tiny random transformers model of the family, saved in `directory`, whose experts differ."""
+    family, options = FAMILIES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**TINY | options)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            shift = "norm" in key or "bias" in key
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if shift else 0.1) + (1.0 if "norm" in key else 0.0))
+    model.save_pretrained(directory)
+    return model
+
+
+def load(directory, **options):
+    return load_model(directory / "model.pth", dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.inference_mode()
+def test_logits_equal_transformers(tmp_path, name):
+    reference = build(tmp_path, name)
+    convert(tmp_path, torch.float32)
+    model = load(tmp_path)
+    lengths, more = torch.tensor([15, 4, 9]), 4
+    tokens = torch.randint(2, 97, (3, 15 + more), generator=torch.Generator().manual_seed(1))
+    expected = reference(tokens).logits
+    assert expected.std() > 0.1
+
+    cache, chunks = model.cache(3, 24), []  # odd chunks
+    for a, b in ((0, 1), (1, 8), (8, 19)):
+        chunks.append(model(tokens[:, a:b], torch.full((3,), a), cache.first(b), all_logits=True))
+    torch.testing.assert_close(torch.cat(chunks, 1), expected, atol=1e-4, rtol=0)
+
+    cache = model.cache(3, 24)  # rows of unequal lengths, then a token at a time
+    logits = model(tokens[:, :15], torch.zeros(3, dtype=torch.int64), cache, last=lengths - 1)
+    for step in range(more):
+        pos = lengths + step
+        torch.testing.assert_close(logits[:, 0], expected[torch.arange(3), pos - 1], atol=1e-4, rtol=0)
+        logits = model(tokens.gather(1, pos[:, None]), pos, cache)
+
+
+def test_experts_in_one_tensor_are_those_apart(tmp_path):
+    """What a later transformers may write: all experts in one tensor, w1's rows above w3's."""
+    build(tmp_path / "apart", "qwen3_moe")
+    tensors, fused = load_file(tmp_path / "apart/model.safetensors"), {}
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        w1, w3, w2 = (
+            torch.stack([tensors.pop(f"{prefix}.{e}.{name}_proj.weight") for e in range(5)])
+            for name in ("gate", "up", "down")
+        )
+        fused |= {f"{prefix}.gate_up_proj": torch.cat((w1, w3), 1), f"{prefix}.down_proj": w2}
+    (tmp_path / "fused").mkdir()
+    save_file(tensors | fused, tmp_path / "fused/model.safetensors")
+    (tmp_path / "fused/config.json").write_text((tmp_path / "apart/config.json").read_text())
+    apart, one = (torch_load(convert(tmp_path / name, torch.float32)) for name in ("apart", "fused"))
+    assert apart.keys() == one.keys() and all(torch.equal(apart[name], one[name]) for name in apart)
+
+
+def test_files_have_the_names_of_gpt_fast(tmp_path):
+    build(tmp_path, "mixtral")
+    convert(tmp_path, torch.float32)
+    quantize_checkpoint(tmp_path / "model.pth", tmp_path / "model_int8.pth", "int8", torch.device("cpu"))
+    experts = "layers.0.block_sparse_moe.cond_ffn."
+    plain, int8 = (torch.load(tmp_path / name, weights_only=True) for name in ("model.pth", "model_int8.pth"))
+    found = {key.removeprefix(experts): list(t.shape) for key, t in int8.items() if key.startswith(experts)}
+    shapes = {"w1": [4, 96, 64], "w3": [4, 96, 64], "w2": [4, 64, 96]}
+    assert found == shapes | {"scales1": [4, 96], "scales3": [4, 96], "scales2": [4, 64]}
+    assert {key: list(plain[experts + key].shape) for key in shapes} == shapes
+    assert plain["layers.0.block_sparse_moe.gate.weight"].shape == (4, 64)
+    assert "layers.0.block_sparse_moe.gate.scales" not in int8  # the router stays plain
+
+
+def logits(model, tokens, **options):
+    cache = model.cache(len(tokens), 32)
+    return model(tokens, torch.zeros(len(tokens), dtype=torch.int64), cache, all_logits=True)
+
+
+def dequantised(model):
+    """The model with all its linear layers made plain, in place."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            bias = {} if module.bias is None else {"bias": module.bias}
+            module.assign({"weight": module.dequantized(torch.float32).contiguous()} | bias)
+    return model
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("mode", ["int8", "fp8", "int4", "int4:64"])
+@torch.inference_mode()
+def test_quantised_experts(tmp_path, name, mode):
+    """A file, and quantising on the way: both are the matrices that they stand for."""
+    build(tmp_path, name)
+    convert(tmp_path, torch.float32)
+    quantize_checkpoint(tmp_path / "model.pth", tmp_path / "quantised.pth", mode, torch.device("cpu"))
+    tokens = torch.randint(2, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+    found = logits(load_model(tmp_path / "quantised.pth", dtype=torch.float32), tokens)
+    assert torch.equal(found, logits(load(tmp_path, quantize=mode), tokens))
+    torch.testing.assert_close(found, logits(dequantised(load(tmp_path, quantize=mode)), tokens), atol=1e-4, rtol=0)
+    error = (found - logits(load(tmp_path), tokens)).norm() / found.norm()
+    assert 0 < error < {"int8": 0.03, "fp8": 0.15}.get(mode, 0.5), error
+
+
+@torch.inference_mode()
+def test_gptq_of_experts(tmp_path):
+    """Experts are calibrated on the tokens that they meet, and rounded to nearest where these are few."""
+    build(tmp_path, "qwen2_moe")
+    convert(tmp_path, torch.float32)
+    state = torch_load(tmp_path / "model.pth")
+    gate = state["layers.0.block_sparse_moe.gate.weight"].clone()
+    tokens = [torch.randint(2, 97, (4, 32), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    errors, plain = {}, load(tmp_path)
+    for mode in ("rtn", "gptq"):
+        target = tmp_path / f"{mode}.pth"
+        if mode == "rtn":
+            quantize_checkpoint(tmp_path / "model.pth", target, "int4:32", torch.device("cpu"))
+        else:
+            few = gptq_checkpoint(tmp_path / "model.pth", target, 32, tokens, torch.device("cpu"))
+        found = load_model(target, dtype=torch.float32)
+        errors[mode] = sum((logits(found, t) - logits(plain, t)).square().mean() for t in tokens)
+    assert few < 15 and errors["gptq"] < 0.8 * errors["rtn"], errors
+    assert torch.equal(torch_load(tmp_path / "gptq.pth")["layers.0.block_sparse_moe.gate.weight"], gate)
+    short = [tokens[0][:1, :20]]
+    assert gptq_checkpoint(tmp_path / "model.pth", tmp_path / "few.pth", 32, short, torch.device("cpu")) == 30
+    found, rounded = (torch_load(tmp_path / f"{name}.pth") for name in ("few", "rtn"))
+    assert torch.equal(*(t["layers.0.block_sparse_moe.cond_ffn.w1.weight"] for t in (found, rounded)))
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("world", [2, 3])
+@torch.inference_mode()
+def test_ranks_make_up_the_whole(tmp_path, kind, world, monkeypatch):
+    """Each rank's mixture by itself, summed as the all-reduce would."""
+    build(tmp_path, "qwen2_moe")
+    convert(tmp_path, torch.float32)
+    monkeypatch.setattr("ops.symmetric.all_reduce", lambda y, *rest: y)
+    monkeypatch.setattr(TensorParallel, "heads", lambda self, H, Hkv: (range(H), range(Hkv)))  # 4 heads by 3 ranks
+    x = torch.randn(2, 3, 64)
+    block = load(tmp_path, quantize=kind).layers[1]
+    expected, parts = block.block_sparse_moe(x, block.ffn_norm), []
+    for rank in range(world):
+        block = load(tmp_path, quantize=kind, tp=TensorParallel(rank, world)).layers[1]
+        parts.append(block.block_sparse_moe(x, block.ffn_norm))
+    torch.testing.assert_close(sum(parts), expected, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_what_a_step_reads_is_counted(tmp_path):
+    build(tmp_path, "qwen2_moe")
+    convert(tmp_path, torch.float32)
+    model, sizes = load(tmp_path), 3 * 64 * 32 * 4 * 2  # bytes of an expert in both layers
+    everything = sum(p.nbytes for p in model.parameters()) - model.tok_embeddings.weight.nbytes
+    assert weight_bytes(model) == everything - 3 * sizes  # of 5 experts, 2
+    assert weight_bytes(model, 2) == pytest.approx(everything - 5 * sizes * 0.36, abs=1)
+    linear = sum(p.numel() for p in model.layers.parameters() if p.ndim > 1) - 3 * sizes / 4
+    router = 2 * 6 * 64
+    attention = 4 * 4 * 16 * (10 * 5) * 2
+    assert prefill_flops(model, 10, 1) == pytest.approx(2 * (linear - router) * 10 + attention)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_experts_per_tok": 6}, r"num_experts_per_tok 6 is more than the 5 experts"),
+        ({"moe_intermediate_size": "big"}, r"moe_intermediate_size is 'big'"),
+    ],
+)
+def test_bad_configs(change, words):
+    with pytest.raises(UserError, match=words):
+        config_fields({"model_type": "qwen3_moe", **TINY, **QWEN, **change})
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def make_case(kind, M, E, N, K, top_k, dtype, seed=0):
+    """A mixture of E experts (2 N gate and up, N) of (N, K) as the kernels read it, its plain twin, and rows of x."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def layer(rows, columns, swiglu):
+        made = [make_weight(kind, rows, columns, dtype, generator) for _ in range(E)]
+        w, s, dense = (None if parts[0] is None else torch.cat(parts) for parts in zip(*made))
+        w, s, dense = on_device(w, s, dense.view(E, rows, columns))
+        packed = SimpleNamespace(weight=w, scales=s, zeros=None, bias=None, swiglu=swiglu)
+        return packed, SimpleNamespace(weight=dense.float(), scales=None, zeros=None, bias=None, swiglu=swiglu)
+
+    (up, plain_up), (down, plain_down) = layer(2 * N, K, True), layer(K, N, False)
+    gate, gain, x = (torch.randn(*shape, generator=generator) for shape in ((E, K), (K,), (M, K)))
+    gate, gain, x, residual = on_device(*(t.to(dtype) for t in (gate / 4, gain.abs() + 0.5, x, x / 2)))
+    mixture, twin = (
+        SimpleNamespace(
+            gate=SimpleNamespace(weight=gate.to(of)),
+            cond_ffn=SimpleNamespace(w13=w13, w2=w2),
+            top_k=top_k,
+            renormalize=True,
+        )
+        for w13, w2, of in ((up, down, dtype), (plain_up, plain_down, torch.float32))
+    )
+    norm = torch.nn.RMSNorm(K, 1e-5)
+    norm.weight = torch.nn.Parameter(gain, requires_grad=False)
+
+    def twin_norm(x):  # rounded alike, or two experts of nearly one score might change places
+        return rms_norm(x, gain.float(), 1e-5).to(dtype).float()
+
+    return mixture, twin, norm, twin_norm, x, residual
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "M,E,top_k,renormalize", [(1, 8, 2, True), (5, 12, 3, False), (16, 128, 8, True), (3, 3, 3, True)]
+)
+def test_route(M, E, top_k, renormalize, dtype):
+    gate, gain, x = torch.randn(E, 96), torch.rand(96) + 0.5, torch.randn(M, 96)
+    gate, gain, x = on_device(*(t.to(dtype) for t in (gate, gain, x)))
+    h, logits = torch.empty_like(x), torch.empty(M, E, device=DEVICE)
+    used, weights = experts_triton.route(h, logits, x, gain, 1e-5, gate, top_k, renormalize)
+    assert error(h, rms_norm(x.float(), gain.float(), 1e-5)) < 5e-3
+    layer = SimpleNamespace(gate=SimpleNamespace(weight=gate), top_k=top_k, renormalize=renormalize)
+    index, expected = ops.route(layer, h)
+    count = int(used[0])
+    assert used[1 : 1 + count].tolist() == index.unique().tolist() and len(weights) == min(E, M * top_k)
+    dense = torch.zeros(M, E, device=DEVICE).scatter_(1, index, expected)
+    torch.testing.assert_close(weights[:count].T, dense[:, used[1 : 1 + count].long()], atol=1e-5, rtol=0)
+    assert not counters(torch.device(DEVICE), 1).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("M,E,N,K,top_k", [(1, 4, 32, 96, 2), (5, 3, 64, 32, 2)])
+def test_experts(kind, M, E, N, K, top_k, dtype, monkeypatch):
+    monkeypatch.setattr(experts_triton, "few_rows_on_triton", lambda x: True)
+    mixture, twin, norm, twin_norm, x, residual = make_case(kind, M, E, N, K, top_k, dtype)
+    y = experts_triton.run(mixture, x, norm, residual)
+    assert error(y, mixture_plain(twin, x.float(), twin_norm, residual.float())) < 4e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["16-bit", "int8", "fp8", "int4:32", "int4:128"])
+def test_many_rows_of_experts(kind, dtype, monkeypatch):
+    """Tiles that are full along no axis, experts of none and of several tiles."""
+    monkeypatch.setattr(tuning, "grouped", lambda *_: Tile(16, 1, 1, 4, 2, 1))
+    monkeypatch.setattr(experts_gemm, "on_triton", lambda x: True)
+    mixture, twin, norm, twin_norm, x, residual = make_case(kind, 37, 5, 32, 96, 2, dtype)
+    y = experts_gemm.run(mixture, x, norm, residual)
+    assert error(y, mixture_plain(twin, x.float(), twin_norm, residual.float())) < 4e-3
