@@ -37,6 +37,7 @@ def serve(
         raise UserError(f"a prompt has {longest} tokens; the cache holds {llm.state.cache.length} (--max_seq_length)")
     lag = 1 if llm.device.type == "cuda" else 0  # a block runs while the host reads the one before
     is_stop = is_stop or (lambda index, token: token in llm.stop_ids)
+    llm.fit(min(longest + max_new_tokens, llm.state.cache.length))  # any of them, so that no row has to be read again
     start = shared_prefix(prompts) if len(prompts) > 1 else 0
     if start:
         llm.share(prompts[0][:start])

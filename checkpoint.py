@@ -191,8 +191,7 @@ def load_model(
                     )
                 value = module.shard(value) if isinstance(module, (Embedding, Gains)) else value
                 setattr(module, name, torch.nn.Parameter(placed({name: value})[name], requires_grad=False))
-            if own:
-                modules[prefix] = own
+            modules |= {prefix: own} if own else {}
     if unexpected := sorted(f"{prefix}.{key}".lstrip(".") for prefix, own in modules.items() for key in own):
         raise UserError(f"{path}: unexpected tensors: {abridged(unexpected)}")
     model.pack(dtype)

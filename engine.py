@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Set
@@ -91,7 +92,12 @@ class Engine:
         self._block: Callable | None = None  # so many in one CUDA graph, which saves the time between graphs
         self._captured: dict[int, Callable] = {}  # prefills, by the tokens of a row
         self._long: Callable | None = None  # compile_blocks'
-        self.speculator = Speculator(model, state, step, draft, speculate_k) if draft is not None else None
+        self.speculator = None
+        if draft is not None:
+            self.speculator = Speculator(model, state, step, draft, speculate_k, before=self._grow)
+        draft_cache = self.speculator and self.speculator.draft.cache
+        self.caches = [state.cache] + ([draft_cache] if draft_cache else [])
+        self.span = 0  # tokens of the longest row, or more
         self.compile_seconds = 0.0
         if compile or compile_prefill:
             self.compile(compile, compile_prefill)
@@ -145,6 +151,26 @@ class Engine:
             raise UserError(f"the seed is {seed}; accepted: 64-bit integers")
         self.state.rng.copy_(torch.tensor([seed, 0]))
 
+    def fit(self, length: int) -> bool:
+        """Expect sequences of so many tokens. Returns whether RoPE is another for them (longrope), so that what is in
+        the caches has to be read again."""
+        self.span = length
+        return sum(cache.fit(length) for cache in self.caches) > 0
+
+    def _limit(self) -> float:
+        return min((cache.limit for cache in self.caches), default=math.inf)
+
+    def _grow(self, count: int) -> None:
+        """Before steps that feed so many tokens to each row: where they make sequences longer than RoPE holds for, read
+        all again with what holds for these, as transformers does."""
+        self.span += count
+        if self.span > self._limit() and self.fit((end := int(self.state.pos.max())) + count):
+            start = torch.zeros_like(self.state.pos, device="cpu")  # known to the host
+            for _ in feed(self._hidden, self.state.history[:, :end], start, end):
+                pass
+            if self.speculator:
+                self.speculator.prefill(0, end)
+
     def _hidden(self, tokens: Tensor, start: Tensor, end: int) -> Tensor:
         """What the output layer reads of a chunk (B, S) of prompts, and perhaps of padding, by the fastest way."""
         S = tokens.shape[1]
@@ -166,12 +192,13 @@ class Engine:
         prompts: one list of token ids a row, each with at least start + 1 ids; shorter rows are padded, and what
         padding leaves in the cache is overwritten before it can be seen.
         """
+        lengths = [len(prompt) for prompt in prompts]
+        start = 0 if self.fit(max(lengths)) else start
         common = shared_prefix(prompts) if start == 0 and len(prompts) > 1 else 0
         if common * (len(prompts) - 1) > SHARED:
             self.share(prompts[0][:common])
             start = common
-        state, lengths = self.state, [len(prompt) for prompt in prompts]
-        longest = max(lengths)
+        state, longest = self.state, max(lengths)
         if longest > state.cache.length:
             raise UserError(f"the prompt has {longest} tokens; the cache holds {state.cache.length} (--max_seq_length)")
         padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
@@ -196,6 +223,9 @@ class Engine:
         draft = self.speculator and (self.speculator.draft.model or PROMPT_LOOKUP)
         reader = Engine(self.model, max_seq_length=self.state.cache.length, sampler=self.state.sampler, draft=draft)
         reader.state.rng, reader._long = self.state.rng, self._long
+        for ours, its in zip(self.caches, reader.caches):
+            its.rope = ours.rope
+        reader.caches = []  # nor does it choose
         if self._captured:
             with torch.inference_mode():
                 reader._capture_prefill()
@@ -269,6 +299,8 @@ class Engine:
             if len(pending) > (self.block > 1):
                 yield pending.popleft()()
             count = (steps - done) % self.block or self.block  # single steps come first: they start sooner
+            count = count if self.span + count <= self._limit() else 1  # to the very token
+            self._grow(count)
             if self._block and count == self.block:
                 self._block()
             else:

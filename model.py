@@ -144,7 +144,7 @@ class Attention(nn.Module):
         return self.wqkv(x, norm)
 
     def grown(self, qkv: Tensor, input_pos: Tensor) -> Tensor:
-        """Queries times 1 + beta log(1 + floor(position / original context)) (Llama 4's, and Ministral 3's)."""
+        """Queries times 1 + beta log(1 + position // original context) (Llama 4's, and Ministral 3's)."""
         positions = input_pos.to(qkv.device)[:, None] + torch.arange(qkv.shape[1], device=qkv.device)
         growth = 1 + self.growth * torch.log1p((positions // self.original).float())
         queries = self.wo.in_features
@@ -380,6 +380,9 @@ class Transformer(nn.Module):
 class KVCache:
     """Run state: each layer's keys and values (B, Hkv, T, D) and its rotary table, if any. Allocated once.
 
+    limit: tokens of a sequence for which the tables hold. Longrope's are the long factors' where sequences are as long
+    as the cache, until `fit` says.
+
     Rolling back is a matter of position alone: what lies at or past a row's position is rewritten before it is read.
     """
 
@@ -390,7 +393,19 @@ class KVCache:
         self.length = length
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.rope = rope_tables(config, length, device)
+        self.config, self.rope, self.limit = config, rope_tables(config, length, device), math.inf
+
+    def fit(self, length: int) -> bool:
+        """Let the tables hold for sequences of so many tokens. Returns whether that changed them: what the cache holds
+        has to be read again then."""
+        original = self.config.rope_scaling.get("original_max_position_embeddings", 0)
+        if self.config.rope_scaling.get("rope_type") != "longrope" or self.length <= original:
+            return False
+        before, self.limit = self.limit, original if length <= original else math.inf
+        if before != self.limit:
+            for old, new in zip(self.rope, rope_tables(self.config, self.length, "cpu", length)):
+                old.copy_(new)
+        return before != self.limit
 
     def first(self, length: int) -> "KVCache":
         """The first positions of it, sharing memory: what lies beyond costs nothing then."""
@@ -405,22 +420,22 @@ class KVCache:
         return 2 * sum(k.element_size() * k.shape[1] * k.shape[3] for k in self.k)
 
 
-def rope_tables(config: ModelConfig, length: int, device) -> list[Tensor | None]:
-    """Each layer's rotary table, None where it does not rotate. Layers that rotate alike share one."""
-    tables = {False: rope_table(config, length).to(device)}
-    tables[True] = (
-        rope_table(replace(config, **config.local_rope), length).to(device) if config.local_rope else tables[0]
-    )
+def rope_tables(config: ModelConfig, length: int, device, longest: int = 0) -> list[Tensor | None]:
+    """Each layer's `rope_table`, None where it does not rotate. Layers that rotate alike share one."""
+    table = local = rope_table(config, length, longest).to(device)
+    if config.local_rope:
+        local = rope_table(replace(config, **config.local_rope), length, longest).to(device)
     windows = config.windows or (0,) * config.n_layer
     rotate = config.rope_layers or (True,) * config.n_layer
-    return [tables[window > 0] if rotates else None for window, rotates in zip(windows, rotate)]
+    return [(local if window else table) if rotates else None for window, rotates in zip(windows, rotate)]
 
 
-def rope_table(config: ModelConfig, length: int) -> Tensor:
+def rope_table(config: ModelConfig, length: int, longest: int = 0) -> Tensor:
     """Rotary cosines and sines, fp32 (length, rotary_dim / 2, 2), positions 0..length-1 (RoFormer, arXiv 2104.09864).
 
     Scalings: linear (arXiv 2306.15595); llama3 (Llama 3.1's reference code); yarn (arXiv 2309.00071); longrope
-    (arXiv 2402.13753), whose long factors serve a run whose cache is longer than the original context.
+    (arXiv 2402.13753), whose long factors serve sequences of more tokens than the original context. longest: how many
+    the sequences have, by default as many as the table.
     """
     dim = config.rotary_dim or config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
@@ -435,7 +450,7 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
     elif kind == "longrope":
         original = scaling["original_max_position_embeddings"]
         factor = scaling["factor"] or scaling["max_position_embeddings"] / original
-        factors = scaling["long_factor" if length > original else "short_factor"]
+        factors = scaling["long_factor" if (longest or length) > original else "short_factor"]
         freqs = freqs / torch.tensor(factors, dtype=torch.float64)
         magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         magnitude = scaling["attention_factor"] or magnitude

@@ -93,7 +93,8 @@ class Speculator:
     """Speculation steps of a model and its run state: how they run, how k is chosen, what they were worth.
 
     plain: decodes one token a row without speculation; draft: a model, or "prompt_lookup"; k: draft tokens of a step,
-    "auto", or None, the draft's default. Raises UserError for what cannot work.
+    "auto", or None, the draft's default; before: called with how many tokens a step is about to feed. Raises UserError
+    for what cannot work.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Speculator:
         plain: Callable[[], None],
         draft: Transformer | str,
         k: int | str | None = None,
+        before: Callable[[int], None] = lambda count: None,
     ):
         if k is None:
             k = LOOKUP_K if draft == PROMPT_LOOKUP else MODEL_K
@@ -113,7 +115,11 @@ class Speculator:
         self.state, self.k, self.share = state, k, model.tp.share
         self.draft = PromptLookup(state) if draft == PROMPT_LOOKUP else DraftModel(draft, model, state)
         self.limit = torch.zeros_like(state.pos)  # the last position that each row may reach
-        self.plain, self.capture = plain, lambda step: step  # compile replaces these two and the next
+        self.before, self.plain, self.capture = (
+            before,
+            plain,
+            lambda step: step,
+        )  # compile replaces these two and the next
         self.forward = lambda tokens, pos: model(tokens, pos, state.cache, all_logits=True)
         self.steps = {i: partial(self._step, i) for i in (AUTO if k == "auto" else (0, k))}
         self.seconds: dict[int, float] = {}  # what a step of k draft tokens takes
@@ -217,6 +223,7 @@ class Speculator:
         k = self._choose()
         if k and not self.draft.prepare(self.unread):
             k = 0
+        self.before(k + 1)
         self.unread = 0 if k else self.unread + 1
         result = to_host(self.steps[k]())
 

@@ -17,7 +17,7 @@ MAX_CHARACTERS = 10_000_000  # of a chat
 MAX_SECONDS = 10  # to render it,
 MAX_MEMORY = 2**28  # and bytes
 
-# How a family, told by one of its tokens, chats when its files bring no template: ChatML, Llama 3, Llama 2.
+# How a family, told by one of its tokens, chats when its files bring no template: ChatML, Llama 3, Gemma, Llama 2.
 FAMILY_TEMPLATES = {
     "<|im_start|>": """\
 {% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}
@@ -26,6 +26,19 @@ FAMILY_TEMPLATES = {
 {% set header = '<|start_header_id|>%s<|end_header_id|>\n\n' %}{{ bos_token }}
 {%- for m in messages %}{{ header % m['role'] + m['content'] | trim + '<|eot_id|>' }}{% endfor %}
 {% if add_generation_prompt %}{{ header % 'assistant' }}{% endif %}""",
+    "<start_of_turn>": """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+{% set system, messages = messages[0]['content'] + '\n\n', messages[1:] %}
+{% endif %}
+{% for m in messages %}
+{% if m['role'] != ('user', 'assistant')[loop.index0 % 2] %}
+{{ raise_exception('roles must alternate user, assistant, user, ... after an optional system message') }}
+{% endif %}
+{{- '<start_of_turn>' + ('user', 'model')[loop.index0 % 2] + '\n' + (loop.first and system or '') -}}
+{{- m['content'] | trim + '<end_of_turn>\n' -}}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}""",
     "</s>": """\
 {% if messages[0]['role'] == 'system' %}
 {% set system, messages = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n', messages[1:] %}

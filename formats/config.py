@@ -97,9 +97,9 @@ _ANYWHERE = ("rope_theta", "partial_rotary_factor", "original_max_position_embed
 
 def text_config(config: Mapping, where: object = "config.json") -> Mapping:
     """The config of the text model inside a wrapper's, or else the config itself. Raises UserError."""
-    if config.get("model_type") not in WRAPPERS:
+    if (outer := str(config.get("model_type"))) not in WRAPPERS:
         return config
-    kind, tied = WRAPPERS[config["model_type"]]
+    kind, tied = WRAPPERS[outer]
     inner = read_one(where, "text_config", mapping(default={**config, "model_type": kind}), config.get("text_config"))
     told = [part["tie_word_embeddings"] for part in (config, inner) if part.get("tie_word_embeddings") is not None]
     return {**inner, "model_type": inner.get("model_type") or kind, "tie_word_embeddings": (told or [tied])[0]}
@@ -107,9 +107,7 @@ def text_config(config: Mapping, where: object = "config.json") -> Mapping:
 
 def family_of(config: Mapping) -> Family:
     """The family of a text model by its config. Raises UserError naming those supported."""
-    if (kind := config.get("model_type")) not in WRAPPERS:
-        return FAMILIES[_choice("model_type", kind, FAMILIES, *WRAPPERS)]
-    raise UserError(f"text_config's model_type {shown(kind)} is not a text model")
+    return FAMILIES[_choice("model_type", config.get("model_type"), FAMILIES, *WRAPPERS)]
 
 
 def unread(config: Mapping) -> list[str]:
@@ -142,7 +140,7 @@ def config_fields(config: Mapping, where: object = "config.json") -> dict:
         "mlp_bias": values.get("use_bias", values.get("mlp_bias", False)),
         "tied": values["tie_word_embeddings"],
         "windows": windows,
-        "rope_layers": _rope_layers(where, family, values, windows),
+        "rope_layers": _rope_layers(family, values, windows),
         **_mixture(where, values),
     }
     fields |= _rope(where, values, rope, heads["head_dim"])
@@ -171,6 +169,9 @@ def _values(where: object, config: Mapping, family: Family, rope: Mapping) -> di
     config |= {key: rope[key] for key in _ANYWHERE if key in rope and key != before}
     defaults = dict.fromkeys(SIZES.values(), NEEDED) | family.keys
     values = read(where, {key: replace(KEYS[key], default=default) for key, default in defaults.items()}, config)
+    for key in ("layer_types", "no_rope_layers"):
+        if (listed := values.get(key)) and len(listed) != values["num_hidden_layers"]:
+            raise UserError(f"{where}: {key} are told of {len(listed)} layers of {values['num_hidden_layers']}")
     return values | {key: None for key in NULLABLE if key in values and config.get(key, NEEDED) is None}
 
 
@@ -244,8 +245,8 @@ def _rope_parameters(where: object, config: Mapping, family: Family) -> tuple[di
     kind = rope.get("rope_type") or rope.get("type")  # the older spelling
     if isinstance(kind, str):
         rope["rope_type"] = family.rope_types.get(kind, kind)
-    if local is not None and config.get("rope_local_base_freq", family.keys.get("rope_local_base_freq")):
-        local = {"rope_theta": config.get("rope_local_base_freq") or family.keys["rope_local_base_freq"], **local}
+    if local is not None and (key := "rope_local_base_freq") in family.keys:
+        local = {"rope_theta": config.get(key) or family.keys[key], **local}
     return rope, local
 
 
@@ -279,9 +280,8 @@ def _rope(where: object, values: dict, rope: Mapping, head_dim: int) -> dict:
     }
 
 
-def _rope_layers(where: object, family: Family, values: dict, windows: tuple[int, ...]) -> tuple[bool, ...]:
+def _rope_layers(family: Family, values: dict, windows: tuple[int, ...]) -> tuple[bool, ...]:
     """Whether each layer rotates, () where all do."""
-    _for_each_layer(where, values, "no_rope_layers")
     if "no_rope_layers" in values:
         return tuple(rotates(layer, values) for layer in range(values["num_hidden_layers"]))
     return tuple(map(bool, windows)) if family.window_rope else ()
@@ -289,7 +289,7 @@ def _rope_layers(where: object, family: Family, values: dict, windows: tuple[int
 
 def _windows(where: object, family: Family, values: dict) -> tuple[int, ...]:
     """Each layer's sliding window (transformers' rules: layer_types, or else the family's), () where none has one."""
-    window, types = values.get("sliding_window"), _for_each_layer(where, values, "layer_types")
+    window, types = values.get("sliding_window"), values.get("layer_types") or ()
     if values.get("use_sliding_window") is False:
         return ()
     slides = [kind == "sliding_attention" for kind in types]
@@ -299,14 +299,8 @@ def _windows(where: object, family: Family, values: dict) -> tuple[int, ...]:
     return tuple(window if slide else 0 for slide in slides) if any(slides) else ()
 
 
-def _for_each_layer(where: object, values: dict, key: str) -> tuple:
-    listed = values.get(key) or ()
-    if len(listed) not in (0, values["num_hidden_layers"]):
-        raise UserError(f"{where}: {key} are told of {len(listed)} layers of {values['num_hidden_layers']}")
-    return listed
-
-
 def _choice(what: str, value: object, known: Collection[str], *more: str) -> str:
+    """The value, if it is known. more: what is supported elsewhere, for the message."""
     if not isinstance(value, str) or value not in known:
         raise UserError(f"{what} {shown(value)} is not supported; supported: {', '.join(sorted([*known, *more]))}")
     return value

@@ -312,7 +312,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(  # arXiv 2503.19786
         _GEMMA3,
-        {**_UNIT, "post_norms": True, "qk_norm": True},
+        {**_UNIT, "post_norms": True, "qk_norm": True, "soft_cap": 0.0},  # of scores, whatever a config.json says
         tensors=_SANDWICH_NAMES,
         sqrt_embedding=True,
         sliding=_by_pattern,

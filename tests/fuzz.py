@@ -1,7 +1,7 @@
 """Mutates files of every kind that the commands read, and looks for what a user must never see.
 
 Each file goes through the real converter, loader or tokenizer in a process of its own, which may answer, or refuse with
-one line of at most 300 characters. Anything else (a traceback, 10 s, 4 GB, a signal) is a fault, whose files are kept.
+one line of at most 400 characters. Anything else (a traceback, 10 s, 4 GB, a signal) is a fault, whose files are kept.
 
     python tests/fuzz.py --seconds 600 --keep /tmp/faults
 """
@@ -140,7 +140,7 @@ def attempt(folder: Path, kind: str) -> str:
     error = [line for line in lines if "%|" not in line]  # tqdm's
     if status == 0:
         return "ok"
-    if status == 2 and len(error) == 1 and error[0].startswith("error: ") and len(error[0]) <= 300:
+    if status == 2 and len(error) == 1 and error[0].startswith("error: ") and len(error[0]) <= 400:
         return "refused"
     return f"FAULT status {status}, {len(error)} lines, the last {error[-1][:150] if error else ''!r}"
 

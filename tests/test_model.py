@@ -175,7 +175,7 @@ def test_builtin_names():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported; supported: llama, mistral"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported; supported: cwm, ernie4_5"),
         ({"model_type": None}, r"model_type None"),
         ({"hidden_act": "relu"}, r"hidden_act 'relu'"),
         ({"rope_scaling": {"type": "su"}}, r"rope_type 'su' is not supported"),

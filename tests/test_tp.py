@@ -34,6 +34,15 @@ from tp import TensorParallel  # noqa: E402
 
 REPO = Path(__file__).resolve().parent.parent
 KINDS = ["plain", "int8", "fp8", "int4:32", "int4:128"]
+# What families bring: OLMo 2's norms over all heads, Gemma's block, Ministral 3's growing queries.
+SCALES = {"embedding_scale": 8.0, "attention_scale": 0.2, "soft_cap": 3.0, "output_soft_cap": 4.0}
+LOCAL = {"windows": (4, 0), "local_rope": {"rope_base": 100.0}}
+GROWTH = {"rope_type": "default", "original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.5}
+FAMILIES = (
+    {"qk_norm_whole": True, "pre_norms": False, "post_norms": True},
+    {"tied": True, "unit_offset": True, "post_norms": True, "activation": "gelu_tanh", **SCALES, **LOCAL},
+    {"rope_scaling": GROWTH},
+)
 # World size: query heads, key/value heads, head dimension; those of 16 and 48 make int4 groups straddle ranks.
 SHAPES = {2: (4, 1, 48), 3: (6, 3, 32), 4: (8, 2, 16)}
 
@@ -252,6 +261,7 @@ def _rank(directory: Path) -> None:
             (tiny_config(tp.world, **more), "plain", torch.float32)
             for more in ({"qkv_bias": True}, {"tied": True}, {"qk_norm": True, "o_bias": True, "mlp_bias": True})
         ]
+        cases += [(tiny_config(tp.world, **more), "plain", torch.float32) for more in FAMILIES]
         for i, (config, kind, dtype) in enumerate(cases):
             path = directory / f"{i}.pth"
             if tp.rank == 0:
