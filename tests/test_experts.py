@@ -8,12 +8,14 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from test_kernels import DEVICE, DTYPES, KINDS, error, make_weight, on_device, scalars_index
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import ops
 from checkpoint import load_model, torch_load
 from errors import UserError
 from formats.config import config_fields
 from formats.convert import convert
+from formats.mixtures import mxfp4
 from linear import Linear
 from measure import prefill_flops, weight_bytes
 from ops import experts_gemm, experts_triton, tuning
@@ -50,6 +52,7 @@ FAMILIES = {
     "qwen3_moe-not-normalised": ("Qwen3Moe", {**QWEN, "mlp_only_layers": [0]}),
     "olmoe": ("Olmoe", {"num_experts": 4, "intermediate_size": 48}),
     "granitemoe": ("GraniteMoe", {"num_local_experts": 4, "intermediate_size": 48, **GRANITE}),
+    "gpt_oss": ("GptOss", {"num_local_experts": 4, "head_dim": 16, "sliding_window": 5}),
 }
 
 
@@ -111,6 +114,28 @@ def test_experts_in_one_tensor_are_those_apart(tmp_path):
     (tmp_path / "fused/config.json").write_text((tmp_path / "apart/config.json").read_text())
     apart, one = (torch_load(convert(tmp_path / name, torch.float32)) for name in ("apart", "fused"))
     assert apart.keys() == one.keys() and all(torch.equal(apart[name], one[name]) for name in apart)
+
+
+@torch.inference_mode()
+def test_mxfp4(tmp_path):
+    """gpt-oss's published experts are what transformers makes of them."""
+    blocks = torch.randint(0, 256, (4, 2 * 96, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(115, 128, (4, 2 * 96, 2), dtype=torch.uint8)
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)  # (E, K, N)
+    found = torch.stack([mxfp4(*expert) for expert in zip(blocks, scales)])
+    assert torch.equal(found.float().transpose(1, 2), expected)
+    build(tmp_path / "plain", "gpt_oss")
+    tensors = load_file(tmp_path / "plain/model.safetensors")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert tensors[name].shape == expected.shape
+    (tmp_path / "packed").mkdir()
+    config = (tmp_path / "plain/config.json").read_text()
+    for folder, own in (("plain", {name: expected}), ("packed", {f"{name}_blocks": blocks, f"{name}_scales": scales})):
+        rest = {key: t for key, t in tensors.items() if key != name}
+        save_file(rest | own, tmp_path / folder / "model.safetensors")
+        (tmp_path / folder / "config.json").write_text(config)
+    plain, packed = (torch_load(convert(tmp_path / folder, torch.float32)) for folder in ("plain", "packed"))
+    assert plain.keys() == packed.keys() and all(torch.equal(plain[key], packed[key]) for key in plain)
 
 
 def test_files_have_the_names_of_gpt_fast(tmp_path):
