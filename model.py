@@ -59,6 +59,10 @@ class ModelConfig:
     expert_size: int = 0  # each one's intermediate_size
     shared_size: int = 0  # that of an expert which all tokens meet; 0 is none
     norm_topk: bool = False  # the weights of the experts that a token meets sum to one
+    router_bias: bool = False
+    glu_limit: float = 0.0  # experts clamp gate and up (gpt-oss's SwiGLU, see ops/experts.py); 0 is SwiGLU
+    glu_alpha: float = 1.0
+    sinks: bool = False  # attention heads have a logit in the softmax's denominator alone
     dense_layers: tuple[int, ...] = ()  # layers that have a feed-forward all the same
     windows: tuple[int, ...] = ()  # sliding window of each layer, 0 is full attention; () is full everywhere
     rope_layers: tuple[bool, ...] = ()  # whether each layer rotates (SmolLM3 skips some); () is everywhere
@@ -111,7 +115,7 @@ class Attention(nn.Module):
         self.window = config.windows[layer] if config.windows else 0
         # Of the scores; 0 is no cap.
         self.scale, self.soft_cap = config.attention_scale or D**-0.5, config.soft_cap
-        self.sinks: nn.Parameter | None = None  # (H,), a logit of each head in the softmax's denominator alone
+        self.sink = Gains(H, queries) if config.sinks else None
         self.wqkv = Linear(config.dim, (H + 2 * Hkv) * D, config.qkv_bias, tp=tp, rows=rows)
         self.wo = Linear(H * D, config.dim, config.o_bias, tp=tp, columns=rows[0])
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
@@ -120,6 +124,10 @@ class Attention(nn.Module):
         self.growth = config.rope_scaling.get("llama_4_scaling_beta", 0.0)
         self.original = config.rope_scaling.get("original_max_position_embeddings", 1)
         ops.prepare_attention(self)
+
+    @property
+    def sinks(self) -> Tensor | None:
+        return self.sink.weight if self.sink else None
 
     def forward(
         self,
@@ -161,7 +169,7 @@ def add(x: Tensor, layer: Linear, y: Tensor, post_norm: RMSNorm | None) -> Tenso
 
 
 class Gains(nn.Module):
-    """A norm's weights, of which a rank holds a part."""
+    """A norm's weights, or other ones of features or heads, of which a rank holds a part."""
 
     def __init__(self, size: int, part: range):
         super().__init__()
@@ -234,8 +242,9 @@ class Mixture(nn.Module):
     def __init__(self, config: ModelConfig, tp: TensorParallel):
         super().__init__()
         self.top_k, self.renormalize, self.rank, self.world = config.n_expert_used, config.norm_topk, tp.rank, tp.world
-        self.gate = nn.Linear(config.dim, config.n_expert, bias=False)
+        self.gate = nn.Linear(config.dim, config.n_expert, config.router_bias)
         self.cond_ffn = FeedForward(config, tp, config.expert_size, config.n_expert)
+        self.limit, self.alpha = config.glu_limit, config.glu_alpha
         self.shared_expert = FeedForward(config, tp, config.shared_size) if config.shared_size else None
         self.shared_expert_gate = nn.Linear(config.dim, 1, bias=False) if config.shared_size else None
         if self.shared_expert:

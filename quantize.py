@@ -209,8 +209,9 @@ def calibrated_experts(
         x = torch.cat([h[(index == e).any(1)] for h, index in zip(inputs, met)]).to(device)
         for name, layer in layers.items():
             if name == "w2":
-                gate, x = (F.linear(x, layers[name].weight[e]) for name in ("w1", "w3"))
-                x = mixture.cond_ffn.act(gate) * x
+                biases = [None if layers[name].bias is None else layers[name].bias[e] for name in ("w1", "w3")]
+                gate_up = (F.linear(x, layers[name].weight[e], bias) for name, bias in zip(("w1", "w3"), biases))
+                x = ops.glu(mixture, *gate_up)
             if name != "w3":
                 hessian = Hessian(x.shape[1], device)
                 hessian.add(x)

@@ -63,6 +63,8 @@ KEYS: dict[str, Field] = {
     "norm_topk_prob": flag(),
     "decoder_sparse_step": integer(),  # each so-manieth layer is a mixture,
     "mlp_only_layers": list_of(integer(low=0)),  # but these
+    "swiglu_limit": number(1e-3, 1e6),
+    "swiglu_alpha": number(1e-3, 1e3),
 }
 # Where these are null, they are not what an absent key is: there are none, or they follow from others.
 NULLABLE = (
@@ -221,6 +223,8 @@ def _mixture(where: object, values: dict) -> dict:
         "expert_size": values.get("moe_intermediate_size", values["intermediate_size"]),
         "shared_size": values.get("shared_expert_intermediate_size", 0),
         "norm_topk": values.get("norm_topk_prob", True),
+        "glu_limit": values.get("swiglu_limit", 0.0),
+        "glu_alpha": values.get("swiglu_alpha", 1.0),
         "dense_layers": tuple(i for i in range(values["num_hidden_layers"]) if i in dense or (i + 1) % step),
     }
 

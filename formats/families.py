@@ -99,6 +99,7 @@ _POST = {"pre_norms": False, "post_norms": True}
 _POST_NAMES = {"post_attention_norm": "post_attention_layernorm", "post_ffn_norm": "post_feedforward_layernorm"}
 _SANDWICH_NAMES = {"ffn_norm": "pre_feedforward_layernorm", **_POST_NAMES}
 _GLM4_NAMES = {"post_attention_norm": "post_self_attn_layernorm", "post_ffn_norm": "post_mlp_layernorm"}
+_GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
 _UNIT = {"unit_offset": True}
 _MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}  # renormalised, unless norm_topk_prob says otherwise
 _QWEN_MOE = {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None}
@@ -295,6 +296,15 @@ FAMILIES: dict[str, Family] = {
     "granitemoe": Family(
         _keys(_COMMON, _MOE, attention_bias=False)
         | dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
+    ),
+    "gpt_oss": Family(  # arXiv 2508.10925
+        _keys(_COMMON, num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, rms_norm_eps=1e-5)
+        | {"rope_theta": 1.5e5, "attention_bias": True, "sliding_window": 128, "layer_types": None}
+        | {"num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+        {"sinks": True, "router_bias": True, "mlp_bias": True},
+        rope=_GPT_OSS_ROPE,
+        spelled=_EXPERTS,
+        sliding=_every(2),
     ),
     "glm": Family(_GLM, {"o_bias": False}, interleaved=True),  # arXiv 2406.12793
     "glm4": Family(_GLM, {"o_bias": False, "post_norms": True}, tensors=_GLM4_NAMES, interleaved=True),

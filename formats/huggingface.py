@@ -11,6 +11,7 @@ from errors import UserError
 from formats.config import builtin, family_of, text_config
 from formats.families import WRAPPERS
 from formats.fields import Field, mapping, read, text
+from formats.mixtures import name_experts
 from formats.source import HF, Lazy, Source, named, torch_tensors
 from process.files import read_json
 
@@ -50,7 +51,7 @@ def _open(files: list[Path], reader: Callable[[Path], dict[str, Lazy]], model_na
     elif not any(name.startswith(("model.", family.layers or "model.")) for name in tensors):  # the bare decoder's
         tensors = {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in tensors.items()}
     offset = float(family.fixed.get("unit_offset", False))
-    return named(HF, config, tensors, interleaved=family.interleaved, norm_offset=offset)
+    return name_experts(named(HF, config, tensors, interleaved=family.interleaved, norm_offset=offset))
 
 
 def _text_tensors(tensors: dict[str, Lazy]) -> dict[str, Lazy]:

@@ -100,41 +100,6 @@ _LAYER = {  # several names are stacked along the rows
 _FUSED_QKV = ("self_attn.qkv_proj", "", "attn_qkv")
 _FUSED_GATE_UP = ("mlp.gate_up_proj", "", "ffn_up")  # w1 above w3, where there is no gate
 
-_MIXTURE = {  # in Hugging Face's names alone, of which families have one or another
-    "block_sparse_moe.gate": ("mlp.gate", "block_sparse_moe.gate", "block_sparse_moe.router.layer"),
-    "block_sparse_moe.shared_expert_gate": ("mlp.shared_expert_gate",),
-    "block_sparse_moe.shared_expert.w1": ("mlp.shared_expert.gate_proj",),
-    "block_sparse_moe.shared_expert.w3": ("mlp.shared_expert.up_proj",),
-    "block_sparse_moe.shared_expert.w2": ("mlp.shared_expert.down_proj",),
-}
-_EXPERT = {  # each expert's, and all experts' in one tensor (E, N, K), w1's rows above w3's
-    "w1": ("mlp.experts.{}.gate_proj", "block_sparse_moe.experts.{}.w1"),
-    "w3": ("mlp.experts.{}.up_proj", "block_sparse_moe.experts.{}.w3"),
-    "w2": ("mlp.experts.{}.down_proj", "block_sparse_moe.experts.{}.w2"),
-}
-_ALL_EXPERTS = (
-    ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-    ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
-)
-
-
-def _mixture(ours: str, theirs: str, experts: int, tensors: dict[str, Lazy]) -> dict[str, list[str]]:
-    """The names of a layer's router and experts. What all experts have in one tensor is put there as matrices."""
-
-    def present(names: tuple[str, ...], *which: int) -> str:
-        whole = [f"{theirs}.{name.format(*which)}.weight" for name in names]
-        return next((name for name in whole if name in tensors), whole[0])
-
-    names = {f"{ours}.{own}.weight": [present(other)] for own, other in _MIXTURE.items()}
-    for own, other in _EXPERT.items():
-        names[f"{ours}.block_sparse_moe.cond_ffn.{own}.weight"] = [present(other, e) for e in range(experts)]
-    for gate_up, down in _ALL_EXPERTS:
-        if f"{theirs}.{gate_up}" in tensors:
-            w1, w3 = _halves(f"{theirs}.{gate_up}", tensors, 1)
-            for own, name in (("w1", w1), ("w3", w3), ("w2", f"{theirs}.{down}")):
-                names[f"{ours}.block_sparse_moe.cond_ffn.{own}.weight"] = [name]
-    return names
-
 
 def named(style: int, config: dict, tensors: dict[str, Lazy], where: object = "config.json", **more) -> Source:
     """The Source of tensors that are named in one of the styles. where: of config; more: the Source's other fields.
@@ -149,8 +114,7 @@ def named(style: int, config: dict, tensors: dict[str, Lazy], where: object = "c
         top |= {ours: family.tensors[ours] for ours in top if ours in family.tensors}
         prefix = family.layers or prefix
     names = {f"{ours}.weight": [f"{theirs}.weight"] for ours, theirs in top.items()}
-    fields, starts = config_fields(config, where), f"{prefix}."
-    n_layer, experts = fields["n_layer"], fields.get("n_expert")
+    n_layer, starts = config_fields(config, where)["n_layer"], f"{prefix}."
     layers = {name.removeprefix(starts).partition(".")[0] for name in tensors if name.startswith(starts)}
     if not layers:  # another program's file
         absent = {f"{starts}*", *itertools.chain.from_iterable(names.values())} - tensors.keys()
@@ -161,8 +125,6 @@ def named(style: int, config: dict, tensors: dict[str, Lazy], where: object = "c
     fused_qkv = qkv and any(f".{qkv}." in name for name in tensors)
     fused_up = gate_up and any(f".{gate_up}." in name for name in tensors)
     fused_up = fused_up and not any(f".{gate}." in name for name in tensors)
-    for layer in range(n_layer if experts else 0):
-        names |= _mixture(f"layers.{layer}", f"{prefix}.{layer}", experts, tensors)
     for layer, kind in itertools.product(range(n_layer), ("weight", "bias")):
         our_layer, their_layer = f"layers.{layer}", f"{prefix}.{layer}"
         for ours, theirs in layer_names.items():
@@ -175,12 +137,12 @@ def named(style: int, config: dict, tensors: dict[str, Lazy], where: object = "c
     return Source(config, tensors, names, **more)
 
 
-def _halves(name: str, tensors: dict[str, Lazy], axis: int = 0) -> list[str]:
+def _halves(name: str, tensors: dict[str, Lazy]) -> list[str]:
     """Put the upper and the lower half of a tensor, if it is there, in its place. Returns their names."""
     halves = [f"{name}[0]", f"{name}[1]"]
     if whole := tensors.pop(name, None):
-        rows = whole.shape[axis] if len(whole.shape) > axis else 0
+        rows = whole.shape[0] if whole.shape else 0
         for i, half in enumerate(halves):
-            shape = (*whole.shape[:axis], (rows + 1 - i) // 2, *whole.shape[axis + 1 :])  # odd ones then fit nowhere
-            tensors[half] = Lazy(shape, lambda i=i: dense(name, whole.read()).chunk(2, axis)[i])
+            shape = ((rows + 1 - i) // 2, *whole.shape[1:])  # halves of an odd size then fit nowhere
+            tensors[half] = Lazy(shape, lambda i=i: dense(name, whole.read()).chunk(2)[i])
     return halves

@@ -13,7 +13,7 @@ from ops.attention import attention
 from ops.attention import prepare as prepare_attention
 from ops.common import MAX_ROWS, triton
 from ops.embedding import embed
-from ops.experts import mixture, route
+from ops.experts import glu, mixture, route
 from ops.experts import prepare as prepare_mixture
 from ops.graph import capture
 from ops.linear import FEW_ROWS, linear, plain
@@ -39,6 +39,7 @@ __all__ = [
     "embed",
     "find",
     "free_memory",
+    "glu",
     "has_kernels",
     "linear",
     "logit_threshold",

@@ -38,10 +38,12 @@ class Experts(Protocol):
 class MixtureLayer(Protocol):
     """What a backend reads of a layer."""
 
-    gate: nn.Linear  # the router, (E, C)
+    gate: nn.Linear  # the router, (E, C) and perhaps a bias
     cond_ffn: Experts
     top_k: int
     renormalize: bool
+    limit: float  # of what `glu` multiplies, 0 where there is none
+    alpha: float
     rank: int
     world: int
     backends: tuple[Callable, ...]  # before plain PyTorch
@@ -56,7 +58,7 @@ class Expert:
     zeros: Tensor | None
     bias: Tensor | None
     in_features: int
-    swiglu: bool
+    swiglu: bool = False
     fp32: bool = False
     reduce: str = ""
     rank: int = 0
@@ -103,7 +105,16 @@ def mixture(layer: MixtureLayer, x: Tensor, norm: nn.RMSNorm, residual: Tensor |
 
 def route(layer: MixtureLayer, h: Tensor) -> tuple[Tensor, Tensor]:
     """The experts that rows h (M, C) meet, int64 (M, k), and their weights, fp32 (M, k)."""
-    return experts_gemm.choose(h, layer.gate.weight, layer.top_k, layer.renormalize)
+    return experts_gemm.choose(h, layer.gate.weight, layer.gate.bias, layer.top_k, layer.renormalize)
+
+
+def glu(layer: MixtureLayer, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) * up or, with a limit, gate * sigmoid(alpha gate) * (up + 1) of clamped ones (gpt-oss's model card,
+    arXiv 2508.10925)."""
+    if not layer.limit:
+        return layer.cond_ffn.act(gate) * up
+    gate, up = gate.clamp(max=layer.limit), up.clamp(-layer.limit, layer.limit)
+    return gate * torch.sigmoid(layer.alpha * gate) * (up + 1)
 
 
 def mixture_plain(layer: MixtureLayer, x: Tensor, norm: nn.RMSNorm, residual: Tensor | None) -> Tensor:
@@ -112,16 +123,17 @@ def mixture_plain(layer: MixtureLayer, x: Tensor, norm: nn.RMSNorm, residual: Te
     index, weights = route(layer, h)
     rows, experts, k = h.repeat_interleave(layer.top_k, 0), layer.cond_ffn, index.flatten()  # (M k, C)
     if experts.w13:
-        hidden = _grouped(experts.w13, rows, k)
+        gate, up = _grouped(experts.w13, rows, k).unflatten(-1, (-1, 2, 8)).unbind(-2)
+        hidden = glu(layer, gate, up).flatten(-2)
     else:
-        hidden = experts.act(_grouped(experts.w1, rows, k)) * _grouped(experts.w3, rows, k)
+        hidden = glu(layer, _grouped(experts.w1, rows, k), _grouped(experts.w3, rows, k))
     y = _grouped(experts.w2, hidden, k).view(*index.shape, -1)
     y = (y * weights[..., None]).sum(1).to(x.dtype).view(x.shape)
     return y if residual is None else residual + y
 
 
 def _grouped(layer: LinearLayer, x: Tensor, index: Tensor) -> Tensor:
-    return grouped_linear(x, index, layer.weight, layer.scales, layer.zeros, layer.bias, layer.swiglu)
+    return grouped_linear(x, index, layer.weight, layer.scales, layer.zeros, layer.bias)
 
 
 @op("grouped_linear")
@@ -132,13 +144,12 @@ def grouped_linear(
     scales: Tensor | None,
     zeros: Tensor | None,
     bias: Tensor | None,
-    swiglu: bool,
 ) -> Tensor:
-    """Each row of x (P, K) through its expert, index (P,), of weights (E, N, K) of any kind: (P, N), or (P, N / 2) of
-    gate and up. On a CPU only the experts that are met are read; elsewhere the host does not wait to know them."""
-    y = x.new_empty(_shape(x, weight, swiglu))
+    """Each row of x (P, K) through its expert, index (P,), of weights (E, N, K) of any kind: (P, N). On a CPU only the
+    experts that are met are read; elsewhere the host does not wait to know them."""
+    y = x.new_empty(len(x), weight.shape[1])
     for e in index.unique().tolist() if x.is_cpu else range(len(weight)):
-        own = Expert(*(t if t is None else t[e] for t in (weight, scales, zeros, bias)), x.shape[1], swiglu)
+        own = Expert(*(t if t is None else t[e] for t in (weight, scales, zeros, bias)), x.shape[1])
         if x.is_cpu:
             own.backends = tuple(run for supports, run in BACKENDS if supports(own, x.dtype))
             rows = (index == e).nonzero()[:, 0]
@@ -149,9 +160,5 @@ def grouped_linear(
 
 
 @torch.library.register_fake("gptfast::grouped_linear")
-def _(x, index, weight, scales, zeros, bias, swiglu):
-    return x.new_empty(_shape(x, weight, swiglu))
-
-
-def _shape(x: Tensor, weight: Tensor, swiglu: bool) -> tuple[int, int]:
-    return x.shape[0], weight.shape[1] // (2 if swiglu else 1)
+def _(x, index, weight, scales, zeros, bias):
+    return x.new_empty(len(x), weight.shape[1])

@@ -2,7 +2,7 @@
 host.
 
     run(layer, x, norm, residual)   the backend of experts.py
-    group(index, n, rows)           the order that puts tokens of one expert side by side, and tiles of it
+    group(x, norm, ...)             RMSNorm, the router, and the order that puts tokens of one expert side by side
     product(x, weight, ...)         gate and up, with SwiGLU, or down, of all experts, in one GEMM in Triton
 
 A tile of the result belongs to one expert, and reads its tokens' rows of x where they are. How many tiles there are is
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ops import tuning
 from ops.common import on_triton, op, pdl, tl, triton
+from ops.experts_triton import glu
 from ops.linear_gemm import assembly, places, rms_norm, values, weights
 from ops.linear_triton import kind_of, out_features
 
@@ -26,10 +27,90 @@ FEATURES = 1024  # of a row, that a program sums
 if triton is not None:
 
     @triton.jit
+    def _choose_kernel(
+        index, scores, counts, h, x, gain, gate, shift, M, C, E, eps, TOP: tl.constexpr, RENORMALIZE: tl.constexpr,
+        EXPERTS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    ):  # fmt: skip
+        """Of BM rows of x (M, C): h, their RMSNorm; index int32 and scores fp32 (M, TOP), the experts they meet and how
+        much these count; counts int32 (blocks, EXPERTS), how many of these rows each expert gets."""
+        m, e, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, EXPERTS), tl.arange(0, BC)
+        at = m.to(tl.int64)[:, None] * C + c[None, :]
+        squares = tl.zeros((BM, BC), tl.float32)
+        for start in range(0, C, BC):
+            rows = tl.load(x + at + start, (m < M)[:, None] & (start + c < C)[None, :], other=0.0).to(tl.float32)
+            squares += rows * rows
+        factor = tl.rsqrt(tl.sum(squares, 1) / C + eps)
+        acc = tl.zeros((BM, EXPERTS), tl.float32)
+        for start in range(0, C, BC):
+            inside = (m < M)[:, None] & (start + c < C)[None, :]
+            rows = tl.load(x + at + start, inside, other=0.0).to(tl.float32) * factor[:, None]
+            rows *= tl.load(gain + start + c, start + c < C, other=0.0).to(tl.float32)[None, :]
+            rows = rows.to(h.dtype.element_ty)
+            tl.store(h + at + start, rows, inside)
+            own = tl.load(
+                gate + e[:, None] * C + (start + c)[None, :], (e < E)[:, None] & (start + c < C)[None, :], other=0.0
+            )
+            acc = tl.dot(rows, tl.trans(own), acc)
+        if shift is not None:
+            acc += tl.load(shift + e, e < E, other=0.0).to(tl.float32)[None, :]
+        logits = tl.where((e < E)[None, :], acc, -3e38)
+        p = tl.exp(logits - tl.max(logits, 1, keep_dims=True))
+        total, rest, met = tl.sum(p, 1), logits, tl.zeros((BM, EXPERTS), tl.int32)
+        for i in tl.static_range(TOP):
+            best = tl.minimum(tl.argmax(rest, 1), E - 1)
+            tl.store(index + m * TOP + i, best, m < M)
+            met += (e[None, :] == best[:, None]).to(tl.int32)
+            rest = tl.where(e[None, :] == best[:, None], float("-inf"), rest)
+        if RENORMALIZE:
+            total = tl.sum(tl.where(met > 0, p, 0.0), 1)
+        rest = logits
+        for i in tl.static_range(TOP):
+            best = e[None, :] == tl.argmax(rest, 1, keep_dims=True)
+            tl.store(scores + m * TOP + i, tl.sum(tl.where(best, p, 0.0), 1) / total, m < M)
+            rest = tl.where(best, float("-inf"), rest)
+        tl.store(counts + tl.program_id(0) * EXPERTS + e, tl.sum(tl.where((m < M)[:, None], met, 0), 0))
+
+    @triton.jit
+    def _place_kernel(
+        order, tiles, counts, index, M, E, T, blocks, ROWS: tl.constexpr, TOP: tl.constexpr, TOP2: tl.constexpr,
+        EXPERTS: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr,
+    ):  # fmt: skip
+        """Puts a block's rows, each TOP times, at their places in `order`, by expert and then as they are; the first
+        program writes the tiles of so many ROWS. See `group`."""
+        block, e = tl.program_id(0), tl.arange(0, EXPERTS)
+        total, before = tl.zeros((EXPERTS,), tl.int32), tl.zeros((EXPERTS,), tl.int32)
+        for b in range(0, blocks, BB):
+            at = b + tl.arange(0, BB)
+            own = tl.load(counts + at[:, None] * EXPERTS + e[None, :], (at < blocks)[:, None], other=0)
+            total += tl.sum(own, 0)
+            before += tl.sum(tl.where((at < block)[:, None], own, 0), 0)
+        start = tl.cumsum(total, 0) - total
+        i = tl.arange(0, BM * TOP2)
+        m, choice = block * BM + i // TOP2, i % TOP2
+        mine = (m < M) & (choice < TOP)
+        expert = tl.load(index + m * TOP + choice, mine, other=-1)
+        met = (expert[:, None] == e[None, :]).to(tl.int32)
+        place = tl.sum(met * ((start + before)[None, :] + tl.cumsum(met, 0) - met), 1)
+        tl.store(order + place, m * TOP + choice, mine)
+        if block == 0:
+            parts = (total + ROWS - 1) // ROWS
+            ends = tl.cumsum(parts, 0)
+            for t0 in range(0, T, BB):
+                t = t0 + tl.arange(0, BB)
+                of = tl.minimum(tl.sum((t[:, None] >= ends[None, :]).to(tl.int32), 1), E - 1)
+                here = of[:, None] == e[None, :]
+                first = tl.sum(tl.where(here, (start - (ends - parts) * ROWS)[None, :], 0), 1) + t * ROWS
+                end = tl.sum(tl.where(here, (start + total)[None, :], 0), 1)
+                tl.store(tiles + t * 3, of, t < T)
+                tl.store(tiles + t * 3 + 1, first, t < T)
+                tl.store(tiles + t * 3 + 2, end, t < T)
+
+    @triton.jit
     def _grouped_kernel(
         y, x, w, s, bias, scores, order, tiles, N, K, width, k,
-        KIND: tl.constexpr, GROUP: tl.constexpr, DOWN: tl.constexpr, O: tl.constexpr, BM: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+        KIND: tl.constexpr, GROUP: tl.constexpr, DOWN: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+        O: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
+        ASM: tl.constexpr,
     ):  # fmt: skip
         """Up: y (P, width of the next x) = SwiGLU of W x [+ bias], times scores (P,), a row for each place in `order`,
         in the order of slots O wants. DOWN: y (P, N) = W x [+ scores * bias], a row for each token and choice.
@@ -89,7 +170,7 @@ if triton is not None:
             tl.store(y + at, acc.to(y.dtype.element_ty), stored & (n < N)[:, None])
         else:
             gate, up = tl.split(acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 3, 1))
-            out = (gate * up / (1 + tl.exp(-gate))).reshape(BN // 2, BM) * score[None, :]
+            out = glu(gate, up, LIMIT, ALPHA).reshape(BN // 2, BM) * score[None, :]
             n = tile * (BN // 2) + tl.arange(0, BN // 2)
             slot = n
             if O > 0:  # see linear_gemm.py's _norm_kernel
@@ -110,24 +191,42 @@ if triton is not None:
         tl.store(out + m * N + n, total.to(out.dtype.element_ty), n < N)
 
 
-def choose(h: Tensor, gate: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+def choose(h: Tensor, gate: Tensor, bias: Tensor | None, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """See experts.route."""
-    weights, index = F.linear(h.float(), gate.float()).softmax(-1).topk(top_k, -1)
+    bias = None if bias is None else bias.float()
+    weights, index = F.linear(h.float(), gate.float(), bias).softmax(-1).topk(top_k, -1)
     return index, weights / weights.sum(-1, keepdim=True) if renormalize else weights
 
 
-def group(index: Tensor, n: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Of index (M, k), which of n experts each token meets: the order int32 (P,) that puts places in it by expert, and
-    tiles int32 (T, 3) of at most so many rows of that order: the expert, the first one, and the end of its rows. T is
-    as many as there may be; those there are not are empty."""
-    found, order = index.flatten().sort(stable=True)
-    bounds = torch.searchsorted(found, torch.arange(n + 1, device=index.device))
-    parts = (bounds.diff() + rows - 1) // rows
-    ends = parts.cumsum(0)
-    tile = torch.arange(len(found) // rows + min(n, len(found)), device=index.device)
-    expert = torch.searchsorted(ends, tile, right=True).clamp(max=n - 1)
-    first = bounds[expert] + (tile - ends[expert] + parts[expert]) * rows
-    return order.int(), torch.stack((expert, first, bounds[expert + 1]), 1).int()
+def group(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    gate: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    renormalize: bool,
+    rows: int,
+) -> tuple[Tensor, ...]:
+    """Send rows x (M, C) to experts. Returns h, their RMSNorm; scores fp32 (M, k), as `choose`; the order int32 (P,)
+    that puts tokens of one expert side by side, of numbers m k + choice; and tiles int32 (T, 3) of at most so many rows
+    of that order: the expert, the first place, and the end of that expert's. T is as many as there may be; those there
+    are not are empty."""
+    (M, C), E, BM = x.shape, len(gate), 16
+    blocks, EXPERTS = triton.cdiv(M, BM), max(16, triton.next_power_of_2(E))
+    h, scores = torch.empty_like(x), torch.empty(M, top_k, dtype=torch.float32, device=x.device)
+    index, order = torch.empty(2, M * top_k, dtype=torch.int32, device=x.device)
+    counts = torch.empty(blocks, EXPERTS, dtype=torch.int32, device=x.device)
+    _choose_kernel[(blocks,)](
+        index, scores, counts, h, x, norm, gate, bias, M, C, E, eps, TOP=top_k, RENORMALIZE=renormalize,
+        EXPERTS=EXPERTS, BM=BM, BC=128, num_warps=4,
+    )  # fmt: skip
+    tiles = torch.empty(M * top_k // rows + min(E, M * top_k), 3, dtype=torch.int32, device=x.device)
+    _place_kernel[(blocks,)](
+        order, tiles, counts, index, M, E, len(tiles), blocks, ROWS=rows, TOP=top_k,
+        TOP2=triton.next_power_of_2(top_k), EXPERTS=EXPERTS, BM=BM, BB=64, num_warps=8,
+    )  # fmt: skip
+    return h, scores, order, tiles
 
 
 def product(
@@ -141,6 +240,8 @@ def product(
     tiles: Tensor,
     how: tuning.Tile,
     down: bool,
+    limit: float = 0.0,
+    alpha: float = 1.0,
 ) -> Tensor:
     """One product of n experts. Up: x (M, K') in the order of slots -> SwiGLU of W x [+ bias], times scores (M, k), in
     that order (P, K'). Down: of these -> W x [+ scores * bias] (P, N). See `group`, whose tiles have how.rows rows."""
@@ -155,7 +256,7 @@ def product(
         y, x, weight if kind == "fp" else weight.view(torch.int32), scales, bias, scores, order, tiles,
         N, K, x.shape[1], scores.shape[1],
         KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, DOWN=down,
-        O={"fp": 0, "int4": 4}.get(kind, 8), BM=how.rows, R=R, C=C, W=W,
+        LIMIT=limit, ALPHA=alpha, O={"fp": 0, "int4": 4}.get(kind, 8), BM=how.rows, R=R, C=C, W=W,
         EVEN=K % BK == 0, ASM=assembly(kind, x.dtype, hopper) if kind != "fp" else None,
         num_warps=W, num_stages=how.num_stages,
     )  # fmt: skip
@@ -168,8 +269,11 @@ def mixture_many(
     norm: Tensor,
     eps: float,
     gate: Tensor,
+    gate_bias: Tensor | None,
     top_k: int,
     renormalize: bool,
+    limit: float,
+    alpha: float,
     up: Tensor,
     up_scales: Tensor | None,
     up_bias: Tensor | None,
@@ -180,23 +284,19 @@ def mixture_many(
 ) -> Tensor:
     """[residual +] the mixture of rms_norm(x): x (M, C) -> (M, C). Weights are those of experts_triton.experts."""
     (M, C), E, kind = x.shape, len(gate), kind_of(up)
-    h = rms_norm(x, norm, eps)
-    index, scores = choose(h, gate, top_k, renormalize)
-    hows = [tuning.grouped(kind_of(w), out_features(w) // E, M * top_k // E, x.device) for w in (up, down)]
-    order, tiles = group(index, E, hows[0].rows)
+    how = tuning.grouped(kind, out_features(up) // E, M * top_k // E, x.device)
+    h, scores, order, tiles = group(x, norm, eps, gate, gate_bias, top_k, renormalize, how.rows)
     if kind != "fp":
         h = rms_norm(x, norm, eps, kind, x.new_empty(M, triton.cdiv(C, 64) * 64))
-    hidden = product(h, up, up_scales, up_bias, E, scores, order, tiles, hows[0], False)
-    if hows[1].rows != hows[0].rows:
-        order, tiles = group(index, E, hows[1].rows)
-    y = product(hidden, down, down_scales, down_bias, E, scores, order, tiles, hows[1], True)
+    hidden = product(h, up, up_scales, up_bias, E, scores, order, tiles, how, False, limit, alpha)
+    y = product(hidden, down, down_scales, down_bias, E, scores, order, tiles, how, True)
     out = torch.empty_like(x)
     _sum_kernel[(M, triton.cdiv(C, FEATURES))](out, y, residual, C, top_k, BLOCK=FEATURES, num_warps=4)
     return out
 
 
 @torch.library.register_fake("gptfast::mixture_many")
-def _(x, norm, eps, gate, top_k, renormalize, up, up_scales, up_bias, down, down_scales, down_bias, residual):
+def _(x, *rest):
     return torch.empty_like(x)
 
 
@@ -207,5 +307,5 @@ def run(layer, x: Tensor, norm: nn.RMSNorm, residual: Tensor | None) -> Tensor |
     rows, up, down = x.reshape(-1, x.shape[-1]).contiguous(), layer.cond_ffn.w13, layer.cond_ffn.w2
     residual = None if residual is None else residual.reshape(rows.shape).contiguous()
     weights = (up.weight, up.scales, up.bias, down.weight, down.scales, down.bias)
-    how = (layer.gate.weight, layer.top_k, layer.renormalize)
+    how = (layer.gate.weight, layer.gate.bias, layer.top_k, layer.renormalize, layer.limit, layer.alpha)
     return mixture_many(rows, norm.weight, norm.eps, *how, *weights, residual).view(x.shape)

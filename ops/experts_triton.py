@@ -22,16 +22,27 @@ from ops import tuning
 from ops.common import counters, few_rows_on_triton, op, pdl, tl, tlx, triton
 from ops.linear_triton import kind_of, out_features
 
-if triton is not None:
+if triton is None:
+    glu = None
+else:
     from ops.linear_triton import _axes
 
     @triton.jit
+    def glu(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
+        """See experts.glu."""
+        if LIMIT > 0:
+            gate = tl.minimum(gate, LIMIT)
+            up = tl.maximum(tl.minimum(up, LIMIT), -LIMIT) + 1
+        return gate * up / (1 + tl.exp(-ALPHA * gate))
+
+    @triton.jit
     def _route_kernel(
-        h, logits, used, weights, done, x, gain, gate, M, C, E, eps, TOP: tl.constexpr, RENORMALIZE: tl.constexpr,
-        ROWS: tl.constexpr, EXPERTS: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
+        h, logits, used, weights, done, x, gain, gate, shift, M, C, E, S, eps, TOP: tl.constexpr,
+        RENORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         """h (M, C) = RMSNorm of x; logits fp32 (M, E) of some experts and a row in each program. The last program to
-        come writes count and slots, used int32 (1 + S), and their weights, fp32 (S, M)."""
+        come writes count and slots, used int32 (1 + S), and their weights, fp32 (S, M), both 0 past count."""
         block, m = tl.program_id(0), tl.program_id(1)
         e, c = block * BE + tl.arange(0, BE), tl.arange(0, BC)
         if PDL:
@@ -44,7 +55,10 @@ if triton is not None:
         v = (row * tl.rsqrt(tl.sum(row * row, 0) / C + eps) * v).to(h.dtype.element_ty)
         if block == 0:
             tl.store(h + m * C + c, v, c < C)
-        tl.store(logits + m * E + e, tl.sum(own.to(tl.float32) * v.to(tl.float32)[None, :], 1), e < E)
+        score = tl.sum(own.to(tl.float32) * v.to(tl.float32)[None, :], 1)
+        if shift is not None:
+            score += tl.load(shift + e, e < E, other=0.0).to(tl.float32)
+        tl.store(logits + m * E + e, score, e < E)
         tl.debug_barrier()
         if tl.atomic_add(done, 1, sem="acq_rel") < tl.num_programs(0) * tl.num_programs(1) - 1:
             return
@@ -52,22 +66,31 @@ if triton is not None:
         rows, e = tl.arange(0, ROWS)[:, None], tl.arange(0, EXPERTS)[None, :]
         rest = tl.load(logits + rows * E + e, (rows < M) & (e < E), other=-3e38, cache_modifier=".cg")
         p = tl.exp(rest - tl.max(rest, 1, keep_dims=True))
-        chosen = (rows < 0) & (e < 0)
-        for _ in tl.static_range(TOP):
-            best = e == tl.argmax(rest, 1, keep_dims=True)
-            chosen |= best
-            rest = tl.where(best, float("-inf"), rest)
+        if ROWS == 1:  # one look at all pairs, faster than so many maxima
+            mine, theirs = rest.reshape(EXPERTS, 1), rest.reshape(1, EXPERTS)
+            first = tl.arange(0, EXPERTS)
+            ahead = (theirs > mine) | ((theirs == mine) & (first[None, :] < first[:, None]))
+            chosen = tl.sum(ahead.to(tl.int32), 1).reshape(1, EXPERTS) < TOP
+        else:
+            chosen = (rows < 0) & (e < 0)
+            for _ in tl.static_range(TOP):
+                best = e == tl.argmax(rest, 1, keep_dims=True)
+                chosen |= best
+                rest = tl.where(best, float("-inf"), rest)
         if RENORMALIZE:
             p = tl.where(chosen, p, 0.0)
         p = tl.where(chosen, p / tl.sum(p, 1, keep_dims=True), 0.0)
         met = tl.max((chosen & (rows < M) & (e < E)).to(tl.int32), 0, keep_dims=True)  # (1, EXPERTS)
         slot = tl.cumsum(met, 1) - met
-        tl.store(used + 1 + slot, e, met > 0)
-        tl.store(used, tl.sum(tl.sum(met, 1), 0))
-        tl.store(weights + slot * M + rows, p, (met > 0) & (rows < M))
+        count = tl.sum(tl.sum(met, 1), 0)
+        tl.store(used, count)
+        tl.store(used + 1 + slot, e, (met > 0) & (slot < S))
+        tl.store(used + 1 + e, 0, (e >= count) & (e < S))
+        tl.store(weights + slot * M + rows, p, (met > 0) & (slot < S) & (rows < M))
+        tl.store(weights + e * M + rows, 0.0, (e >= count) & (e < S) & (rows < M))
 
     @triton.jit
-    def _unit(used, count, tile, step, T, U, DOWN: tl.constexpr, warp):
+    def _unit(used, count, S, tile, step, T, U, DOWN: tl.constexpr, warp):
         """Of each warp at a step of a tile: its slot, its unit there, its expert, and whether it has something to do;
         where it has not, it is to read what it finds."""
         at = step + warp
@@ -78,19 +101,19 @@ if triton is not None:
         else:
             live = at < U
             unit = tl.minimum(at, U - 1)
-            slot = tl.minimum(tile // T, count - 1) + 0 * unit
+            slot = tl.minimum(tile // T, S - 1) + 0 * unit
         return slot, unit, tl.load(used + 1 + slot, cache_modifier=".cg"), live
 
     @triton.jit
     def _weights(
-        w, s, used, count, tile, step, wanted, T, U, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr,
-        DOWN: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
+        w, s, used, count, S, tile, step, wanted, T, U, N, K, KIND: tl.constexpr, GROUP: tl.constexpr,
+        COLS: tl.constexpr, DOWN: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
     ):  # fmt: skip
         """The words of a tile at a step of W units and, for int4, its scales and zeros; for kinds of 8 bits going down,
         each warp's scales of rows (W, 8 R)."""
         PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
         j, i, warp, r, u = _axes(W, R)
-        _, unit, expert, _ = _unit(used, count, tile, step, T, U, DOWN, warp)
+        _, unit, expert, _ = _unit(used, count, S, tile, step, T, U, DOWN, warp)
         chunk = unit * C + tl.arange(0, C)[None, None, None, None, :, None]
         here = tile if DOWN else tile % T
         pair = 0.0
@@ -115,20 +138,20 @@ if triton is not None:
             words = row * (K // PER_WORD) + (chunk * 16 + j * 4 + u)
             inside = (chunk * 16 + j * 4) * PER_WORD < K
             if DOWN and KIND != "fp":
-                _, _, expert, _ = _unit(used, count, tile, step, T, U, DOWN, tl.arange(0, W)[:, None])
+                _, _, expert, _ = _unit(used, count, S, tile, step, T, U, DOWN, tl.arange(0, W)[:, None])
                 n = tile * (R * 8) + tl.arange(0, R * 8)[None, :]
                 pair = tl.load(s + expert.to(tl.int64) * N + n, n < N, other=0.0).to(tl.float32)
         return products.load(w, words, 0, inside, EVEN, KIND != "fp", wanted), pair
 
     @triton.jit
     def _rows(
-        xs, kx, used, count, tile, step, T, U, M, K, COLS: tl.constexpr, DOWN: tl.constexpr, SPAN: tl.constexpr,
+        xs, kx, used, count, S, tile, step, T, U, M, K, COLS: tl.constexpr, DOWN: tl.constexpr, SPAN: tl.constexpr,
         X: tl.constexpr, W: tl.constexpr,
     ):  # fmt: skip
         """The words of x that meet `_weights`; kx are those of a unit, of SPAN words."""
         B: tl.constexpr = (COLS + 7) // 8
         warp = tl.arange(0, W)[None, None, :, None, None, None]
-        slot, unit, _, live = _unit(used, count, tile, step, T, U, DOWN, warp)
+        slot, unit, _, live = _unit(used, count, S, tile, step, T, U, DOWN, warp)
         at = unit * SPAN + kx
         inside = live & (at < K // 2)
         row = 0 * slot
@@ -157,9 +180,10 @@ if triton is not None:
 
     @triton.jit
     def _experts_kernel(
-        y, x, w, s, bias, residual, used, weights, M, N, K, KIND: tl.constexpr, GROUP: tl.constexpr,
-        DOWN: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+        y, x, w, s, bias, residual, used, weights, S, M, N, K, KIND: tl.constexpr, GROUP: tl.constexpr,
+        DOWN: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr,
+        C: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr,
+        ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """Up: y (S, M, N / 2) = weights * SwiGLU of W x [+ bias], of x (M, K). DOWN: y (M, N) = [residual +] the sum
         over slots of W x [+ weights * bias], of x (S, M, K). M is at most COLS. See linear_triton._linear_kernel.
@@ -199,7 +223,9 @@ if triton is not None:
             else:
                 tlx.gdc_wait()
                 tlx.gdc_launch_dependents()
-        count = tl.load(used, cache_modifier=".cg")
+        count = S
+        if COLS > 1:  # one row uses as many experts as there may be
+            count = tl.load(used, cache_modifier=".cg")
         tiles, units = count * T, U
         if DOWN:
             tiles, units = T, count * U
@@ -207,11 +233,11 @@ if triton is not None:
             return
         wanted = None
         w_now, s_now = _weights(
-            w, s, used, count, tile, 0, wanted, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
+            w, s, used, count, S, tile, 0, wanted, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
         )  # fmt: skip
         if PDL and DOWN:
             tlx.gdc_wait()
-        t = _rows(xs, kx, used, count, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
+        t = _rows(xs, kx, used, count, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
         squares = tl.zeros((1, 16, 16), tl.float32)
         if WHOLE:
             b, x_scale, squares = products.operand(
@@ -242,13 +268,13 @@ if triton is not None:
             acc = tl.zeros((D * W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
             if not WHOLE:
                 for step in range(W, units, W):
-                    t_next = _rows(xs, kx, used, count, tile, step, T, U, M, K, COLS, DOWN, SPAN, X, W)
+                    t_next = _rows(xs, kx, used, count, S, tile, step, T, U, M, K, COLS, DOWN, SPAN, X, W)
                     b, x_scale, squares = products.operand(
                         squares, t, None, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
                     )
                     acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, DOWN, ASM)
                     w_now, s_now = _weights(
-                        w, s, used, count, tile, step, wanted, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
+                        w, s, used, count, S, tile, step, wanted, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
                     )  # fmt: skip
                     t = t_next
                 b, x_scale, squares = products.operand(
@@ -258,10 +284,10 @@ if triton is not None:
             tile += tl.num_programs(0)
             if PERSIST:
                 w_now, s_now = _weights(
-                    w, s, used, count, tile, 0, tile < tiles, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
+                    w, s, used, count, S, tile, 0, tile < tiles, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
                 )  # fmt: skip
                 if not WHOLE:
-                    t = _rows(xs, kx, used, count, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
+                    t = _rows(xs, kx, used, count, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
 
             if D > 1:
                 acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
@@ -282,7 +308,7 @@ if triton is not None:
                 if bias is not None:
                     out += shift[:, None]
                 gate, up = tl.split(out.reshape(R // 2, 2, 8, COLS).permute(0, 2, 3, 1))
-                out = (gate * up / (1 + tl.exp(-gate))).reshape(R * 4, COLS)
+                out = glu(gate, up, LIMIT, ALPHA).reshape(R * 4, COLS)
                 out = tl.where((weight != 0)[None, :], out * weight[None, :], 0.0)
             if residual is not None:
                 out += before
@@ -291,7 +317,15 @@ if triton is not None:
 
 @op("route", ("h", "logits"))
 def route(
-    h: Tensor, logits: Tensor, x: Tensor, norm: Tensor, eps: float, gate: Tensor, top_k: int, renormalize: bool
+    h: Tensor,
+    logits: Tensor,
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    gate: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    renormalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """Which experts rows x (M, C) are sent to by the router `gate` (E, C): used int32 (1 + S), their number and then
     their indices in ascending order, and weights fp32 (S, M), 0 where a row is not sent there. S is as many as there
@@ -302,7 +336,7 @@ def route(
     weights = torch.empty(S, M, dtype=torch.float32, device=x.device)
     BE = max(1, triton.next_power_of_2(E) // 32)
     _route_kernel[(triton.cdiv(E, BE), M)](
-        h, logits, used, weights, counters(x.device, 1), x, norm, gate, M, C, E, eps,
+        h, logits, used, weights, counters(x.device, 1), x, norm, gate, bias, M, C, E, S, eps,
         TOP=top_k, RENORMALIZE=renormalize, ROWS=triton.next_power_of_2(M), EXPERTS=triton.next_power_of_2(E), BE=BE,
         BC=triton.next_power_of_2(C), num_warps=8, **pdl(x.device),
     )  # fmt: skip
@@ -310,7 +344,7 @@ def route(
 
 
 @torch.library.register_fake("gptfast::route")
-def _(h, logits, x, norm, eps, gate, top_k, renormalize):
+def _(h, logits, x, norm, eps, gate, bias, top_k, renormalize):
     S = min(len(gate), len(x) * top_k)
     return x.new_empty(1 + S, dtype=torch.int32), x.new_empty(S, len(x), dtype=torch.float32)
 
@@ -326,6 +360,8 @@ def experts(
     weights: Tensor,
     residual: Tensor | None,
     down: bool,
+    limit: float = 0.0,
+    alpha: float = 1.0,
 ) -> Tensor:
     """One product of the used experts, see `route`, in one launch; n: experts whose rows the weight has.
 
@@ -342,9 +378,9 @@ def experts(
     programs = min(tiles, how.ctas_per_sm * processors or tiles)
     y = torch.empty(*((M, N) if down else (S, M, N // 2)), dtype=x.dtype, device=x.device)
     _experts_kernel[(programs,)](
-        y, x, weight.view(torch.int32), scales, bias, residual, used, weights, M, N, K,
-        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, DOWN=down, COLS=tuning.columns(M),
-        R=R, C=C, W=W, WHOLE=not down and units <= W, PERSIST=programs < tiles,
+        y, x, weight.view(torch.int32), scales, bias, residual, used, weights, S, M, N, K,
+        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, DOWN=down, LIMIT=limit, ALPHA=alpha,
+        COLS=tuning.columns(M), R=R, C=C, W=W, WHOLE=not down and units <= W, PERSIST=programs < tiles,
         EVEN=K % (C * tuning.CHUNK[kind]) == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
@@ -353,7 +389,7 @@ def experts(
 
 
 @torch.library.register_fake("gptfast::experts")
-def _(x, weight, scales, bias, n, used, weights, residual, down):
+def _(x, weight, scales, bias, n, used, weights, residual, down, limit=0.0, alpha=1.0):
     M, N = x.shape[-2], out_features(weight) // n
     return x.new_empty((M, N) if down else (len(weights), M, N // 2))
 
@@ -362,10 +398,11 @@ def run(layer, x: Tensor, norm: nn.RMSNorm, residual: Tensor | None) -> Tensor |
     """This rank's result, for a few rows of x."""
     if not few_rows_on_triton(x) or norm.weight.dtype != x.dtype:
         return None
+    clamp = (layer.limit, layer.alpha)
     rows, up, down, E = x.reshape(-1, x.shape[-1]).contiguous(), layer.cond_ffn.w13, layer.cond_ffn.w2, layer.gate
     h, logits = torch.empty_like(rows), torch.empty(len(rows), len(E.weight), dtype=torch.float32, device=x.device)
-    used, weights = route(h, logits, rows, norm.weight, norm.eps, E.weight, layer.top_k, layer.renormalize)
-    hidden = experts(h, up.weight, up.scales, up.bias, len(E.weight), used, weights, None, False)
+    used, weights = route(h, logits, rows, norm.weight, norm.eps, E.weight, E.bias, layer.top_k, layer.renormalize)
+    hidden = experts(h, up.weight, up.scales, up.bias, len(E.weight), used, weights, None, False, *clamp)
     residual = None if residual is None else residual.reshape(rows.shape).contiguous()
     y = experts(hidden, down.weight, down.scales, down.bias, len(E.weight), used, weights, residual, True)
     return y.view(x.shape)

@@ -4,15 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from test_kernels import DEVICE, DTYPES, KINDS, error, make_weight, on_device, scalars_index
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import ops
 from checkpoint import load_model, torch_load
 from errors import UserError
 from formats.config import config_fields
 from formats.convert import convert
+from formats.mixtures import mxfp4
 from linear import Linear
 from measure import prefill_flops, weight_bytes
 from ops import experts_gemm, experts_triton, tuning
@@ -49,6 +52,7 @@ FAMILIES = {
     "qwen3_moe-not-normalised": ("Qwen3Moe", {**QWEN, "mlp_only_layers": [0]}),
     "olmoe": ("Olmoe", {"num_experts": 4, "intermediate_size": 48}),
     "granitemoe": ("GraniteMoe", {"num_local_experts": 4, "intermediate_size": 48, **GRANITE}),
+    "gpt_oss": ("GptOss", {"num_local_experts": 4, "head_dim": 16, "sliding_window": 5}),
 }
 
 
@@ -110,6 +114,28 @@ def test_experts_in_one_tensor_are_those_apart(tmp_path):
     (tmp_path / "fused/config.json").write_text((tmp_path / "apart/config.json").read_text())
     apart, one = (torch_load(convert(tmp_path / name, torch.float32)) for name in ("apart", "fused"))
     assert apart.keys() == one.keys() and all(torch.equal(apart[name], one[name]) for name in apart)
+
+
+@torch.inference_mode()
+def test_mxfp4(tmp_path):
+    """gpt-oss's published experts are what transformers makes of them."""
+    blocks = torch.randint(0, 256, (4, 2 * 96, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(115, 128, (4, 2 * 96, 2), dtype=torch.uint8)
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)  # (E, K, N)
+    found = torch.stack([mxfp4(*expert) for expert in zip(blocks, scales)])
+    assert torch.equal(found.float().transpose(1, 2), expected)
+    build(tmp_path / "plain", "gpt_oss")
+    tensors = load_file(tmp_path / "plain/model.safetensors")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert tensors[name].shape == expected.shape
+    (tmp_path / "packed").mkdir()
+    config = (tmp_path / "plain/config.json").read_text()
+    for folder, own in (("plain", {name: expected}), ("packed", {f"{name}_blocks": blocks, f"{name}_scales": scales})):
+        rest = {key: t for key, t in tensors.items() if key != name}
+        save_file(rest | own, tmp_path / folder / "model.safetensors")
+        (tmp_path / folder / "config.json").write_text(config)
+    plain, packed = (torch_load(convert(tmp_path / folder, torch.float32)) for folder in ("plain", "packed"))
+    assert plain.keys() == packed.keys() and all(torch.equal(plain[key], packed[key]) for key in plain)
 
 
 def test_files_have_the_names_of_gpt_fast(tmp_path):
@@ -228,26 +254,31 @@ def test_bad_configs(change, words):
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def make_case(kind, M, E, N, K, top_k, dtype, seed=0):
-    """A mixture of E experts (2 N gate and up, N) of (N, K) as the kernels read it, its plain twin, and rows of x."""
+def make_case(kind, M, E, N, K, top_k, dtype, limit=0.0, seed=0):
+    """A mixture of E experts of N features, as the kernels read it, its plain twin, and rows of x. With a limit, it has
+    biases as well."""
     generator = torch.Generator().manual_seed(seed)
 
-    def layer(rows, columns, swiglu):
+    def layer(rows, columns):
         made = [make_weight(kind, rows, columns, dtype, generator) for _ in range(E)]
         w, s, dense = (None if parts[0] is None else torch.cat(parts) for parts in zip(*made))
         w, s, dense = on_device(w, s, dense.view(E, rows, columns))
-        packed = SimpleNamespace(weight=w, scales=s, zeros=None, bias=None, swiglu=swiglu)
-        return packed, SimpleNamespace(weight=dense.float(), scales=None, zeros=None, bias=None, swiglu=swiglu)
+        bias = torch.randn(E, rows, generator=generator).to(DEVICE, dtype) if limit else None
+        packed = SimpleNamespace(weight=w, scales=s, zeros=None, bias=bias)
+        bias = None if bias is None else bias.float()
+        return packed, SimpleNamespace(weight=dense.float(), scales=None, zeros=None, bias=bias)
 
-    (up, plain_up), (down, plain_down) = layer(2 * N, K, True), layer(K, N, False)
-    gate, gain, x = (torch.randn(*shape, generator=generator) for shape in ((E, K), (K,), (M, K)))
-    gate, gain, x, residual = on_device(*(t.to(dtype) for t in (gate / 4, gain.abs() + 0.5, x, x / 2)))
+    (up, plain_up), (down, plain_down) = layer(2 * N, K), layer(K, N)
+    gate, gain, x, shift = (torch.randn(*shape, generator=generator) for shape in ((E, K), (K,), (M, K), (E,)))
+    gate, gain, x, residual, shift = on_device(*(t.to(dtype) for t in (gate / 4, gain.abs() + 0.5, x, x / 2, shift)))
     mixture, twin = (
         SimpleNamespace(
-            gate=SimpleNamespace(weight=gate.to(of)),
-            cond_ffn=SimpleNamespace(w13=w13, w2=w2),
+            gate=SimpleNamespace(weight=gate.to(of), bias=shift.to(of)),
+            cond_ffn=SimpleNamespace(w13=w13, w2=w2, act=F.silu),
             top_k=top_k,
             renormalize=True,
+            limit=limit,
+            alpha=1.702 if limit else 1.0,
         )
         for w13, w2, of in ((up, down, dtype), (plain_up, plain_down, torch.float32))
     )
@@ -265,26 +296,42 @@ def make_case(kind, M, E, N, K, top_k, dtype, seed=0):
     "M,E,top_k,renormalize", [(1, 8, 2, True), (5, 12, 3, False), (16, 128, 8, True), (3, 3, 3, True)]
 )
 def test_route(M, E, top_k, renormalize, dtype):
-    gate, gain, x = torch.randn(E, 96), torch.rand(96) + 0.5, torch.randn(M, 96)
-    gate, gain, x = on_device(*(t.to(dtype) for t in (gate, gain, x)))
+    gate, gain, x, shift = torch.randn(E, 96), torch.rand(96) + 0.5, torch.randn(M, 96), torch.randn(E)
+    gate, gain, x, shift = on_device(*(t.to(dtype) for t in (gate, gain, x, shift)))
     h, logits = torch.empty_like(x), torch.empty(M, E, device=DEVICE)
-    used, weights = experts_triton.route(h, logits, x, gain, 1e-5, gate, top_k, renormalize)
+    used, weights = experts_triton.route(h, logits, x, gain, 1e-5, gate, shift, top_k, renormalize)
     assert error(h, rms_norm(x.float(), gain.float(), 1e-5)) < 5e-3
-    layer = SimpleNamespace(gate=SimpleNamespace(weight=gate), top_k=top_k, renormalize=renormalize)
+    layer = SimpleNamespace(gate=SimpleNamespace(weight=gate, bias=shift), top_k=top_k, renormalize=renormalize)
     index, expected = ops.route(layer, h)
     count = int(used[0])
     assert used[1 : 1 + count].tolist() == index.unique().tolist() and len(weights) == min(E, M * top_k)
     dense = torch.zeros(M, E, device=DEVICE).scatter_(1, index, expected)
     torch.testing.assert_close(weights[:count].T, dense[:, used[1 : 1 + count].long()], atol=1e-5, rtol=0)
-    assert not counters(torch.device(DEVICE), 1).any()
+    assert not weights[count:].any() and not used[1 + count :].any() and not counters(torch.device(DEVICE), 1).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M,E,top_k,renormalize", [(37, 5, 2, True), (33, 20, 3, False)])
+def test_group(M, E, top_k, renormalize, dtype):
+    gate, gain, x = torch.randn(E, 160), torch.rand(160) + 0.5, torch.randn(M, 160)
+    gate[3] = -4 * x.mean(0)  # which nobody chooses
+    gate, gain, x = on_device(*(t.to(dtype) for t in (gate, gain, x)))
+    h, scores, order, tiles = experts_gemm.group(x, gain, 1e-5, gate, None, top_k, renormalize, 16)
+    assert error(h, rms_norm(x.float(), gain.float(), 1e-5)) < 5e-3
+    index, expected = experts_gemm.choose(h, gate, None, top_k, renormalize)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+    found, places = index.flatten().sort(stable=True)
+    assert torch.equal(order.long(), places)
+    covered = [(e, place) for e, first, end in tiles.tolist() for place in range(first, min(first + 16, end))]
+    assert covered == list(zip(found.tolist(), range(M * top_k)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("M,E,N,K,top_k", [(1, 4, 32, 96, 2), (5, 3, 64, 32, 2)])
-def test_experts(kind, M, E, N, K, top_k, dtype, monkeypatch):
+@pytest.mark.parametrize("M,E,N,K,top_k,limit", [(1, 4, 32, 96, 2, 0.0), (5, 3, 64, 32, 2, 0.5)])
+def test_experts(kind, M, E, N, K, top_k, limit, dtype, monkeypatch):
     monkeypatch.setattr(experts_triton, "few_rows_on_triton", lambda x: True)
-    mixture, twin, norm, twin_norm, x, residual = make_case(kind, M, E, N, K, top_k, dtype)
+    mixture, twin, norm, twin_norm, x, residual = make_case(kind, M, E, N, K, top_k, dtype, limit)
     y = experts_triton.run(mixture, x, norm, residual)
     assert error(y, mixture_plain(twin, x.float(), twin_norm, residual.float())) < 4e-3
 
@@ -295,6 +342,6 @@ def test_many_rows_of_experts(kind, dtype, monkeypatch):
     """Tiles that are full along no axis, experts of none and of several tiles."""
     monkeypatch.setattr(tuning, "grouped", lambda *_: Tile(16, 1, 1, 4, 2, 1))
     monkeypatch.setattr(experts_gemm, "on_triton", lambda x: True)
-    mixture, twin, norm, twin_norm, x, residual = make_case(kind, 37, 5, 32, 96, 2, dtype)
+    mixture, twin, norm, twin_norm, x, residual = make_case(kind, 37, 5, 32, 96, 2, dtype, 0.5)
     y = experts_gemm.run(mixture, x, norm, residual)
     assert error(y, mixture_plain(twin, x.float(), twin_norm, residual.float())) < 4e-3
