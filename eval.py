@@ -30,7 +30,7 @@ from checkpoint import DTYPES, load_model
 from cli import add_model_arguments, check_flags, natural, pick_device, positive
 from engine import MAX_DEFAULT_CONTEXT, compile_blocks
 from errors import UserError, shown
-from generate import LLM, answer
+from generate import LLM, answer_queue
 from model import KVCache, Transformer
 from process.command import Parser
 from process.ranks import session
@@ -185,10 +185,11 @@ class LanguageModel(TemplateLM or object):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         pairs = [(self.tok_encode(text) or [self.prefix_token_id], how) for text, how in (r.args for r in requests)]
         groups = lm_eval_utils.Collator(pairs, sort_fn=lambda pair: -len(pair[0]), group_by="gen_kwargs")
-        texts = (text for group in groups.get_batched(n=0) for text in self._generate(*zip(*group)))
-        return groups.get_original(list(tqdm(texts, desc="generating", total=len(pairs), disable=disable_tqdm)))
+        with tqdm(total=len(pairs), desc="generating", disable=disable_tqdm) as bar:
+            texts = [text for group in groups.get_batched(n=0) for text in self._generate(*zip(*group), bar)]
+        return groups.get_original(texts)
 
-    def _generate(self, prompts: tuple[list[int]], options: tuple[dict]) -> Iterator[str]:
+    def _generate(self, prompts: tuple[list[int]], options: tuple[dict], bar: tqdm) -> list[str]:
         """A text for each prompt, of which the longest comes first; options: lm-eval's generation_kwargs, all equal."""
         tokenizer, options = self.text_tokenizer, lm_eval_utils.normalize_gen_kwargs(options[0])
         until = lm_eval_utils.handle_stop_sequences(options.pop("until", None), tokenizer.decode([self.eot_token_id]))
@@ -211,13 +212,12 @@ class LanguageModel(TemplateLM or object):
             sampler=Sampler(**{"temperature": 0.0, "top_k": None, **options}),
             compile=self.compile,
         )
-        for a in range(0, len(prompts), size):
-            batch = prompts[a : a + size]
-            full = batch + batch[-1:] * (size - len(batch))
-            answers, _ = answer(llm, full, budget, stop_strings=tuple(until), continues=False)
-            for reply in answers[: len(batch)]:
-                text = tokenizer.decode(reply.tokens, skip_special=True)
-                yield lm_eval_utils.postprocess_generated_text(text, until, None)
+        texts = [""] * len(prompts)
+        for index, reply in answer_queue(llm, prompts, budget, stop_strings=until, continues=False):
+            text = tokenizer.decode(reply.tokens, skip_special=True)
+            texts[index] = lm_eval_utils.postprocess_generated_text(text, until, None)
+            bar.update()
+        return texts
 
 
 def rolling_windows(tokens: list[int], prefix: int, length: int) -> list[tuple[list[int], list[int]]]:

@@ -209,6 +209,17 @@ def answer(
     return answers, Measure(sum(map(len, prompts)), new, len(times) - 2, first, decode)
 
 
+def answer_queue(
+    llm: LLM, prompts: list[list[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = (), continues: bool = True
+) -> Iterator[tuple[int, Answer]]:
+    """As `answer`, of any number of prompts on the engine's rows: yields (index of the prompt, answer) as they end."""
+    answers = [Answer(llm.tokenizer, prompt if continues else (), stop_strings) for prompt in prompts]
+    for index, _, last in serve(llm, prompts, max_new_tokens, is_stop=lambda i, token: answers[i].put(token)):
+        if last:
+            answers[index].finish()
+            yield index, answers[index]
+
+
 def chat(llm: LLM, args: argparse.Namespace) -> None:
     """A conversation on the terminal. The cache keeps earlier turns: only tokens it has not seen are prefilled."""
     messages: list[dict] = []
@@ -399,35 +410,32 @@ def _cache_length(args: argparse.Namespace, config: ModelConfig, prompts: list[l
 
 def _queue(llm: LLM, prompts: list[list[int]], args: argparse.Namespace) -> Throughput:
     """Answer the prompts of a file: each answer is printed once those before it have been, or when all ends."""
-    answers = [Answer(llm.tokenizer, () if args.chat else prompt, args.stop) for prompt in prompts]
-    ended, printed = [False] * len(prompts), [False] * len(prompts)
+    answers: dict[int, Answer] = {}  # those that have ended
+    printed: list[int] = []
 
     def show(index: int) -> None:
-        prompt, text = llm.tokenizer.decode(prompts[index]), answers[index].text
-        result = {"index": index, "prompt": prompt, "text": text, "new_tokens": len(answers[index].tokens)}
-        result["finish_reason"] = "stop" if answers[index].stopped else "length"
-        print(json.dumps(result) if args.json else prompt + text, flush=True)
-        printed[index] = True
+        prompt, reply = llm.tokenizer.decode(prompts[index]), answers[index]
+        result = {"index": index, "prompt": prompt, "text": reply.text, "new_tokens": len(reply.tokens)}
+        result["finish_reason"] = "stop" if reply.stopped else "length"
+        print(json.dumps(result) if args.json else prompt + reply.text, flush=True)
+        printed.append(index)
 
     llm.reader  # noqa: B018  what it compiles is not the generation's time
     begin = time.perf_counter()
+    options = {"stop_strings": args.stop, "continues": not args.chat}
     try:
         with tqdm(total=len(prompts), desc="generating", unit="prompt", disable=None) as bar:
-            for index, _, last in serve(
-                llm, prompts, args.max_new_tokens, is_stop=lambda i, token: answers[i].put(token)
-            ):
-                if last:
-                    answers[index].finish()
-                    ended[index] = True
-                    bar.update()
-                    for done in itertools.takewhile(ended.__getitem__, range(printed.index(False), len(prompts))):
-                        show(done)
+            for index, reply in answer_queue(llm, prompts, args.max_new_tokens, **options):
+                answers[index] = reply
+                bar.update()
+                while len(printed) in answers:
+                    show(len(printed))
     finally:
-        for index in range(len(prompts)):
-            if ended[index] and not printed[index]:
-                show(index)
+        for index in sorted(answers.keys() - printed):
+            show(index)
     seconds = time.perf_counter() - begin
-    return Throughput(len(prompts), sum(map(len, prompts)), sum(len(a.tokens) for a in answers), seconds)
+    new = sum(len(reply.tokens) for reply in answers.values())
+    return Throughput(len(prompts), sum(map(len, prompts)), new, seconds)
 
 
 def _samples(llm: LLM, prompts: list[list[int]], args: argparse.Namespace) -> list[Measure]:

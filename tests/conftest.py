@@ -1,5 +1,6 @@
 """Shared fixtures: reproducible single-threaded tests, the real checkpoint, the repository's scripts as commands."""
 
+import functools
 import os
 import random
 import re
@@ -47,6 +48,14 @@ def smollm2_dir() -> Path:
     return SMOLLM2
 
 
+@functools.cache
+def smollm2_parts(precision: str) -> tuple:
+    """The real model and its tokenizer on the CPU, loaded once a process: Transformer, Tokenizer."""
+    from generate import load_parts  # no sooner than a test wants it
+
+    return load_parts(SMOLLM2 / "model.pth", "cpu", precision, None, None, None)[:2]
+
+
 PROGRESS = r"Using device=\w+$|Time to load model: \d|log-likelihoods: "
 
 
@@ -91,7 +100,7 @@ def run_forked(script: str, *args: object, stdin: str = "", cwd: Path | None = N
                 sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))
                 os.chdir(cwd or ".")
                 sys.argv = [script, *map(str, args)]
-                if (REPO / script).is_file():
+                if script.endswith(".py"):
                     runpy.run_path(str(REPO / script), run_name="__main__")
                 else:
                     exec(script, {"__name__": "__main__"})

@@ -1,13 +1,21 @@
 """Many prompts on a few rows: each gets what it gets alone, whatever its neighbours do."""
 
+import itertools
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import never, write_checkpoint
 
 import engine
+import generate as generation
 from batches import serve
+from checkpoint import load_model
+from engine import Engine
 from errors import UserError
 from generate import generate, load
+from process.command import run_cli
 from sampling import Sampler
 
 GREEDY = Sampler(temperature=0.0)
@@ -52,12 +60,31 @@ def test_a_queue_gets_what_single_prompts_get(tiny, rows, quantize):
     assert answers(engine_of(tiny, rows, quantize=quantize), prompts, 10, is_stop=never) == expected
 
 
-@pytest.mark.parametrize("draft", ["prompt_lookup", "model"])
-@pytest.mark.parametrize("k", [3, "auto"])
-def test_a_queue_speculates(tiny, draft, k):
-    prompts, one = prompts_of(prefix=range(60, 70)), engine_of(tiny, 1)
+def test_a_queue_in_bf16(tiny):
+    """Up to near ties, where rows that are read apart or together may part."""
+    prompts, one = prompts_of(), engine_of(tiny, 1, precision="bf16")
+    for prompt, found in zip(prompts, answers(engine_of(tiny, 3, precision="bf16"), prompts, 10, is_stop=never)):
+        expected = list(generate(one, prompt, 10, is_stop=never))
+        if (same := next((i for i, pair in enumerate(zip(found, expected)) if len({*pair}) > 1), None)) is not None:
+            llm = Engine(one.model, sampler=Sampler(temperature=0.0, top_k=None), max_seq_length=60)
+            llm.prefill([prompt + expected[:same]])
+            x = llm.model(torch.tensor([prompt + expected[:same]]), torch.zeros(1, dtype=torch.int64), llm.state.cache)
+            assert (x[0, 0, expected[same]] - x[0, 0, found[same]]).abs() < 0.02 * x.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("draft", "k", "quantize"),
+    [
+        *itertools.product(("prompt_lookup", "model"), (3, "auto"), (None,)),
+        *(("prompt_lookup", 3, kind) for kind in ("int8", "fp8", "int4")),
+        ("model", 3, "int4"),
+    ],
+)
+def test_a_queue_speculates(tiny, draft, k, quantize):
+    prompts, one = prompts_of(prefix=range(60, 70)), engine_of(tiny, 1, quantize=quantize)
     expected = [list(generate(one, prompt, 10, is_stop=never)) for prompt in prompts]
-    llm = engine_of(tiny, 2, draft=tiny if draft == "model" else draft, speculate_k=k)
+    draft = load_model(tiny, dtype=torch.float32, quantize=quantize) if draft == "model" else draft
+    llm = engine_of(tiny, 2, draft=draft, speculate_k=k, quantize=quantize)
     assert answers(llm, prompts, 10, is_stop=never) == expected
 
 
@@ -96,6 +123,21 @@ def test_copies_of_a_prompt_are_read_once_where_that_saves_enough(tiny, limit, m
     assert shared == ([list(range(100, 130))] if limit < 90 else [])
 
 
+@pytest.mark.parametrize("draft", [None, "prompt_lookup"])
+def test_copies_of_a_prompt_are_fed_once(tiny, draft, monkeypatch):
+    """--batch_size and a queue of samples: all but the last token of one copy, and that of each row."""
+    prompt, fed = list(range(3, 203)), []
+    llm = load(tiny, device="cpu", precision="fp32", batch_size=4, max_seq_length=210, draft=draft)
+    hidden = llm.model.hidden
+    monkeypatch.setattr(llm.model, "hidden", lambda x, *rest: fed.append(x[..., 0].numel()) or hidden(x, *rest))
+    llm.prefill([prompt] * 4)
+    assert sum(fed) == 199 + 4
+    fed.clear()
+    assert all(map(len, answers(llm, [prompt] * 9, 1)))
+    rounds = sum(fed) - 199 - 9  # each of which decodes for all rows, before the host looks at their first tokens
+    assert rounds % 4 == 0 and rounds <= 3 * 4 * (8 if draft else 1)
+
+
 def test_shared_prefix():
     assert engine.shared_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2]]) == 1
     assert engine.shared_prefix([[1, 2, 3], [1, 2, 3]]) == 2
@@ -111,9 +153,56 @@ def test_what_does_not_fit_is_an_error(tiny):
 
 def test_logits_that_are_not_finite_end_a_queue(tiny):
     llm = engine_of(tiny, 2)
-    llm.model.layers[1].feed_forward.w2.weight.fill_(torch.inf)
+    layer = llm.model.layers[1].feed_forward.w2
+    layer.weight = torch.nn.Parameter(
+        torch.full_like(layer.weight, torch.inf), False
+    )  # not the file's, which others use
     with pytest.raises(UserError, match="logits are NaN or infinite"):
         list(serve(llm, prompts_of((4, 5, 6)), 3))
+
+
+def queue_args(tiny, tmp_path, texts, *flags):
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    args = ["--checkpoint_path", tiny, "--device", "cpu", "--precision", "fp32", "--temperature", 0]
+    return [*args, "--prompt_file", tmp_path / "prompts.txt", *flags]
+
+
+def test_a_prompt_of_a_file_that_does_not_fit_is_one_line(tiny, tmp_path, refuses):
+    args = queue_args(tiny, tmp_path, ("short", "x" * 40), "--max_seq_length", 30)
+    refuses("generate.py", *args, words=r"has 40 tokens.*30 tokens")
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_has_ended_before_an_interruption_is_printed(tiny, tmp_path, capsys, monkeypatch, as_json):
+    """In the file's order, though the first prompt has not."""
+    texts = ("abc", *("x" * 57 + c for c in "yzwuv"))  # beside the first, which has room for 58, each has room for 3
+    args = queue_args(tiny, tmp_path, texts, "--max_seq_length", 60, "--batch_size", 2, *["--json"][:as_json])
+    ended, load_parts = [], generation.load_parts
+
+    def endless(*rest):
+        model, tokenizer, draft = load_parts(*rest)
+        return model, replace(tokenizer, stop_ids=frozenset()), draft
+
+    def interrupted(*rest, **options):
+        for index, token, last in serve(*rest, **options):
+            ended.extend([index] * last)
+            yield index, token, last
+            if len(ended) == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "load_parts", endless)
+    monkeypatch.setattr(generation, "serve", interrupted)
+    monkeypatch.setattr("sys.argv", ["generate.py", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        run_cli(generation.main)
+    out, err = capsys.readouterr()
+    assert (end.value.code, err.splitlines()[-1]) == (130, "interrupted")
+    assert ended == [1, 2, 3]
+    if as_json:
+        results = [json.loads(line) for line in out.splitlines()]
+        assert [(r["index"], r["prompt"], r["new_tokens"]) for r in results] == [(i, texts[i], 3) for i in ended]
+    else:
+        assert [text in out for text in texts] == [False, True, True, True, False, False]
 
 
 @pytest.mark.cuda

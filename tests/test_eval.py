@@ -321,19 +321,26 @@ def test_generation_options(tiny):
     assert generated(lm, prompts[0], max_gen_toks=12, until=[stop]) == [greedy[0].split(stop)[0]]
 
 
-def test_generation_ends_when_every_row_has_met_a_stop(tiny, monkeypatch):
-    lm, steps = ours(tiny.directory), []
-    step = generate.generate
-    monkeypatch.setattr(generate, "generate", lambda *args, **kw: (steps.append(s) or s for s in step(*args, **kw)))
-    tokens = tiny.model.generate(**tiny.tokenizer("A man", return_tensors="pt"), max_new_tokens=20, do_sample=False)
-    first, end = int(tokens[0, -20]), int(tokens[0, -10])
+def test_generation_ends_where_a_stop_is_met(tiny, monkeypatch):
+    lm, tokens = ours(tiny.directory), []
+    serve = generate.serve
+    monkeypatch.setattr(generate, "serve", lambda *args, **kw: (tokens.append(t) or t for t in serve(*args, **kw)))
+    own = tiny.model.generate(**tiny.tokenizer("A man", return_tensors="pt"), max_new_tokens=20, do_sample=False)
+    first, end = int(own[0, -20]), int(own[0, -10])
     lm.text_tokenizer = dataclasses.replace(lm.text_tokenizer, eos_ids=frozenset({end}))
     generated(lm, "A man", max_gen_toks=20)
-    assert [row for row, *_ in steps][-1] == end
-    assert len(steps) <= 11
-    steps.clear()
+    assert tokens[-1] == (0, end, True)
+    assert len(tokens) <= 11
+    tokens.clear()
     generated(lm, "A man", max_gen_toks=20, until=[lm.text_tokenizer.decode([first])])
-    assert [row for row, *_ in steps] == [first]
+    assert tokens == [(0, first, True)]
+
+
+def test_generation_refills_rows(tiny):
+    """Five prompts on two rows get what each gets alone, and in the order of the requests."""
+    prompts = ["A man", "Two old friends sit down", "A", "The cup did not fit", "A woman tunes a guitar slowly"]
+    one, two = ours(tiny.directory, batch_size=1), ours(tiny.directory, batch_size=2)
+    assert generated(two, *prompts, max_gen_toks=9) == [generated(one, text, max_gen_toks=9)[0] for text in prompts]
 
 
 def test_generation_options_that_are_not_supported(tiny):

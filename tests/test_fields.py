@@ -334,7 +334,7 @@ def change_gguf(path: Path, changes: dict) -> None:
 
 
 TIMES = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=75, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 CONFIG_CHANGES = st.dictionaries(
     st.sampled_from([*KEYS, "rope_type", "factor", "hidden_act"]), st.sampled_from(VALUES), min_size=1, max_size=2

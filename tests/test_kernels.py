@@ -17,7 +17,6 @@ import ops  # noqa: E402
 from linear import Linear  # noqa: E402
 from ops import embedding, linear_triton, ngram, philox, sampling, tuning  # noqa: E402
 from ops.attention import _write_cache, attention_plain, attention_triton  # noqa: E402
-from ops.linear import swiglu  # noqa: E402
 from ops.packing import dequantize, pack_int4, unpack_int4  # noqa: E402
 from ops.prefill import attention_prefill  # noqa: E402
 from ops.rms_norm import rms_norm  # noqa: E402
@@ -137,8 +136,8 @@ def test_one_row_of_any_magnitudes(kind):
     assert not linear_triton.linear(x, w, s, out_dtype=torch.float32).isfinite().any()
 
 
-SHIPPED = {  # of all files
-    (kind, columns, choice)
+SHIPPED = {  # of all files; how many registers and programs a multiprocessor has is nothing to the interpreter
+    (kind, columns, choice if CUDA else replace(choice, maxnreg=0, ctas_per_sm=min(choice.ctas_per_sm, 1)))
     for path in tuning.FOLDER.glob("*.json")
     for (kind, columns), own in tuning.read_file(path)[1].items()
     for choice in own.values()
@@ -148,21 +147,20 @@ SHIPPED = {  # of all files
 @pytest.mark.parametrize("kind,columns,configuration", sorted(SHIPPED, key=repr))
 def test_configurations(kind, columns, configuration, monkeypatch):
     few = replace(configuration, ctas_per_sm=min(configuration.ctas_per_sm, 1))
-    monkeypatch.setitem(tuning.tables(torch.device(DEVICE))[0], (kind, columns), {(80, 2144): few})
+    N, K = 48 if few.tile_rows == 16 else 80, 2144  # three tiles of 16 rows, or two and a half of 32
+    monkeypatch.setitem(tuning.tables(torch.device(DEVICE))[0], (kind, columns), {(N, K): few})
     monkeypatch.setattr(tuning, "processors", lambda _: 2)  # programs of several tiles
     kind, rows, dtype = {"fp": "16-bit", "int4": "int4:64"}.get(kind, kind), {1: 1, 8: 5, 16: 13}[columns], DTYPES[-1]
     generator = torch.Generator().manual_seed(3)
-    w, s, dense = make_weight(kind, 80, 2144, dtype, generator)
-    x = make_rows(rows, 2144, generator=generator).to(dtype)
-    gain = torch.rand(2144, generator=generator).to(dtype)
-    residual = torch.randn(rows, 80, generator=generator).to(dtype)
+    w, s, dense = make_weight(kind, N, K, dtype, generator)
+    x = make_rows(rows, K, generator=generator).to(dtype)
+    gain = torch.rand(K, generator=generator).to(dtype)
+    residual = torch.randn(rows, N // 2, generator=generator).to(dtype)
     x, w, s, dense, gain, residual = on_device(x, w, s, dense, gain, residual)
     assert error(linear_triton.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
-    expected = plain(x.float(), dense, None, gain, residual)
-    bound = 4e-3 if dtype == torch.float16 else 6e-3  # x * gain is rounded, and the result
-    assert error(linear_triton.linear(x, w, s, None, gain, 1e-5, residual), expected) < bound
-    y = linear_triton.linear(x, w, s, out_dtype=torch.float32, swiglu=True)
-    assert error(y, swiglu(x.float() @ dense.T)) < 1e-5
+    expected = plain(x.float(), dense, None, gain, residual, gate_up=True)
+    out = linear_triton.linear(x, w, s, None, gain, 1e-5, residual, swiglu=True)
+    assert error(out, expected) < 1e-2  # x * gain is rounded, and the result
 
 
 @pytest.mark.parametrize("kind", ["16-bit", "int8", "int4:32"])

@@ -1,17 +1,13 @@
 """The two READMEs are true: their commands run, or exist with their flags; files are there; tables are current."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import tables
-from conftest import REPO
+from conftest import REPO, run_forked
 
 PAGES = {name: (REPO / name).read_text(encoding="utf-8") for name in tables.PAGES}
 README = PAGES["README.md"]
@@ -23,30 +19,25 @@ def commands(kind):
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
-@pytest.fixture
-def environment(smollm2_dir):
-    return os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-
-def test_commands_run(environment):
+def test_commands_run(smollm2_dir):
     """In order: later ones use files that earlier ones make."""
-    for command in commands("bash test"):
-        run = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, (command, run.stderr)
-        assert run.stdout.strip() or command[1] == "quantize.py", command
+    for python, script, *args in commands("bash test"):
+        assert python == "python"
+        run = run_forked(script, *args, cwd=REPO)
+        assert run.status == 0, (script, args, run.stderr)
+        assert run.stdout.strip() or script == "quantize.py", (script, args)
 
 
-def test_python_example_runs(environment):
+def test_python_example_runs(smollm2_dir):
     (code,) = [body for name, body in BLOCKS if name == "python"]
-    run = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run = run_forked(code, cwd=REPO)
+    assert run.status == 0, run.stderr
     assert len(run.stdout) > 20
 
 
 @cache
 def known_flags(script):
-    run = subprocess.run([sys.executable, script, "--help"], cwd=REPO, capture_output=True, text=True, check=True)
-    return set(re.findall(r"--[a-z_0-9]+", run.stdout))
+    return set(re.findall(r"--[a-z_0-9]+", run_forked(script, "--help").stdout))
 
 
 def test_other_commands_exist_with_their_flags():
@@ -80,8 +71,8 @@ def test_links_lead_somewhere(name):
         assert not section or section in {heading.lower().replace(" ", "-") for heading in headings}, link
 
 
-def test_tables_are_current(cli):
-    assert cli("scripts/tables.py", "--check").status == 0
+def test_tables_are_current():
+    assert run_forked("scripts/tables.py", "--check").status == 0
 
 
 def test_every_table_stands_on_one_page():

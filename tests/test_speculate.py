@@ -2,18 +2,20 @@
 ragged rows, the choice of k, and user errors."""
 
 import functools
+import itertools
 import json
 from collections import Counter
 
 import pytest
 import torch
 from chance import chi_square, filtered
+from conftest import run_forked, smollm2_parts
 from tiny import never, write_checkpoint
 
 from checkpoint import load_model
 from engine import Engine
 from errors import UserError
-from generate import answer, generate, load
+from generate import LLM, answer, generate, load
 from model import ModelConfig, Transformer
 from ops import find
 from sampling import Sampler
@@ -50,30 +52,42 @@ def draft_of(tiny, name):
 DRAFTS = ("same", "int8", "int4", "other", "missing", "padded", "prompt_lookup")
 
 
-@pytest.mark.parametrize("k", [1, 4, MAX_K, "auto"])
-@pytest.mark.parametrize("draft", DRAFTS)
-def test_greedy_equals_plain_decoding(tiny, draft, k):
-    plain, llm = engine(tiny), engine(tiny, draft=draft_of(tiny, draft), speculate_k=k)
-    for prompt in PROMPTS:
-        expected = list(generate(plain, prompt, 60, is_stop=never))
+@pytest.fixture(scope="module")
+def plain_texts(tiny):
+    """What plain decoding makes of PROMPTS."""
+    plain = engine(tiny)
+    return [list(generate(plain, prompt, 60, is_stop=never)) for prompt in PROMPTS]
+
+
+# Each draft, and each k with a draft of every kind.
+@pytest.mark.parametrize(
+    ("draft", "k"),
+    [
+        *((draft, 4) for draft in DRAFTS),
+        *itertools.product(("int8", "other", "missing", DRAFTS[-1]), (1, MAX_K, "auto")),
+    ],
+)
+def test_greedy_equals_plain_decoding(tiny, plain_texts, draft, k):
+    llm = engine(tiny, draft=draft_of(tiny, draft), speculate_k=k)
+    for prompt, expected in zip(PROMPTS, plain_texts):
         assert list(generate(llm, prompt, 60, is_stop=never)) == expected
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
-def test_rows_accept_different_lengths(tiny, draft):
+def test_rows_accept_different_lengths(tiny):
     prompts = [list(range(5, 30)), [7, 8, 9], [40, 41] * 6]
     plain = engine(tiny, batch_size=3)
-    llm = engine(tiny, batch_size=3, draft=draft_of(tiny, draft), speculate_k=3)
-    expected = list(generate(plain, prompts, 50, is_stop=never))
-    assert list(generate(llm, prompts, 50, is_stop=never)) == expected
-    stop = expected[6][1]
+    free = list(generate(plain, prompts, 50, is_stop=never))
+    stop = free[6][1]
 
     def is_stop(row, token):
         return row == 1 and token == stop
 
-    expected = list(generate(plain, prompts, 50, is_stop=is_stop))
-    assert any(step[1] is None for step in expected)
-    assert list(generate(llm, prompts, 50, is_stop=is_stop)) == expected
+    stopped = list(generate(plain, prompts, 50, is_stop=is_stop))
+    assert any(step[1] is None for step in stopped)
+    for draft in DRAFTS:
+        llm = engine(tiny, batch_size=3, draft=draft_of(tiny, draft), speculate_k=3)
+        assert list(generate(llm, prompts, 50, is_stop=never)) == free, draft
+        assert list(generate(llm, prompts, 50, is_stop=is_stop)) == stopped, draft
 
 
 @pytest.mark.parametrize("k", [6, MAX_K])
@@ -179,6 +193,7 @@ def small_model(seed, layers, vocab_size=V):
     return model
 
 
+@functools.cache
 def exact(model, sampler, prompt, n):
     """The probability of each continuation of n tokens, in float64, from the model and the filters' definitions."""
     llm = Engine(model, max_seq_length=16)
@@ -205,7 +220,7 @@ def drawn(draft, sampler, prompt, k, runs=4):
     llm = Engine(target, batch_size=ROWS, max_seq_length=16, sampler=sampler, draft=draft, speculate_k=k)
     counts = Counter()
     for _ in range(runs):  # the random numbers go on
-        counts += Counter(zip(*generate(llm, [prompt] * ROWS, LENGTH, is_stop=never)))
+        counts += Counter(zip(*generate(llm, [list(prompt)] * ROWS, LENGTH, is_stop=never)))
     return counts, llm.speculator
 
 
@@ -214,7 +229,7 @@ SAMPLERS = {
     "filtered": Sampler(temperature=0.8, top_k=4, top_p=0.95),
     "penalised": Sampler(temperature=1.0, top_k=None, repetition_penalty=1.5),
 }
-PROMPT = [1, 2, 3, 1, 2]
+PROMPT = (1, 2, 3, 1, 2)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
@@ -325,13 +340,13 @@ def test_what_cannot_work_is_a_user_error(tiny, tmp_path):
         engine(tiny, draft=tmp_path / "odd" / "model.pth")
 
 
-def test_the_command(tiny, cli, refuses):
+def test_the_command(tiny, refuses):
     target, other = (directory / "model.pth" for directory in tiny)
     common = ("--checkpoint_path", target, "--precision", "fp32", "--device", "cpu", "--prompt", "abcabcabc")
     common += ("--max_new_tokens", 30, "--temperature", 0, "--json")
-    plain = cli("generate.py", *common)
+    plain = run_forked("generate.py", *common)
     for options in (("--speculate", "prompt_lookup"), ("--draft_checkpoint_path", other, "--speculate_k", "2")):
-        result = cli("generate.py", *common, *options)
+        result = run_forked("generate.py", *common, *options)
         assert result.status == 0, result.stderr
         *text, line = result.stdout.splitlines()
         assert text == plain.stdout.splitlines()[:-1]
@@ -359,25 +374,24 @@ def test_a_draft_padded_otherwise(tmp_path):
         assert list(generate(llm, prompt, 60, is_stop=never)) == expected
 
 
-def test_chat_speculates(tiny, cli):
+def test_chat_speculates(tiny):
     options = ("--checkpoint_path", tiny[0] / "model.pth", "--precision", "fp32", "--device", "cpu", "--interactive")
     options += ("--max_new_tokens", 12, "--temperature", 0)
     turns = "abab\nabab abab\n"
-    plain = cli("generate.py", *options, stdin=turns)
+    plain = run_forked("generate.py", *options, stdin=turns)
     assert plain.status == 0
     for draft in (("--speculate", "prompt_lookup"), ("--draft_checkpoint_path", tiny[0] / "model.pth")):
-        assert cli("generate.py", *options, *draft, stdin=turns).stdout == plain.stdout
+        assert run_forked("generate.py", *options, *draft, stdin=turns).stdout == plain.stdout
 
 
 @pytest.mark.parametrize("draft", ["int4", "prompt_lookup"])
 def test_real_greedy_equality(smollm2_dir, draft):
-    path = smollm2_dir / "model.pth"
-    options = {"device": "cpu", "precision": "fp32", "sampler": GREEDY, "max_seq_length": 128}
+    path, options = smollm2_dir / "model.pth", {"sampler": GREEDY, "max_seq_length": 128}
     draft = draft if draft == "prompt_lookup" else load_model(path, dtype=torch.float32, quantize=draft)
-    plain, llm = load(path, **options), load(path, **options, draft=draft, speculate_k=4)
+    plain, llm = (LLM(*smollm2_parts("fp32"), **options, **own) for own in ({}, {"draft": draft, "speculate_k": 4}))
     prompt = plain.tokenizer.encode("def add(a, b):\n    return a + b\n\ndef sub(a, b):")
-    expected = list(generate(plain, prompt, 40, is_stop=never))
-    assert list(generate(llm, prompt, 40, is_stop=never)) == expected
+    expected = list(generate(plain, prompt, 30, is_stop=never))
+    assert list(generate(llm, prompt, 30, is_stop=never)) == expected
     assert sum(accepted for _, accepted in llm.speculator.outcomes) > 10
 
 
