@@ -196,6 +196,7 @@ class Transformer(nn.Module):
             if self.norm.weight.is_cuda:
                 torch.cuda.empty_cache()  # the tensors replaced leave holes that none of the new ones fits
         self.output.pack(dtype)
+        ops.prepare_layers(self, dtype)
 
     def cache(self, batch_size: int, length: int) -> "KVCache":
         """Run state for so many rows of so many tokens."""
@@ -208,6 +209,8 @@ class Transformer(nn.Module):
 
         Positions past a row's end may hold padding: what it writes is overwritten before a real token can see it.
         """
+        if (y := ops.layers(self, x, input_pos, cache)) is not None:
+            return y
         for layer, k, v in zip(self.layers, cache.k, cache.v):
             x = layer(x, input_pos, k, v, cache.rope)
         return x
