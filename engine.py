@@ -109,8 +109,8 @@ class Engine:
             if prefill:
                 self._compile_prefill()
             if decode:
-                # Where every hot operation is a kernel of ours, the CUDA graph alone is what torch.compile would add.
-                inductor = not ops.has_kernels(self.device, self.model.dtype)
+                # Where every hot operation is a kernel of ours, a CUDA graph is all that torch.compile would add.
+                inductor = not ops.has_kernels(self.model)
                 with compiling() if inductor else nullcontext():
                     self._compile_decode(inductor)
         self.seed(0)

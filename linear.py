@@ -202,7 +202,7 @@ class Linear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight as the matrix (N, K), or the matrices (E, N, K), that it stands for."""
-        return ops.dequantize(self.weight, self.scales, self.zeros, dtype)[..., : self.in_features]
+        return ops.dequantize(self.weight, self.scales, self.zeros, dtype)[..., : self.out_features, : self.in_features]
 
     def pack(self, dtype: torch.dtype = torch.bfloat16) -> None:
         """Lay the weight out for the device it is on and activations of `dtype`. Called once, after loading."""

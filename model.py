@@ -346,6 +346,7 @@ class Transformer(nn.Module):
             if self.norm.weight.is_cuda:
                 torch.cuda.empty_cache()  # the tensors replaced leave holes that none of the new ones fits
         self.output.pack(dtype)
+        ops.prepare_layers(self, dtype)
 
     def cache(self, batch_size: int, length: int) -> "KVCache":
         """Run state for so many rows of so many tokens."""
@@ -358,6 +359,8 @@ class Transformer(nn.Module):
 
         Positions past a row's end may hold padding: what it writes is overwritten before a real token can see it.
         """
+        if (y := ops.layers(self, x, input_pos, cache)) is not None:
+            return y
         for layer, k, v, rope in zip(self.layers, cache.k, cache.v, cache.rope):
             x = layer(x, input_pos, k, v, rope)
         return x

@@ -7,11 +7,14 @@ weights are laid out (`prepare_linear`, `prepare_attention`), and travels inside
 """
 
 import torch
+from torch import nn
 
 from ops import cpu
 from ops.attention import attention
 from ops.attention import prepare as prepare_attention
 from ops.common import MAX_ROWS, triton
+from ops.cpu_step import layers, serves
+from ops.cpu_step import prepare as prepare_layers
 from ops.embedding import embed
 from ops.experts import glu, mixture, route
 from ops.experts import prepare as prepare_mixture
@@ -41,6 +44,7 @@ __all__ = [
     "free_memory",
     "glu",
     "has_kernels",
+    "layers",
     "linear",
     "logit_threshold",
     "matmul_rate",
@@ -48,6 +52,7 @@ __all__ = [
     "plain",
     "plan_prefill",
     "prepare_attention",
+    "prepare_layers",
     "prepare_linear",
     "prepare_mixture",
     "read_bandwidth",
@@ -58,15 +63,20 @@ __all__ = [
 ]
 
 
-def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether every op of a decode step is a kernel of ours there, so that a compiler has nothing to add."""
+def has_kernels(model: nn.Module) -> bool:
+    """Whether every op of a decode step is a kernel of ours, so that a compiler has nothing to add."""
+    weight = model.norm.weight
+    return serves(model) or _on_triton(weight.device, weight.dtype)
+
+
+def _on_triton(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and triton is not None and dtype.itemsize == 2
 
 
 def row_limits(device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
     """The numbers of rows beyond which ops take another path, in order. Rows are tokens of all sequences together, and
     for attention tokens of one."""
-    if has_kernels(device, dtype):
+    if _on_triton(device, dtype):
         return (MAX_ROWS,)
     if device.type != "cpu":
         return ()

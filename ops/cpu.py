@@ -1,73 +1,41 @@
-"""Kernels for a decode step or a short prompt on a CPU: cpu.cpp, compiled when a model is first loaded there.
+"""The CPU's kernels as ops, for any number of tokens; cpu_step.py runs all layers of a model in one call.
 
-linear(x, weight, scales, ...)   [residual +] W rms_norm(x) [+ bias], or SwiGLU of it, as an op
-attention(qkv, k_cache, ...)     as attention.py says
-ready()                          whether they can be used: without a C++ compiler plain PyTorch serves
+linear(layer, x, ...)        [residual +] W rms_norm(x) [+ bias], or SwiGLU of it
+attention(qkv, k_cache, ...) as attention.py says
+sample(logits, ...)          as sampling.py says
+pack(layer, dtype)           lay a layer's weight out for them
+ready()                      whether they can be used: without a C++ compiler plain PyTorch serves
+
+Integer weights meet activations as int8 with a scale for each 32 of them (three such numbers for fp32's precision);
+floating weights meet fp32. What is summed is fp32.
 """
 
-import functools
-import hashlib
-import os
-import platform
-import shlex
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+import ctypes
+import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-MAX_ROWS = 64  # of x; with more, weights widened to fp32 and BLAS are faster
+from ops import cpu_library as native
+from ops.common import op
+from ops.packing import pack_rows
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared")
-FLAGS += ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")  # sums may be vectors
-VECTORS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl")}  # elsewhere defaults
+MAX_ROWS = 64  # of x for floating weights and for attention; with more, BLAS and PyTorch's flash attention are faster
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 
 
 def ready() -> bool:
     """Whether the kernels are there. The first call on a machine compiles them, in some 10 s, for all later ones."""
-    return _load()
+    return native.library() is not None
 
 
 ready._dynamo_marked_constant = True  # all that torch.compiler.assume_constant_result does, but it imports Dynamo: 3 s
 
 
-@functools.cache
-def _load() -> bool:
-    try:
-        torch.ops.load_library(_build())
-    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:  # no home, odd quotes in CXX
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
-        print(f"plain PyTorch serves: the CPU kernels cannot be compiled ({reason})", file=sys.stderr)
-        return False
-    torch.library.register_fake("gptfast::cpu_linear", _linear_fake)
-    torch.library.register_fake("gptfast::cpu_attention", _attention_fake)
-    return True
-
-
-def _build() -> Path:
-    """The compiled library, of the user's cache or anew. Raises OSError or CalledProcessError where that fails."""
-    home = Path(torch.__file__).parent
-    flags = (*FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()), f"-I{home / 'include'}")
-    compiler = shlex.split(os.environ.get("CXX") or "c++")  # more than a word with ccache
-    command = [*compiler, *flags, str(SOURCE), f"-L{home / 'lib'}", "-ltorch_cpu"]
-    made_by = (compiler, flags, torch.__version__, platform.machine())
-    key = hashlib.sha256(repr(made_by).encode() + SOURCE.read_bytes())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptfast"
-    library = folder / f"cpu-{key.hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:  # several processes may do this at once
-            subprocess.run([*command, "-o", f"{work}/cpu.so"], check=True, capture_output=True, text=True)
-            Path(work, "cpu.so").replace(library)
-    return library
-
-
-def supports_linear(weight: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether `linear` supports this weight (as on disk) and activations of this dtype."""
-    return (
+def pack(layer, dtype: torch.dtype) -> bool:
+    """Whether `linear` supports a layer (ops/linear.py's) and activations of this dtype. Packs integer weights."""
+    weight, scales, zeros, bias = layer.weight, layer.scales, layer.zeros, layer.bias
+    if not (
         weight.is_cpu
         and weight.is_contiguous()
         and dtype in (torch.float32, torch.bfloat16)
@@ -75,9 +43,40 @@ def supports_linear(weight: Tensor, scales: Tensor | None, bias: Tensor | None, 
         and (scales is None or scales.dtype is torch.bfloat16)
         and (bias is None or bias.dtype is dtype)
         and ready()
-    )
+    ):
+        return False
+    if scales is not None:
+        packed = pack_rows(weight, scales, zeros, native.library().lanes)
+        layer.weight, layer.scales, layer.zeros = (
+            None if t is None else nn.Parameter(t, requires_grad=False) for t in packed
+        )
+    return True
 
 
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def describe(
+    weight: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    swiglu: bool,
+) -> native.Linear:
+    """A packed layer for the library, which reads the tensors' memory: they must stay."""
+    kind = KINDS[weight.dtype]
+    padded = weight.shape[1] * (1, 1, 4, 8)[kind]
+    group = padded // scales.shape[1] if kind == 3 else 0
+    parts = 3 if dtype is torch.float32 else 1
+    addresses = map(address, (weight, scales, zeros, bias))
+    return native.Linear(*addresses, N, K, padded, kind, group, parts, swiglu, dtype is torch.bfloat16)
+
+
+@op("cpu_linear")
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -87,15 +86,26 @@ def linear(
     norm: Tensor | None,
     eps: float,
     residual: Tensor | None,
+    N: int,
     fp32: bool,
     swiglu: bool,
 ) -> Tensor:
     """[residual +] W rms_norm(x) [+ bias], or SwiGLU of it: x (..., K) -> (..., N or N / 2) in x's dtype or fp32.
 
-    The weight is as in linear.py; norm (K,), bias (N,) and the residual, like the result, are of x's dtype.
+    The weight (N, K) is as `pack` left it; norm (K,), bias (N,) and the residual, like the result, are of x's dtype.
     """
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    return torch.ops.gptfast.cpu_linear(x, weight, scales, zeros, bias, norm, eps, residual, fp32, swiglu)
+    y, half = _linear_fake(x, weight, scales, zeros, bias, norm, eps, residual, N, fp32, swiglu), x.element_size() == 2
+    layer = describe(weight, scales, zeros, bias, N, x.shape[-1], x.dtype, swiglu)
+    rows, pointers = x.numel() // x.shape[-1], (address(t) for t in (x, norm, residual, y))
+    product = native.Product(ctypes.pointer(layer), *pointers, rows, eps, half, half and not fp32)
+    native.library().gptfast_linear(product, torch.get_num_threads())
+    return y
+
+
+@torch.library.register_fake("gptfast::cpu_linear")
+def _linear_fake(x, weight, scales, zeros, bias, norm, eps, residual, N, fp32, swiglu):
+    return x.new_empty((*x.shape[:-1], N // 2 if swiglu else N), dtype=torch.float32 if fp32 else x.dtype)
 
 
 def supports_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor) -> bool:
@@ -105,7 +115,7 @@ def supports_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos:
         qkv.is_cpu
         and dtype in (torch.float32, torch.bfloat16)
         and k_cache.dtype is v_cache.dtype is dtype
-        and D * dtype.itemsize % 32 == 0
+        and D % 8 == 0
         and qkv.shape[1] <= MAX_ROWS
         and input_pos.dtype is torch.int64
         and k_cache.stride()[2:] == (D, 1)
@@ -114,15 +124,55 @@ def supports_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos:
     )
 
 
-def attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, *rest: object) -> Tensor:
-    """What `supports_attention` said; rest: rope, q_norm, k_norm, eps, n_head, window."""
-    return torch.ops.gptfast.cpu_attention(qkv.contiguous(), k_cache, v_cache, input_pos.contiguous(), *rest)
+def describe_attention(
+    k_cache: Tensor, input_pos: Tensor, rope: Tensor | None, B: int, S: int, H: int
+) -> native.Attention:
+    """What is the same for all layers."""
+    _, Hkv, T, D = k_cache.shape
+    sizes = {"B": B, "S": S, "T": T, "H": H, "Hkv": Hkv, "D": D, "half": k_cache.element_size() == 2}
+    sizes |= {"of_row": k_cache.stride(0), "of_head": k_cache.stride(1)}
+    if rope is not None:
+        sizes |= {"rope": rope.data_ptr(), "turns": rope.shape[0], "rotary": 2 * rope.shape[1]}
+    return native.Attention(pos=input_pos.data_ptr(), **sizes)
 
 
-def _linear_fake(x, weight, scales, zeros, bias, norm, eps, residual, fp32, swiglu):
-    N = weight.shape[0] // 2 if swiglu else weight.shape[0]
-    return x.new_empty((*x.shape[:-1], N), dtype=torch.float32 if fp32 else x.dtype)
+@op("cpu_attention", mutates=("k_cache", "v_cache"))
+def attention(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    rope: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    n_head: int,
+    window: int,
+) -> Tensor:
+    """What `supports_attention` said; see attention.py."""
+    qkv, input_pos = qkv.contiguous(), input_pos.contiguous()
+    y = _attention_fake(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window)
+    call = describe_attention(k_cache, input_pos, rope, *qkv.shape[:2], n_head)
+    call.qkv, call.k, call.v, call.y = (t.data_ptr() for t in (qkv, k_cache, v_cache, y))
+    call.q_norm, call.k_norm, call.eps, call.window = address(q_norm), address(k_norm), eps, window
+    call.half_x = call.half_norm = call.half
+    native.library().gptfast_attention(call, torch.get_num_threads())
+    return y
 
 
+@torch.library.register_fake("gptfast::cpu_attention")
 def _attention_fake(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window):
     return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))
+
+
+def sample(logits, temperature, top_k, min_p, rng, history=None, pos=None):
+    """sampling.py's `sample` of contiguous logits."""
+    B, V = logits.shape
+    drawn = torch.empty(B, dtype=torch.int64)
+    margin = temperature * math.log(min_p) if min_p > 0 else -math.inf
+    native.library().gptfast_sample(
+        logits.data_ptr(), B, V, temperature, top_k, margin, rng.data_ptr(), drawn.data_ptr()
+    )
+    if history is not None:
+        history.scatter_(1, pos.add_(1)[:, None], drawn[:, None])
+    return drawn

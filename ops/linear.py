@@ -4,7 +4,7 @@
     prepare(layer, dtype)              lay a weight out for its device, and choose the backends that support it
 
 Backends: the Triton kernel for up to 16 rows on an NVIDIA GPU; for more rows there linear_many, which reads a weight
-that is packed for that kernel; cpu.cpp's for up to 64 on a CPU; on a CPU that has no arithmetic in 16 bits, plain
+that is packed for that kernel; the CPU's own kernels, for up to 64 rows or integer weights; on a CPU that has no arithmetic in 16 bits, plain
 PyTorch in fp32; plain PyTorch, which runs everywhere and is the reference.
 """
 
@@ -32,6 +32,7 @@ class LinearLayer(Protocol):
     zeros: Tensor | None
     bias: Tensor | None
     in_features: int
+    out_features: int
     fp32: bool  # the result's dtype, else x's
     swiglu: bool  # rows of W are gate's and up's, interleaved by 8: the result is SwiGLU (..., N / 2)
     reduce: str  # what ranks make of their results: "", "sum" or "gather"
@@ -83,11 +84,11 @@ def _over_ranks(run: Callable) -> Callable:
 
 @_over_ranks
 def _cpu(layer, x, norm, residual):
-    if x.numel() > cpu.MAX_ROWS * x.shape[-1]:
+    if layer.scales is None and x.numel() > cpu.MAX_ROWS * x.shape[-1]:
         return None
     gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     weight = (layer.weight, layer.scales, layer.zeros, layer.bias)
-    return cpu.linear(x, *weight, gain, eps, residual, layer.fp32, layer.swiglu)
+    return cpu.linear(x, *weight, gain, eps, residual, layer.out_features, layer.fp32, layer.swiglu)
 
 
 @_over_ranks
@@ -106,7 +107,7 @@ def plain(layer, x, norm=None, residual=None):
 
 
 def _matrix(layer: LinearLayer, dtype: torch.dtype) -> Tensor:
-    return dequantize(layer.weight, layer.scales, layer.zeros, dtype)[:, : layer.in_features]
+    return dequantize(layer.weight, layer.scales, layer.zeros, dtype)[: layer.out_features, : layer.in_features]
 
 
 def _finish(layer: LinearLayer, y: Tensor, residual: Tensor | None) -> Tensor:
@@ -129,7 +130,7 @@ def half_is_slow(weight: Tensor, dtype: torch.dtype) -> bool:
 BACKENDS = (
     (linear_triton.pack, linear_triton.run),
     (linear_triton.pack, _over_ranks(linear_wide.run)),
-    (lambda layer, dtype: cpu.supports_linear(layer.weight, layer.scales, layer.bias, dtype), _cpu),
+    (cpu.pack, _cpu),
     (lambda layer, dtype: half_is_slow(layer.weight, dtype), _widened),
     (lambda layer, dtype: True, plain),
 )

@@ -15,6 +15,8 @@ def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None, dtyp
     tinygemm."""
     if weight.dtype == torch.int32:
         weight, scales, zeros = unpack_int4(weight, scales)
+    elif weight.ndim == 4:
+        weight, scales, zeros = unpack_rows(weight, scales, zeros)
     if weight.dtype == torch.uint8:
         offsets = nibbles(weight).to(dtype).unflatten(-1, (scales.shape[-1], -1)) - 8
         wide = torch.addcmul(zeros[..., None], offsets, scales[..., None])  # one rounding, not two
@@ -50,3 +52,30 @@ def unpack_int4(words: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pairs = pairs.transpose(1, 2).flatten(2).flatten(0, 1)[:, : q.shape[1] * pairs.shape[3] // 256]  # N, K'/G
     scales, zeros = pairs[..., None].contiguous().view(torch.bfloat16).unbind(-1)
     return q[:, ::2] | q[:, 1::2] << 4, scales.contiguous(), zeros.contiguous()
+
+
+def pack_rows(weight: Tensor, scales: Tensor, zeros: Tensor | None, lanes: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Lay portable int8 (N, K) or int4 (N, K'/2) out for a CPU whose vectors hold `lanes` words: rows are padded to 16
+    of them, columns to 32, and four neighbouring values of each of `lanes` rows lie together.
+
+    int8: (tiles, K'/4, lanes, 4); its scales (N,) stay as they are. int4: uint8 (tiles, K'/8, lanes, 4), of each 32
+    values first those from 0, 4, 8, 12 on in the low nibbles, and those from 16, 20, 24, 28 on in the high ones; scales
+    and zeros (tiles, K'/G, lanes).
+    """
+    more = -len(weight) % 16
+    if zeros is None:
+        weight = F.pad(weight, (0, -weight.shape[1] % 32, 0, more))
+        return weight.unflatten(0, (-1, lanes)).unflatten(2, (-1, 4)).transpose(1, 2).contiguous(), scales, None
+    low, high = nibbles(F.pad(weight, (0, 0, 0, more))).unflatten(1, (-1, 2, 16)).unbind(2)
+    words = (low | high << 4).flatten(1).unflatten(0, (-1, lanes)).unflatten(2, (-1, 4)).transpose(1, 2)
+    pairs = (F.pad(t, (0, 0, 0, more)).unflatten(0, (-1, lanes)).transpose(1, 2).contiguous() for t in (scales, zeros))
+    return words.contiguous(), *pairs
+
+
+def unpack_rows(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inverse of pack_rows, but for rows and columns of padding, and int8's scales, which are padded as well."""
+    weight = weight.transpose(1, 2).flatten(2).flatten(0, 1)
+    if zeros is None:
+        return weight, F.pad(scales, (0, len(weight) - len(scales))), None
+    q = torch.stack((weight & 15, weight >> 4), 1).unflatten(2, (-1, 16)).transpose(1, 2).flatten(1)
+    return q[:, ::2] | q[:, 1::2] << 4, *(t.transpose(1, 2).flatten(0, 1) for t in (scales, zeros))

@@ -4,7 +4,7 @@
     logit_threshold(logits, ...)   the smallest logit that `sample` may draw
 
 Softmax sampling is argmax over logits / temperature + Gumbel noise. On an NVIDIA GPU that is one Triton kernel, or two
-where top_k or min_p leave tokens out; otherwise plain PyTorch. Both draw the same tokens.
+where top_k or min_p leave tokens out; on a CPU cpu.cpp's, or plain PyTorch. All draw the same tokens.
 """
 
 import math
@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from ops import cpu
 from ops.common import counters, on_triton, op, pdl, tl, tlx, triton
 from ops.philox import advance, gumbel, uniform_triton
 
@@ -33,7 +34,7 @@ def sample(
     token. rng int64 (2,), a seed and an offset, which advances by one, makes draws repeatable. With history int64
     (B, T) and pos int64 (B,), pos advances by one, and the token is written there.
     """
-    draw = sample_triton if on_triton(logits) else sample_plain
+    draw = sample_triton if on_triton(logits) else cpu.sample if logits.is_cpu and cpu.ready() else sample_plain
     return draw(logits.contiguous(), temperature, top_k, min_p, rng, history, pos)
 
 

@@ -47,7 +47,7 @@ def test_linear_agrees_with_float64(kind, dtype, N, K):
         layer.fp32, layer.swiglu = True, False
         y = layer(x)
         assert y.shape == (1, rows, N) and y.dtype is torch.float32
-        bound = 1e-6 if dtype is torch.float32 else 1e-4
+        bound = 1e-6 if dtype is torch.float32 else 1e-4 if kind == "plain" else 1.5e-2  # int8 activations
         assert relative(y, linear(x.double(), weight, layer.bias.double())) < bound, rows
         normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
         expected = residual.double() + linear(normed, weight, layer.bias.double())
@@ -57,12 +57,12 @@ def test_linear_agrees_with_float64(kind, dtype, N, K):
             own = residual[..., : N // 2].double() + swiglu(expected - residual.double())
             assert relative(y, own) < 4 * bound  # a product of two, of which the gate's slope reaches 1.1
         layer.fp32 = layer.swiglu = False
-        assert relative(layer(x, norm, residual), expected) < (4e-3 if dtype is torch.bfloat16 else 1e-6)
+        assert relative(layer(x, norm, residual), expected) < max(bound, 4e-3 if dtype is torch.bfloat16 else 0)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4:32", "int4:128"])
 def test_an_outlier_costs_its_neighbours_alone(kind):
-    """Activations become integers with a scale for each 64: one of 10,000 times the others' size spoils 64 of them."""
+    """Activations become integers with a scale for each 32: one of 10,000 times the others' size spoils 32 of them."""
     layer, weight = packed(kind, 64, 1024, torch.bfloat16)
     layer.bias, layer.fp32 = None, True
     x = torch.randn(2, 1024).bfloat16()
@@ -71,9 +71,7 @@ def test_an_outlier_costs_its_neighbours_alone(kind):
     alone = torch.zeros_like(x)
     alone[:, 64:128] = x[:, 64:128]
     y = layer(x).double() - layer(alone)
-    assert (
-        relative(y, linear(x.double(), weight)) < 1e-3
-    )  # a difference of large numbers in fp32; one scale makes it 0.2
+    assert relative(y, linear(x.double(), weight)) < 1.5e-2  # one scale for all makes nothing of the others
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,7 +126,7 @@ def test_attention_agrees_with_the_reference(B, S, H, Hkv, D, T, window, rotary,
 def test_ops_have_the_shapes_that_compilation_assumes():
     layer, _ = packed("int4:32", 32, 64, torch.bfloat16)
     x, none = torch.randn(3, 64, dtype=torch.bfloat16), None
-    args = (x, layer.weight, layer.scales, layer.zeros, layer.bias, none, 0.0, none)
+    args = (x, layer.weight, layer.scales, layer.zeros, layer.bias, none, 0.0, none, 32)
     for wide, gate_up in ((False, False), (True, False), (False, True)):
         own = (*args, wide, gate_up)
         torch.library.opcheck(torch.ops.gptfast.cpu_linear.default, own, test_utils=("test_faketensor",))
