@@ -116,5 +116,5 @@ def _supports_layer(layer: nn.Module, dtype: torch.dtype) -> bool:
         set(dict(layer.named_children())) == MODULES
         and all(set(dict(getattr(layer, name).named_children())) <= parts for name, parts in PARTS.items())
         and all(linear is not None and linear.backends[0].__name__ == "_cpu" for linear in linears)
-        and all(norm is None or type(norm) is nn.RMSNorm and norm.weight.dtype is dtype for norm in norms)
+        and all(norm is None or (type(norm) is nn.RMSNorm and norm.weight.dtype is dtype) for norm in norms)
     )

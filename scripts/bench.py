@@ -423,7 +423,8 @@ def main() -> None:
         _run(args, tp)
 
 
-def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
+def _configs(args: argparse.Namespace) -> dict[str, ModelConfig]:
+    """The models asked for, by name. Raises UserError where they or the rest of what is asked for cannot be."""
     if args.max_new_tokens < 2:
         raise UserError(f"--max_new_tokens is {args.max_new_tokens}; at least 2 are needed")
     length = max([*args.prompt_length, *args.context, 2000 if args.queue else 0]) + args.max_new_tokens
@@ -433,44 +434,60 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     Sampler(temperature=args.temperature, top_k=args.top_k)  # what is wrong with these shows before a model is made
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: its directory does not exist")
-    device, dtype = pick_device(args.device), DTYPES[args.precision]
     paths = [args.checkpoint_path.parent] if args.checkpoint_path else []
     configs = {path.name: read_config(path) for path in paths} or {n: ModelConfig.from_name(n) for n in args.models}
     for name, config in configs.items():
         if length > config.block_size:
             raise UserError(f"{length} tokens (with --max_new_tokens) exceed {name}'s {config.block_size}")
+    return configs
+
+
+class Results:
+    """What has been measured: printed at once, and kept in the file beside what else that holds."""
+
+    def __init__(self, about: dict, path: Path | None):
+        self.about, self.path = about, path
+        self.kept = read_json(path, missing={}) if path else {}
+        self.rows: list[Row] = []
+        self.queues: list[dict] = []
+
+    def take(self, row: Row) -> None:
+        self.rows.append(row)
+        print(table([row]).splitlines()[2], flush=True)
+        self._write()
+
+    def take_queue(self, found: dict) -> None:
+        self.queues.append(found)
+        print(found, flush=True)
+        self._write()
+
+    def _write(self) -> None:
+        if self.path:
+            found = self.about | {"rows": [vars(row) for row in self.rows]}
+            found |= {"queues": self.queues} if self.queues else {}
+            write_text(self.path, json.dumps(self.kept | found, indent=1) + "\n")
+
+
+def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
+    configs, device, dtype = _configs(args), pick_device(args.device), DTYPES[args.precision]
     if (bandwidth := ops.read_bandwidth(device)) is None:
         raise UserError(f"{device} has too little free memory for its read bandwidth to be measured")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: reads {bandwidth / 1e9:.1f} GB/s")
     limits = bandwidth, ops.matmul_rate(device, dtype) or math.nan
     about = {"device": name, **provenance(), "read_bandwidth": bandwidth, "matmul_rate": limits[1]}
-    kept = read_json(args.json, missing={}) if args.json else {}  # what else the file holds
-    rows: list[Row] = []
-    queues: list[dict] = []
-
-    def keep() -> None:
-        if args.json and tp.rank == 0:
-            found = about | {"rows": [vars(row) for row in rows]} | ({"queues": queues} if queues else {})
-            write_text(args.json, json.dumps(kept | found, indent=1) + "\n")
-
-    def take(row: Row) -> None:
-        rows.append(row)
-        print(table([row]).splitlines()[2], flush=True)
-        keep()
+    results = Results(about, args.json if tp.rank == 0 else None)
+    works = [Work(n, 0, batch) for n in args.prompt_length for batch in args.batch_size]
+    works += [Work(0, n, batch) for n in args.context for batch in args.batch_size]
 
     def measure_all(name: str, mode: str, model: Transformer) -> None:
         for work in works:
-            take(measure(name, mode, model, work, args, limits))
+            results.take(measure(name, mode, model, work, args, limits))
             release(device)
         for batch in args.batch_size if args.queue else ():
-            queues.append({"model": name, "mode": mode, **measure_queue(model, args.queue, batch, args)})
-            print(queues[-1], flush=True)
-            keep()
+            results.take_queue({"model": name, "mode": mode, **measure_queue(model, args.queue, batch, args)})
             release(device)
 
-    works = [Work(n, 0, batch) for n in args.prompt_length for batch in args.batch_size]
-    works += [Work(0, n, batch) for n in args.context for batch in args.batch_size]
     if args.checkpoint_path:
         model = load_model(args.checkpoint_path, device=device, dtype=dtype, tp=tp)
         measure_all(args.checkpoint_path.parent.name, args.checkpoint_path.stem, model)
@@ -481,11 +498,11 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
             del model
             release(device)
         if args.peer:
-            model = peer(shape, device, dtype)
-            for ours in [row for row in rows if row.mode == args.modes[0] and row.model == shape and row.prompt_length]:
-                take(measure_peer(model, ours, args, limits))
-            del model
+            model, own = peer(shape, device, dtype), [row for row in results.rows if row.model == shape]
+            for ours in (row for row in own if row.mode == args.modes[0] and row.prompt_length):
+                results.take(measure_peer(model, ours, args, limits))
+            del model, own
             release(device)
-    print(table(rows))
+    print(table(results.rows))
     if args.plot and tp.rank == 0:
-        plot(rows, args.plot)
+        plot(results.rows, args.plot)
