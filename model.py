@@ -129,17 +129,9 @@ class Attention(nn.Module):
     def sinks(self) -> Tensor | None:
         return self.sink.weight if self.sink else None
 
-    def forward(
-        self,
-        x: Tensor,
-        norm: RMSNorm | None,
-        post_norm: RMSNorm | None,
-        input_pos: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rope: Tensor | None,
-    ) -> Tensor:
-        """x + post_norm(attention(norm(x)))"""
+    def forward(self, x: Tensor, norms: tuple, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> Tensor:
+        """x + post_norm(attention(norm(x))), norms being (norm, post_norm), either perhaps None."""
+        norm, post_norm = norms
         qkv = self.project_in(x, norm)
         if self.whole_norm:
             qkv = self.whole_norm(qkv)
@@ -279,7 +271,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> Tensor:
         """x: (B, S, C); k, v: this layer's caches (B, Hkv, T, D), written in place; rope: its rotary table, if any."""
         # Each part takes its norms and returns x plus its result, so that the linears beside them can fuse both.
-        x = self.attention(x, self.attention_norm, self.post_attention_norm, input_pos, k, v, rope)
+        x = self.attention(x, (self.attention_norm, self.post_attention_norm), input_pos, k, v, rope)
         if self.block_sparse_moe:
             return self.block_sparse_moe(x, self.ffn_norm)
         return self.feed_forward(x, self.ffn_norm, self.post_ffn_norm)

@@ -3,18 +3,21 @@ load, prefill in odd chunks, decode a token at a time, a ragged batch, contexts 
 and rules are those of transformers' config classes."""
 
 import json
+import re
 
 import pytest
 import torch
 import transformers
+from conftest import REPO
 
 from checkpoint import load_model
 from engine import Engine
 from errors import UserError
+from formats import families
 from formats.config import FAMILIES, KEYS, NULLABLE, SIZES, config_fields
 from formats.convert import convert
 from formats.families import ACTIVATIONS
-from generate import generate
+from generate import generate, load
 from linear import Linear
 from ops.rms_norm import normed_triton, rms_norm
 from quantize import quantize_checkpoint
@@ -174,10 +177,17 @@ SAMPLES = {  # of each key, a value that is no family's default
     "num_attention_heads": 320,
     "intermediate_size": 32,
     "vocab_size": 9,
+    "num_local_experts": 9,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [1],
 }
 NOT_FIELDS = {  # keys that transformers reads though no class declares them, and families that alone declare one
     *("original_max_position_embeddings", "rope_theta", "head_dim", "partial_rotary_factor", "rope_local_base_freq"),
-    *("sliding_window_pattern", "tie_word_embeddings"),
+    *("sliding_window_pattern", "tie_word_embeddings", "use_bidirectional_attention"),
 }
 
 
@@ -211,6 +221,16 @@ def theirs(config):
         "mlp_bias": getattr(config, "use_bias", getattr(config, "mlp_bias", None)),
         "rope_layers": tuple(map(bool, getattr(config, "no_rope_layers", None) or ())) or None,
     }
+    if hasattr(config, "num_experts_per_tok"):
+        dense, step = getattr(config, "mlp_only_layers", None) or (), getattr(config, "decoder_sparse_step", 1)
+        found |= {
+            "n_expert": getattr(config, "num_experts", None) or config.num_local_experts,
+            "n_expert_used": config.num_experts_per_tok,
+            "expert_size": getattr(config, "moe_intermediate_size", config.intermediate_size),
+            "shared_size": getattr(config, "shared_expert_intermediate_size", None),
+            "norm_topk": getattr(config, "norm_topk_prob", None),
+            "dense_layers": tuple(i for i in range(config.num_hidden_layers) if i in dense or (i + 1) % step),
+        }
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -225,8 +245,14 @@ def ours(config, wanted):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_keys_defaults_and_rules_are_transformers(name):
+    check_keys(name)
+
+
+def check_keys(name):
+    """Compare every key's default, and what it does, with transformers' config class."""
     family, kind = FAMILIES[name], type(transformers.AutoConfig.for_model(name))
-    declared = KEYS.keys() & kind.__dataclass_fields__.keys()
+    spelled = {key: other for other, key in family.spelled.items() if key not in kind.__dataclass_fields__}
+    declared = {key for key in KEYS if spelled.get(key, key) in kind.__dataclass_fields__}
     assert declared - family.keys.keys() - set(SIZES.values()) == set()
     assert family.keys.keys() - declared <= NOT_FIELDS
     assert SAMPLES.keys() == KEYS.keys()
@@ -240,7 +266,7 @@ def test_keys_defaults_and_rules_are_transformers(name):
         if key == "use_bidirectional_attention" or (name == "olmo3" and key == "rope_theta"):
             continue  # not supported; OLMo 3's class gives layers with a window its default, whatever the config says
         try:
-            expected = theirs(kind(**{**SMALL, **change}))
+            expected = theirs(kind(**SMALL | {spelled.get(key, key): value for key, value in change.items()}))
         except Exception:  # what the class refuses: nulls, and InternLM3 one bias without the other
             assert change == {key: None} or name == "internlm3"
             continue
@@ -249,6 +275,20 @@ def test_keys_defaults_and_rules_are_transformers(name):
         assert ours({**plain, **change}, expected) == expected, change
         compared += 1
     assert compared >= 12
+
+
+@torch.inference_mode()
+def test_the_guide_adds_a_family(tmp_path, monkeypatch):
+    """The README's example, done as it says."""
+    (entry,) = re.findall(r"^```python family\n(.*?)^```", (REPO / "README.md").read_text(), flags=re.M | re.S)
+    ((name, family),) = eval("{" + entry + "}", vars(families)).items()
+    config = transformers.AutoConfig.for_model(name, **{**TINY, **ALTERNATING, **CAPS})
+    reference = save(tmp_path, config)
+    with pytest.raises(UserError, match=f"model_type '{name}' is not supported"):
+        convert(tmp_path)
+    monkeypatch.setitem(FAMILIES, name, family)
+    check_logits(tmp_path, reference)
+    check_keys(name)
 
 
 def test_a_key_that_only_others_read_is_told(tmp_path, capsys):
@@ -303,3 +343,21 @@ def test_norm_kernel(K):
         plain = rms_norm(x, weight, 1e-6)
         torch.testing.assert_close(normed_triton(x, weight, 1e-6), plain, atol=2e-2, rtol=1e-2)
         torch.testing.assert_close(normed_triton(x, weight, 1e-6, residual), residual + plain, atol=4e-2, rtol=1e-2)
+
+
+# --- a real one -------------------------------------------------------------------------------------------------------
+
+GEMMA = REPO / "checkpoints" / "gemma-3-270m" / "model.pth"
+GOLDEN = json.loads((REPO / "tests" / "data" / "gemma3_270m.json").read_text())
+
+
+@pytest.mark.skipif(not GEMMA.is_file(), reason="needs ./scripts/prepare.sh gemma-3-270m, 240 MB")
+def test_gemma_writes_what_transformers_does():
+    llm = load(GEMMA, device="cpu", precision="fp32", sampler=Sampler(temperature=0), max_seq_length=64)
+    for case in GOLDEN["prompts"]:
+        prompt, expected = llm.tokenizer.encode(case["prompt"]), case["greedy_ids"]
+        assert prompt == case["prompt_ids"]
+        found = list(generate(llm, prompt, len(expected), is_stop=lambda row, token: False))
+        same = next((i for i, (a, b) in enumerate(zip(found, expected)) if a != b), len(expected))
+        assert same == len(expected) or case["margins"][same] < 0.02, case["prompt"]  # a near tie may fall otherwise
+        assert llm.tokenizer.decode(expected) == case["text"]
