@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +33,6 @@ from tokenizer import load_tokenizer
 SHORTEST = 32  # tokens of a calibration sequence
 FEW = 32  # tokens of an expert with fewer of which GPTQ would fit these alone
 
-Place = int | EllipsisType  # of a matrix in a linear layer's weight: which expert's, or all of it
-
 
 def open_model(path: Path) -> tuple[Transformer, dict[str, Tensor], list[str]]:
     """The model of a model.pth on the meta device, its mapped tensors, a tied output under a name of its own, and its
@@ -50,8 +47,8 @@ def open_model(path: Path) -> tuple[Transformer, dict[str, Tensor], list[str]]:
 
 
 def write_checkpoint(source: Path, path: Path, state: dict, linears: list[str], mode: str, results: Iterable) -> None:
-    """Write a quantised file: in place of each linear layer's weight what `results`, of (name, place, tensors), has for
-    it, all else as it is in `state`, which is mapped from the source."""
+    """Write a quantised file: in place of each linear layer's weight what `results`, of (name, tensors), has for it,
+    all else as it is in `state`, which is mapped from the source."""
     check = unchanged(source)
     pending = {name: state[f"{name}.weight"].to("meta") for name in linears}
     blank = {
@@ -59,22 +56,16 @@ def write_checkpoint(source: Path, path: Path, state: dict, linears: list[str], 
         for name, weight in pending.items()
         for key, t in quantizer(mode)(weight.flatten(0, -2)).items()
     }
-    total = sum(len(matrices(weight)) for weight in pending.values())
     with new_state_dict(path, state | blank) as target:
         for name in state.keys() - blank.keys():
             target[name].copy_(state[name])
             check()
-        for name, place, tensors in tqdm(results, desc="quantising", total=total, unit="layer", disable=None):
-            pending.pop(name, None)
+        for name, tensors in tqdm(results, desc="quantising", total=len(linears), unit="layer", disable=None):
+            del pending[name]
             for key, tensor in tensors.items():
-                target[f"{name}.{key}"][place].copy_(tensor)
+                target[f"{name}.{key}"].copy_(tensor)
             check()
         assert not pending, f"nothing was made of {list(pending)}"
-
-
-def matrices(weight: Tensor) -> list[tuple[Place, Tensor]]:
-    """The matrices of a linear layer, one or one an expert, and their places."""
-    return list(enumerate(weight)) if weight.ndim == 3 else [(..., weight)]
 
 
 def quantize_checkpoint(source: Path, target: Path, mode: str, device: torch.device) -> None:
@@ -83,11 +74,8 @@ def quantize_checkpoint(source: Path, target: Path, mode: str, device: torch.dev
     Raises UserError and leaves no file when the source is no full-precision checkpoint or holds NaN.
     """
     _, state, linears = open_model(source)
-    weights = ((name, *matrix) for name in linears for matrix in matrices(state[f"{name}.weight"]))
-    results = (
-        (name, place, quantize_linear(mode, {"weight": weight}, f"{source}: {name}", device))
-        for name, place, weight in weights
-    )
+    tensors = ((name, {"weight": state[f"{name}.weight"]}) for name in linears)
+    results = ((name, quantize_linear(mode, own, f"{source}: {name}", device)) for name, own in tensors)
     write_checkpoint(source, target, state, linears, mode, results)
 
 
@@ -119,17 +107,21 @@ def gptq_checkpoint(
     table, scaled = state["tok_embeddings.weight"], model.tok_embeddings.scaled
     activations = [scaled(table[tokens].to(home, dtype)) for tokens in sequences]
 
-    def results() -> Iterator[tuple[str, Place, dict[str, Tensor]]]:
-        for name, place, linear, hessian in calibrated(model, state, activations, device):
+    def results() -> Iterator[tuple[str, dict[str, Tensor]]]:
+        made: dict[str, list[dict[str, Tensor]]] = {}
+        for name, experts, linear, hessian in calibrated(model, state, activations, device):
             if not linear.weight.isfinite().all():
                 raise UserError(f"{source}: {name} holds NaN or infinite weights")
-            if place is not ... and hessian.tokens < FEW:
+            if experts and hessian.tokens < FEW:
                 few.append(name)
                 own = Int4.quantize(linear.weight, group)
             else:
                 own = Int4.tensors(*gptq(linear.weight, hessian.mean, group, **options))
             linear.weight.data = ops.dequantize(*own.values(), linear.weight.dtype)[:, : linear.in_features]
-            yield name, place, own
+            made.setdefault(name, []).append(own)
+            if len(made[name]) == max(1, experts):
+                parts = made.pop(name)
+                yield name, {key: torch.stack([part[key] for part in parts]) for key in own} if experts else own
 
     write_checkpoint(source, target, state, linears, f"int4:{group}", results())
     return len(few)
@@ -137,10 +129,10 @@ def gptq_checkpoint(
 
 def calibrated(
     model: Transformer, state: dict[str, Tensor], activations: list[Tensor], device: torch.device
-) -> Iterator[tuple[str, Place, Linear, Hessian]]:
-    """The name of each linear layer, the place of a matrix in it, this as a layer, and the Hessian of its inputs, in
-    the order in which they run. What the caller makes of a layer's weight counts for the next ones. Only a block is
-    resident; `activations` are consumed."""
+) -> Iterator[tuple[str, int, Linear, Hessian]]:
+    """The name of each linear layer, 0, the layer, and the Hessian of its inputs, in the order in which they run; of
+    experts, each one by itself, and how many there are. What the caller makes of a layer's weight counts for the next
+    ones. Only a block is resident; `activations` are consumed."""
 
     def load(name: str, dtype: torch.dtype | None = activations[0].dtype) -> nn.Module:
         names = [n for n in state if n.startswith(f"{name}.")]
@@ -153,12 +145,12 @@ def calibrated(
         for name, *rest in calibrated_block(model.config, i, block, activations, device):
             yield f"layers.{i}.{name}", *rest
         block.to("meta")
-    yield "output", ..., load("output", None), input_hessian(activations, load("norm"), device)
+    yield "output", 0, load("output", None), input_hessian(activations, load("norm"), device)
 
 
 def calibrated_block(
     config: ModelConfig, layer: int, block: TransformerBlock, activations: list[Tensor], device: torch.device
-) -> Iterator[tuple[str, Place, Linear, Hessian]]:
+) -> Iterator[tuple[str, int, Linear, Hessian]]:
     """`calibrated` for a block, whose output replaces its input in `activations`."""
 
     def attention(x: Tensor) -> Tensor:
@@ -183,14 +175,14 @@ def calibrated_block(
         if not experts or experts.shared_expert:
             hessian = input_hessian(activations, norm, device)
             for name in first:
-                yield name, ..., block.get_submodule(name), hessian
+                yield name, 0, block.get_submodule(name), hessian
             linear = block.get_submodule(last)
             hessian = Hessian(linear.in_features, device)
             recorder = linear.register_forward_pre_hook(lambda _, inputs, hessian=hessian: hessian.add(inputs[0]))
             for x in activations:
                 part(x.to(device))
             recorder.remove()
-            yield last, ..., linear, hessian
+            yield last, 0, linear, hessian
         for i, x in enumerate(activations):
             activations[i] = part(x.to(device)).to(x.device)
 
@@ -198,14 +190,14 @@ def calibrated_block(
 def calibrated_experts(
     mixture: Mixture, norm: RMSNorm, activations: list[Tensor], device: torch.device
 ) -> Iterator[tuple[str, int, Linear, Hessian]]:
-    """`calibrated` for experts, one after the other, each on the tokens that are sent to it."""
+    """`calibrated` for experts, each on the tokens that are sent to it."""
     inputs = [norm(x.to(device)).flatten(0, -2) for x in activations]
     met = [ops.route(mixture, h)[0].to(x.device) for h, x in zip(inputs, activations)]
     inputs = [h.to(x.device) for h, x in zip(inputs, activations)]
     layers = {name: getattr(mixture.cond_ffn, name) for name in ("w1", "w3", "w2")}
     for layer in layers.values():
         layer.weight.data = layer.weight.clone()  # of what may be mapped from the source
-    for e in range(len(mixture.gate.weight)):
+    for e in range(n := len(mixture.gate.weight)):
         x = torch.cat([h[(index == e).any(1)] for h, index in zip(inputs, met)]).to(device)
         for name, layer in layers.items():
             if name == "w2":
@@ -217,7 +209,7 @@ def calibrated_experts(
                 hessian.add(x)
             with torch.device("meta"):
                 own = Linear(layer.in_features, layer.out_features).assign({"weight": layer.weight[e]})
-            yield name, e, own, hessian
+            yield name, n, own, hessian
             layer.weight.data[e] = own.weight
 
 

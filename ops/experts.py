@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops import experts_gemm, experts_triton, symmetric
@@ -105,7 +106,9 @@ def mixture(layer: MixtureLayer, x: Tensor, norm: nn.RMSNorm, residual: Tensor |
 
 def route(layer: MixtureLayer, h: Tensor) -> tuple[Tensor, Tensor]:
     """The experts that rows h (M, C) meet, int64 (M, k), and their weights, fp32 (M, k)."""
-    return experts_gemm.choose(h, layer.gate.weight, layer.gate.bias, layer.top_k, layer.renormalize)
+    gate, bias = (t if t is None else t.float() for t in (layer.gate.weight, layer.gate.bias))
+    weights, index = F.linear(h.float(), gate, bias).softmax(-1).topk(layer.top_k, -1)
+    return index, weights / weights.sum(-1, keepdim=True) if layer.renormalize else weights
 
 
 def glu(layer: MixtureLayer, gate: Tensor, up: Tensor) -> Tensor:

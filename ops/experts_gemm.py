@@ -13,7 +13,6 @@ Axes: P = M k rows of the result, a token and one of its k experts each; the oth
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops import tuning
@@ -191,13 +190,6 @@ if triton is not None:
         tl.store(out + m * N + n, total.to(out.dtype.element_ty), n < N)
 
 
-def choose(h: Tensor, gate: Tensor, bias: Tensor | None, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """See experts.route."""
-    bias = None if bias is None else bias.float()
-    weights, index = F.linear(h.float(), gate.float(), bias).softmax(-1).topk(top_k, -1)
-    return index, weights / weights.sum(-1, keepdim=True) if renormalize else weights
-
-
 def group(
     x: Tensor,
     norm: Tensor,
@@ -208,10 +200,10 @@ def group(
     renormalize: bool,
     rows: int,
 ) -> tuple[Tensor, ...]:
-    """Send rows x (M, C) to experts. Returns h, their RMSNorm; scores fp32 (M, k), as `choose`; the order int32 (P,)
-    that puts tokens of one expert side by side, of numbers m k + choice; and tiles int32 (T, 3) of at most so many rows
-    of that order: the expert, the first place, and the end of that expert's. T is as many as there may be; those there
-    are not are empty."""
+    """Send rows x (M, C) to experts. Returns h, their RMSNorm; scores fp32 (M, k), see experts.route; the order int32
+    (P,) that puts tokens of one expert side by side, of numbers m k + choice; and tiles int32 (T, 3) of at most so many
+    rows of that order: the expert, the first place, and the end of that expert's. T is as many as there may be; those
+    that there are not are empty."""
     (M, C), E, BM = x.shape, len(gate), 16
     blocks, EXPERTS = triton.cdiv(M, BM), max(16, triton.next_power_of_2(E))
     h, scores = torch.empty_like(x), torch.empty(M, top_k, dtype=torch.float32, device=x.device)

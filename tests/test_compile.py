@@ -55,11 +55,10 @@ def test_all_kernels_compile_for_hopper(compiled):
         "_all_reduce_kernel",
         "_route_kernel",
         "_experts_kernel",
-        "_grouped_kernel",
-        "_sum_kernel",
+        *GROUPING,
     }
-    others = ("_attention_kernel", "_rotate_kernel", "_flash_kernel", "_grouped_kernel", "_sum_kernel")  # all but the
-    # first start when all before has ended
+    # All but the first start when all before has ended.
+    others = ("_attention_kernel", "_rotate_kernel", "_flash_kernel", *GROUPING)
     assert all(row["waits"] == row["launches"] > 0 for row in compiled if row["kernel"] not in others)
 
 
@@ -111,6 +110,9 @@ def test_tune_tries_what_the_kernel_uses_as_it_is(kind, shape, monkeypatch):
     for choice in choices:
         monkeypatch.setitem(own, tuning.key(kind, 1), {(N, K): choice})
         assert tuning.configuration(kind, N, K, 1, cpu) == choice
+
+
+GROUPING = ("_choose_kernel", "_place_kernel", "_grouped_kernel", "_sum_kernel")  # of experts' tokens
 
 
 def volatile_loads(ttgir: str) -> list[list[list[int]]]:
@@ -209,19 +211,16 @@ def main() -> None:
     linear_triton.linear(x[:, :2048], w[:, :2048].to(torch.int8).contiguous(), torch.empty(32000, dtype=dtype))
 
     C, size, E, k = 2048, 768, 8, 2
-    for kind, rows in (("16-bit", 1), ("int8", 1), ("int4:32", 6)):
+    for kind, rows in (("16-bit", 1), ("int4:32", 6)):
         case, slots = f"experts of {kind}, {rows} rows", min(E, rows * k)
         up, down = empty_weight(kind, E * 2 * size, C), empty_weight(kind, E * C, size)
         x, used, weights = torch.empty(rows, C, dtype=dtype), torch.zeros(1 + slots).int(), torch.zeros(slots, rows)
         hidden = experts_triton.experts(x, *up, None, E, used, weights, None, False)
         experts_triton.experts(hidden, *down, None, E, used, weights, x, True)
     case, gate = "a router", torch.empty(E, C, dtype=dtype)
-    experts_triton.route(x, torch.empty(rows, E), x, gate[0], 1e-5, gate, k, True)
-    for kind in ("16-bit", "int4:32"):
-        case, rows = f"many rows of experts of {kind}", 600
-        up, down = empty_weight(kind, E * 2 * size, C), empty_weight(kind, E * C, size)
-        x = torch.empty(rows, C, dtype=dtype)
-        experts_gemm.mixture_many(x, gate[0], 1e-5, gate, k, True, *up, None, *down, None, x)
+    experts_triton.route(x, torch.empty(rows, E), x, gate[0], 1e-5, gate, None, k, True)
+    case, x = "many rows of experts", torch.empty(600, C, dtype=dtype)
+    experts_gemm.mixture_many(x, gate[0], 1e-5, gate, None, k, True, 0.0, 1.0, *up, None, *down, None, x)
 
     buffers = counts = torch.zeros(2, dtype=torch.int64)
     symmetric.symmetric_buffers = lambda device: (None, (buffers, counts))
