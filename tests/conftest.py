@@ -22,6 +22,7 @@ if not torch.cuda.is_available():  # before anything imports Triton, which then 
     os.environ["TRITON_INTERPRET"] = "1"
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork of a process that used it says so on stderr
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a fork would wait for the others, and their pool imports PyTorch
 REPO = Path(__file__).resolve().parent.parent
 SMOLLM2 = REPO / "checkpoints" / "SmolLM2-135M-Instruct"
 

@@ -190,7 +190,8 @@ def main() -> None:
             linear_triton.linear(x, w, s, None, gain, 1e-5, swiglu=True)
     files = [tuning.read_file(path, "gemm")[1] for path in tuning.FOLDER.glob("*.json")]
     tiles = {(of, replace(tile, split=1)) for table in files for (of, _), own in table.items() for tile in own.values()}
-    tiles = [(kind.replace("int4", "int4:32"), tile, 2048) for kind, tile in sorted(tiles, key=repr)]
+    kinds = {"int4": "int4:32", "fp": "16-bit"}
+    tiles = [(kinds.get(kind, kind), tile, 2048) for kind, tile in sorted(tiles, key=repr)]
     tiles += [(kind, Tile(64, 1, 1, 4, 4, 2), 2112) for kind in ("fp8", "int4:128")]
     for case, tile, K in tiles:
         tuning.tile = lambda *_, tile=tile: tile
