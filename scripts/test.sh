@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$REPO"
-LIMIT=3299 # lines of Python at the top level, which an evening has to be enough for
+LIMIT=3713 # lines of Python at the top level, which an evening has to be enough for
 
 unset PYTHONDONTWRITEBYTECODE # as images of Python set: each of a hundred processes would compile PyTorch's modules anew
 activate_venv
