@@ -243,7 +243,7 @@ DAMAGES = {
     ),
     "more layers than tensors": (
         lambda d: edit_json(d / "config.json", num_hidden_layers=10_000, layer_types=None),
-        r"lacks layers\.9999\.attention_norm\.weight; its config has 10000 layers",
+        r"lacks layers\.9999\.attention\.wo\.weight; its config has 10000 layers",
     ),
     "no config": (lambda d: (d / "config.json").unlink(), r"model name 'damaged' is not supported; supported: 13B"),
     "malformed config": (lambda d: truncate(d / "config.json"), r"config\.json is not valid JSON"),
@@ -259,7 +259,7 @@ DAMAGES = {
         r"num_key_value_heads is '2'; accepted: an integer",
     ),
     "windows of other layers": (
-        lambda d: edit_json(d / "config.json", sliding_window=8, layer_types=["sliding_attention"] * 9),
+        lambda d: edit_json(d / "config.json", model_type="qwen2", layer_types=["sliding_attention"] * 9),
         r"layer_types are told of 9 layers of",
     ),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), r"tokenizer"),
