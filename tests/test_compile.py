@@ -77,10 +77,11 @@ def test_gemms_widen_between_shared_memory_and_tensor_cores(compiled):
     for row in gemms:
         assert row["buffers"] == (3 if "int4" in row["case"] else 2), row["case"]
         assert row["wgmma"] > 0, row["case"]
-    for row in compiled:
-        if row["kernel"] in ("_gemm_kernel", "_widen_kernel"):
-            assert re.search(r"\b0 bytes spill stores", row["assembled"]), row["case"]
-            assert "serialized" not in row["assembled"], row["case"]
+    assembled = [row for row in compiled if row["assembled"]]  # but for what was compiled for an earlier case
+    assert len(assembled) > 15
+    for row in assembled:
+        assert re.search(r"\b0 bytes spill stores", row["assembled"]), row["case"]
+        assert "serialized" not in row["assembled"], row["case"]
 
 
 def test_every_thread_waits_for_its_own_message(compiled):
