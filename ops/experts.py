@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops import experts_gemm, experts_triton, symmetric
+from ops import cpu, experts_gemm, experts_triton, symmetric
 from ops.common import op, triton
 from ops.linear import BACKENDS, LinearLayer, linear, plain
+from ops.linear import _cpu as on_cpu
 from ops.packing import dequantize, pack_int4
 
 
@@ -59,6 +60,7 @@ class Expert:
     zeros: Tensor | None
     bias: Tensor | None
     in_features: int
+    out_features: int
     swiglu: bool = False
     fp32: bool = False
     reduce: str = ""
@@ -74,7 +76,25 @@ def prepare(layer: MixtureLayer, dtype: torch.dtype) -> None:
         if own is not None and own.weight.is_cpu and own.weight.dtype is torch.float8_e4m3fn:  # see linear.prepare
             wide = dequantize(own.weight, own.scales, None, dtype)
             own.weight, own.scales = nn.Parameter(wide, requires_grad=False), None
+        elif own is not None and own.weight.is_cpu and own.scales is not None:
+            _pack_on_cpu(own, dtype)
     layer.backends = (experts_triton.run, experts_gemm.run) if pack(layer, dtype) else ()
+
+
+def _pack_on_cpu(layer: LinearLayer, dtype: torch.dtype) -> None:
+    """Lay each expert's integer weight out for the CPU's kernels, if they support it."""
+    parts = [
+        _expert(layer.weight, layer.scales, layer.zeros, None, e, layer.in_features, layer.out_features)
+        for e in range(len(layer.weight))
+    ]
+    if all(cpu.pack(part, dtype) for part in parts):
+        for key in ("weight", "scales", "zeros"):
+            own = [getattr(part, key) for part in parts]
+            setattr(layer, key, None if own[0] is None else nn.Parameter(torch.stack(own), requires_grad=False))
+
+
+def _expert(weight, scales, zeros, bias, e: int, K: int, N: int) -> Expert:
+    return Expert(*(t if t is None else t[e] for t in (weight, scales, zeros, bias)), K, N)
 
 
 def pack(layer: MixtureLayer, dtype: torch.dtype) -> bool:
@@ -136,7 +156,8 @@ def mixture_plain(layer: MixtureLayer, x: Tensor, norm: nn.RMSNorm, residual: Te
 
 
 def _grouped(layer: LinearLayer, x: Tensor, index: Tensor) -> Tensor:
-    return grouped_linear(x, index, layer.weight, layer.scales, layer.zeros, layer.bias)
+    weight = (layer.weight, layer.scales, layer.zeros, layer.bias)
+    return grouped_linear(x, index, *weight, layer.out_features)
 
 
 @op("grouped_linear")
@@ -147,14 +168,18 @@ def grouped_linear(
     scales: Tensor | None,
     zeros: Tensor | None,
     bias: Tensor | None,
+    N: int,
 ) -> Tensor:
-    """Each row of x (P, K) through its expert, index (P,), of weights (E, N, K) of any kind: (P, N). On a CPU only the
-    experts that are met are read; elsewhere the host does not wait to know them."""
-    y = x.new_empty(len(x), weight.shape[1])
+    """Each row of x (P, K) through its expert, index (P,), of weights (E, N, K) of any kind or packed: (P, N). On a CPU
+    only the experts that are met are read; elsewhere the host does not wait to know them."""
+    y = x.new_empty(len(x), N)
     for e in index.unique().tolist() if x.is_cpu else range(len(weight)):
-        own = Expert(*(t if t is None else t[e] for t in (weight, scales, zeros, bias)), x.shape[1])
+        own = _expert(weight, scales, zeros, bias, e, x.shape[1], N)
         if x.is_cpu:
-            own.backends = tuple(run for supports, run in BACKENDS if supports(own, x.dtype))
+            if weight.ndim > 3:  # packed
+                own.backends = (on_cpu, plain)
+            elif scales is None:
+                own.backends = tuple(run for supports, run in BACKENDS if supports(own, x.dtype))
             rows = (index == e).nonzero()[:, 0]
             y[rows] = linear(own, x[rows])
         else:
@@ -163,5 +188,5 @@ def grouped_linear(
 
 
 @torch.library.register_fake("gptfast::grouped_linear")
-def _(x, index, weight, scales, zeros, bias):
-    return x.new_empty(len(x), weight.shape[1])
+def _(x, index, weight, scales, zeros, bias, N):
+    return x.new_empty(len(x), N)

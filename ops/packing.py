@@ -13,6 +13,9 @@ def nibbles(packed: Tensor) -> Tensor:
 def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The weight (N, K), or (E, N, K), that a stored or packed one stands for. int4: w = (q - 8) * scale + zero, as in
     tinygemm."""
+    if weight.ndim == 5 and weight.dtype != torch.int32:  # experts packed for a CPU
+        rest = ([None] * len(weight) if t is None else t for t in (scales, zeros))
+        return torch.stack([dequantize(*own, dtype) for own in zip(weight, *rest)])
     if weight.dtype == torch.int32:
         weight, scales, zeros = unpack_int4(weight, scales)
     elif weight.ndim == 4:

@@ -267,7 +267,7 @@ def make_case(kind, M, E, N, K, top_k, dtype, limit=0.0, seed=0):
         bias = torch.randn(E, rows, generator=generator).to(DEVICE, dtype) if limit else None
         packed = SimpleNamespace(weight=w, scales=s, zeros=None, bias=bias)
         bias = None if bias is None else bias.float()
-        return packed, SimpleNamespace(weight=dense.float(), scales=None, zeros=None, bias=bias)
+        return packed, SimpleNamespace(weight=dense.float(), scales=None, zeros=None, bias=bias, out_features=rows)
 
     (up, plain_up), (down, plain_down) = layer(2 * N, K), layer(K, N)
     gate, gain, x, shift = (torch.randn(*shape, generator=generator) for shape in ((E, K), (K,), (M, K), (E,)))

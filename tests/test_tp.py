@@ -62,11 +62,11 @@ def write_model(path, config, kind):
         own = {key: torch.randn_like(p) / 2**p.ndim for key, p in module.named_parameters(recurse=False)}
         if config.tied and name == "output":
             continue
-        if kind == "int4-gptq" and hasattr(module, "in_features"):
+        if kind == "int4-gptq" and isinstance(module, Linear):
             hessian = Hessian(module.in_features)
             hessian.add(torch.randn(200, module.in_features))
             own |= Int4.tensors(*gptq(own["weight"], hessian.mean, 32))
-        elif kind != "plain" and hasattr(module, "in_features"):
+        elif kind != "plain" and isinstance(module, Linear):
             own = quantize_linear(kind, own, name)
         state |= {f"{name}.{key}": t for key, t in own.items()}
     torch.save(state, path)
@@ -262,6 +262,11 @@ def _rank(directory: Path) -> None:
             for more in ({"qkv_bias": True}, {"tied": True}, {"qk_norm": True, "o_bias": True, "mlp_bias": True})
         ]
         cases += [(tiny_config(tp.world, **more), "plain", torch.float32) for more in FAMILIES]
+        mixture = tiny_config(tp.world, n_expert=5, n_expert_used=2, expert_size=96, shared_size=160)
+        cases += [(mixture, kind, torch.float32) for kind in ("plain", "int8", "int4:128")]
+        gpt_oss = {"n_expert": 3, "n_expert_used": 2, "expert_size": 64, "norm_topk": True, "router_bias": True}
+        gpt_oss |= {"glu_limit": 1.0, "glu_alpha": 1.7, "mlp_bias": True, "sinks": True}
+        cases.append((tiny_config(tp.world, **gpt_oss), "plain", torch.float32))
         for i, (config, kind, dtype) in enumerate(cases):
             path = directory / f"{i}.pth"
             if tp.rank == 0:
