@@ -107,15 +107,16 @@ def test_attention(B, S, H, Hkv, D, T, window, soft_cap, with_sinks, positions, 
     attention_plain(qkv, *plain[:2], pos, *rest, *plain[2:])
     for tensors in zip(cache, plain, before):
         for b, position in enumerate(positions):
-            ours, reference, old = (t.view(torch.uint8 if t.element_size() == 1 else t.dtype)[b] for t in tensors)
+            ours, old = (t.view(torch.uint8 if t.element_size() == 1 else t.dtype)[b] for t in tensors[::2])
             assert torch.equal(ours[:, position + S :].isnan(), old[:, position + S :].isnan())
             assert torch.equal(ours[:, :position].nan_to_num(), old[:, :position].nan_to_num())
             new = slice(position, position + S)
-            # A byte may differ by one: where division rounds to another side, and the interpreter's fp8 is not exact.
-            assert (ours[:, new].float() - reference[:, new].float()).abs().max() <= (
-                1 if ours.dtype is torch.uint8 else 0
-            )
-            assert CUDA or kind == "fp8" or (ours[:, new] != reference[:, new]).float().mean() < 0.01
+            a, b = (t[b][:, new].float() for t in tensors[:2])
+            # Division may round to another side: a step of the grid. Where rounding to fp8 reaches a power of two, the
+            # interpreter loses the carry, which halves the value.
+            step = {torch.uint8: 1, torch.bfloat16: 0}.get(tensors[0].dtype, b.abs() / (8 if CUDA else 2) + 2**-9)
+            assert ((a - b).abs() <= step).all()
+            assert (kind == "fp8" and not CUDA) or (a != b).float().mean() < 0.01
 
 
 @pytest.fixture(scope="module")
