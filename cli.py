@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import ops
 from checkpoint import DTYPES
 from errors import UserError
 
@@ -16,10 +17,11 @@ DEVICES = "cpu, cuda, cuda:N, mps"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint_path, --precision, --quantize and --device."""
+    """--checkpoint_path, --precision, --quantize, --kv_cache and --device."""
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of activations and plain weights")
     parser.add_argument("--quantize", metavar="KIND", help="quantise on load: int8, fp8, int4 or int4:GROUP")
+    parser.add_argument("--kv_cache", choices=sorted(ops.CACHE_KINDS), help="keys and values in 8 bits")
     parser.add_argument("--device", help=f"{DEVICES}; by default a GPU where there is one")
 
 

@@ -52,8 +52,8 @@ def compile_blocks(model: Transformer) -> Callable[[Tensor, Tensor, KVCache], Te
     def hidden(x: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
         # Sizes that happen to be equal when a graph is made must not count as one.
         with symbolic.patch(use_duck_shape=False), compiling():
-            for block, k, v, rope in zip(blocks, cache.k, cache.v, cache.rope):
-                x = block(x, input_pos, k, v, rope)
+            for block, kv, rope in zip(blocks, cache.layers, cache.rope):
+                x = block(x, input_pos, kv, rope)
         return x
 
     return hidden
@@ -76,11 +76,13 @@ class Engine:
         compile_prefill: bool = False,
         draft: Transformer | str | None = None,
         speculate_k: int | str | None = None,
+        kv_cache: str | None = None,
     ):
-        """stop_ids: what ends a row unless `generate` is told; draft, speculate_k: see Speculator."""
+        """stop_ids: what ends a row unless `generate` is told; draft, speculate_k: see Speculator; kv_cache: the
+        draft's, too, see Transformer.cache."""
         self.model, self.stop_ids, self.batch_size = model, stop_ids, batch_size
         length = max_seq_length or min(model.config.block_size, MAX_DEFAULT_CONTEXT)
-        self.state = state = RunState.new(model, batch_size, length, sampler or Sampler())
+        self.state = state = RunState.new(model, batch_size, length, sampler or Sampler(), kv_cache)
         self.device = state.pos.device
         self.few = max(ops.row_limits(self.device, model.dtype), default=0)  # rows that kernels serve
 
@@ -221,7 +223,8 @@ class Engine:
     def reader(self) -> "Engine":
         """An engine of one row, which reads what `share` and `fill` put in rows of this one."""
         draft = self.speculator and (self.speculator.draft.model or PROMPT_LOOKUP)
-        reader = Engine(self.model, max_seq_length=self.state.cache.length, sampler=self.state.sampler, draft=draft)
+        like = {"max_seq_length": self.state.cache.length, "kv_cache": self.state.cache.kind}
+        reader = Engine(self.model, sampler=self.state.sampler, draft=draft, **like)
         reader.state.rng, reader._long = self.state.rng, self._long
         for ours, its in zip(self.caches, reader.caches):
             its.rope = ours.rope
@@ -254,7 +257,7 @@ class Engine:
         ours, read = (
             [e.state.cache] + ([e.speculator.draft.cache] if e.speculator else []) for e in (self, self.reader)
         )
-        to, of = ([t for cache in caches if cache for t in cache.k + cache.v] for caches in (ours, read))
+        to, of = ([t for cache in caches if cache for t in cache.tensors] for caches in (ours, read))
         parts = [t[rows, :, start:end] for t in to]
         torch._foreach_copy_(parts, [t[:, :, start:end].expand_as(part) for t, part in zip(of, parts)])
 

@@ -62,11 +62,18 @@ class LanguageModel(TemplateLM or object):
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, batch_size=16, max_length: int | None = None, compile=False
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        batch_size=16,
+        max_length: int | None = None,
+        compile=False,
+        kv_cache: str | None = None,
     ):
         super().__init__()
         self.model, self.text_tokenizer = model, tokenizer  # lm-eval takes `tokenizer` for one of transformers'
-        self.batch_size, self.compile = batch_size, compile
+        self.batch_size, self.compile, self.kv_cache = batch_size, compile, kv_cache
         self.max_length = max_length or min(model.config.block_size, MAX_DEFAULT_CONTEXT)
         self._device = model.norm.weight.device
         self.hidden = compile_blocks(model) if compile else model.hidden
@@ -138,13 +145,13 @@ class LanguageModel(TemplateLM or object):
     def _score_batch(self, rows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[float, bool]]:
         contexts = {context: row for row, context in enumerate(dict.fromkeys(context for context, _ in rows))}
         length = max(8, *(len(context) + len(target) - 1 for context, target in rows))  # the last is never fed
-        cache = self.model.cache(len(contexts), length)
+        cache = self.model.cache(len(contexts), length, self.kv_cache)
         # A context's last token predicts the first that is scored, so it belongs to the continuation.
         for _ in self._feed([context[:-1] for context in contexts], [0] * len(contexts), cache):
             pass
         if len(contexts) < len(rows):
             source = torch.tensor([contexts[context] for context, _ in rows], device=self._device)
-            cache.k, cache.v = [k[source] for k in cache.k], [v[source] for v in cache.v]
+            cache = cache.select(source)
         targets, logprobs, greedy = self._padded([target for _, target in rows]), [], []
         inputs, start = [(context[-1], *target[:-1]) for context, target in rows], [len(c) - 1 for c, _ in rows]
         size = max(1, MAX_LOGITS // (len(rows) * self.model.config.vocab_size))
@@ -211,6 +218,7 @@ class LanguageModel(TemplateLM or object):
             max_seq_length=length,
             sampler=Sampler(**{"temperature": 0.0, "top_k": None, **options}),
             compile=self.compile,
+            kv_cache=self.kv_cache,
         )
         texts = [""] * len(prompts)
         for index, reply in answer_queue(llm, prompts, budget, stop_strings=until, continues=False):
@@ -308,8 +316,10 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> None:
     if length and length > model.config.block_size:
         raise UserError(f"--max_seq_length {length} exceeds the model's context of {model.config.block_size} tokens")
     tokenizer, options = load_tokenizer(path.parent), {"batch_size": args.batch_size, "compile": args.compile}
+    options["kv_cache"] = args.kv_cache
     lm = LanguageModel(model, tokenizer, max_length=length, **options)
     report = {"checkpoint": str(path), "device": str(device), "precision": args.precision, "quantize": args.quantize}
+    report["kv_cache"] = args.kv_cache
     start = time.perf_counter()
     try:
         if text is not None:

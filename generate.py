@@ -364,7 +364,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     prompts = tp.share(read_prompts(args, tokenizer, model.config) if reads else [])
     rows = min(args.batch_size or SLOTS, len(prompts)) if args.prompt_file else args.batch_size or 1
     length = _cache_length(args, model.config, prompts)
-    _check_memory(model, rows, length or 0)
+    _check_memory(model, rows, length or 0, args.kv_cache)
     llm = LLM(
         model,
         tokenizer,
@@ -375,6 +375,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         compile_prefill=args.compile_prefill,
         draft=draft,
         speculate_k=args.speculate_k,
+        kv_cache=args.kv_cache,
     )
     if llm.compile_seconds:
         print(f"Compilation time: {llm.compile_seconds:.2f} seconds", file=sys.stderr)
@@ -387,9 +388,9 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
         print_measures(llm, _samples(llm, prompts * rows, args), args.json, load_seconds)
 
 
-def _check_memory(model: Transformer, rows: int, length: int) -> None:
+def _check_memory(model: Transformer, rows: int, length: int, kv_cache: str | None) -> None:
     """Refuse a cache that main memory cannot hold: the system would give it, and end some process as it fills."""
-    needed, free = rows * length * model.cache(1, 1).bytes_per_position, ops.free_memory()
+    needed, free = rows * length * model.cache(1, 1, kv_cache).bytes_per_position, ops.free_memory()
     if model.norm.weight.is_cpu and needed > free:
         sizes = f"{needed / 1e9:.1f} GB of memory for keys and values; {free / 1e9:.1f} GB are free"
         raise UserError(f"{rows} rows of {length} tokens need {sizes} (--batch_size, --max_seq_length)")

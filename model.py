@@ -129,7 +129,9 @@ class Attention(nn.Module):
     def sinks(self) -> Tensor | None:
         return self.sink.weight if self.sink else None
 
-    def forward(self, x: Tensor, norms: tuple, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, norms: tuple, input_pos: Tensor, kv: tuple[Tensor, ...], rope: Tensor | None
+    ) -> Tensor:
         """x + post_norm(attention(norm(x))), norms being (norm, post_norm), either perhaps None."""
         norm, post_norm = norms
         qkv = self.project_in(x, norm)
@@ -137,7 +139,7 @@ class Attention(nn.Module):
             qkv = self.whole_norm(qkv)
         if self.growth:
             qkv = self.grown(qkv, input_pos)
-        return self.project_out(ops.attention(self, qkv, k, v, input_pos, rope), x, post_norm)
+        return self.project_out(ops.attention(self, qkv, kv, input_pos, rope), x, post_norm)
 
     @_repeated
     def project_in(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
@@ -268,10 +270,10 @@ class TransformerBlock(nn.Module):
             setattr(self, name, RMSNorm(config.dim, config.norm_eps) if config.pre_norms else None)
             setattr(self, f"post_{name}", RMSNorm(config.dim, config.norm_eps) if config.post_norms else None)
 
-    def forward(self, x: Tensor, input_pos: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> Tensor:
-        """x: (B, S, C); k, v: this layer's caches (B, Hkv, T, D), written in place; rope: its rotary table, if any."""
+    def forward(self, x: Tensor, input_pos: Tensor, kv: tuple[Tensor, ...], rope: Tensor | None) -> Tensor:
+        """x: (B, S, C); kv: this layer's part of the cache, written in place; rope: its rotary table, if any."""
         # Each part takes its norms and returns x plus its result, so that the linears beside them can fuse both.
-        x = self.attention(x, (self.attention_norm, self.post_attention_norm), input_pos, k, v, rope)
+        x = self.attention(x, (self.attention_norm, self.post_attention_norm), input_pos, kv, rope)
         if self.block_sparse_moe:
             return self.block_sparse_moe(x, self.ffn_norm)
         return self.feed_forward(x, self.ffn_norm, self.post_ffn_norm)
@@ -340,10 +342,10 @@ class Transformer(nn.Module):
         self.output.pack(dtype)
         ops.prepare_layers(self, dtype)
 
-    def cache(self, batch_size: int, length: int) -> "KVCache":
-        """Run state for so many rows of so many tokens."""
+    def cache(self, batch_size: int, length: int, kind: str | None = None) -> "KVCache":
+        """Run state for so many rows of so many tokens, in the activations' dtype or 8 bits: "int8" or "fp8"."""
         like = {"dtype": self.dtype, "device": self.norm.weight.device}
-        return KVCache(self.config, batch_size, length, shards=self.tp.world, **like)
+        return KVCache(self.config, batch_size, length, kind=kind, shards=self.tp.world, **like)
 
     def hidden(self, x: Tensor, input_pos: Tensor, cache: "KVCache") -> Tensor:
         """What the output layer reads (before the last norm) of new tokens' embeddings x (B, S, C), whose keys and
@@ -353,8 +355,8 @@ class Transformer(nn.Module):
         """
         if (y := ops.layers(self, x, input_pos, cache)) is not None:
             return y
-        for layer, k, v, rope in zip(self.layers, cache.k, cache.v, cache.rope):
-            x = layer(x, input_pos, k, v, rope)
+        for layer, kv, rope in zip(self.layers, cache.layers, cache.rope):
+            x = layer(x, input_pos, kv, rope)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -382,7 +384,8 @@ class Transformer(nn.Module):
 
 
 class KVCache:
-    """Run state: each layer's keys and values (B, Hkv, T, D) and its rotary table, if any. Allocated once.
+    """Run state: each layer's keys and values (B, Hkv, T, D), in 8 bits their scales (B, Hkv, T), and its rotary table,
+    if any. Allocated once. Raises UserError for a kind that is not known.
 
     limit: tokens of a sequence for which the tables hold. Longrope's are the long factors' where sequences are as long
     as the cache, until `fit` says.
@@ -391,12 +394,21 @@ class KVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, batch_size: int, length: int, *, dtype: torch.dtype, device, shards: int = 1
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        length: int,
+        *,
+        dtype: torch.dtype,
+        device,
+        kind: str | None = None,
+        shards: int = 1,
     ):
+        if kind not in (None, *ops.CACHE_KINDS):
+            raise UserError(f"kv_cache is {kind!r}; accepted: {', '.join(ops.CACHE_KINDS)}")
         shape = (batch_size, max(1, config.n_local_heads // shards), length, config.head_dim)
-        self.length = length
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.length, self.kind = length, kind
+        self.layers = [ops.new_cache(shape, dtype, kind, device) for _ in range(config.n_layer)]
         self.config, self.rope, self.limit = config, rope_tables(config, length, device), math.inf
 
     def fit(self, length: int) -> bool:
@@ -411,17 +423,34 @@ class KVCache:
                 old.copy_(new)
         return before != self.limit
 
+    @property
+    def k(self) -> list[Tensor]:
+        return [layer[0] for layer in self.layers]
+
+    @property
+    def v(self) -> list[Tensor]:
+        return [layer[1] for layer in self.layers]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Keys, values and scales of all layers, (B, Hkv, T, ...) each."""
+        return [t for layer in self.layers for t in layer]
+
+    def select(self, *index: slice | Tensor) -> "KVCache":
+        """Rows, heads and positions of it, sharing memory where slices tell which."""
+        part = copy.copy(self)
+        part.layers = [tuple(t[index] for t in layer) for layer in self.layers]
+        part.length = part.layers[0][0].shape[2]
+        return part
+
     def first(self, length: int) -> "KVCache":
         """The first positions of it, sharing memory: what lies beyond costs nothing then."""
-        part = copy.copy(self)
-        part.length = min(length, self.length)
-        part.k, part.v = ([t[:, :, : part.length] for t in own] for own in (self.k, self.v))
-        return part
+        return self.select(slice(None), slice(None), slice(length))
 
     @property
     def bytes_per_position(self) -> int:
         """Bytes that one position of one row takes in all layers, keys and values together."""
-        return 2 * sum(k.element_size() * k.shape[1] * k.shape[3] for k in self.k)
+        return sum(t[:1, :, :1].nbytes for t in self.tensors)
 
 
 def rope_tables(config: ModelConfig, length: int, device, longest: int = 0) -> list[Tensor | None]:

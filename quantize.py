@@ -157,7 +157,7 @@ def calibrated_block(
         cache = KVCache(replace(config, n_layer=1), *x.shape[:2], dtype=x.dtype, device=device)
         start, rope = torch.zeros(len(x), dtype=torch.int32, device=device), rope_tables(config, x.shape[1], device)
         norms = block.attention_norm, block.post_attention_norm
-        return block.attention(x, norms, start, cache.k[0], cache.v[0], rope[layer])
+        return block.attention(x, norms, start, cache.layers[0], rope[layer])
 
     def feed_forward(x: Tensor) -> Tensor:
         return mixture(x, block.ffn_norm) if mixture else block.feed_forward(x, block.ffn_norm, block.post_ffn_norm)

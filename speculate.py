@@ -63,7 +63,7 @@ class DraftModel:
         if size > most:
             raise UserError(f"the draft's weights are {size:.1f} MB; it must not exceed the target's {most:.1f} MB")
         self.model, self.state = model, state
-        self.cache = model.cache(len(state.pos), state.cache.length)
+        self.cache = model.cache(len(state.pos), state.cache.length, state.cache.kind)
         self.step = lambda pos, rows: state.step(model, self.cache, pos, rows)  # replaced by its compiled self
 
     def read(self, start: Tensor, n: int) -> None:

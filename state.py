@@ -26,13 +26,15 @@ class RunState:
     rng: Tensor  # int64 (2,), seed and number of draws
 
     @classmethod
-    def new(cls, model: Transformer, batch_size: int, length: int, sampler: Sampler) -> "RunState":
-        """State for so many rows of so many tokens."""
+    def new(
+        cls, model: Transformer, batch_size: int, length: int, sampler: Sampler, kv_cache: str | None = None
+    ) -> "RunState":
+        """State for so many rows of so many tokens; kv_cache: see Transformer.cache."""
         device = model.norm.weight.device
         # A full cache still has one token to come, and a speculation step there writes MAX_K + 1 behind it.
         shapes = ((batch_size, length + 2 + MAX_K), (batch_size,), (2,))
         tensors = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes)
-        return cls(sampler, model.config.vocab_size, model.cache(batch_size, length), *tensors)
+        return cls(sampler, model.config.vocab_size, model.cache(batch_size, length, kv_cache), *tensors)
 
     def step(self, model: Transformer, cache: KVCache, pos: Tensor, rows: int = 1) -> Tensor:
         """Feed the `rows` tokens that end at pos (B,), draw the next one, write it behind them and advance pos. Returns

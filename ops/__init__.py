@@ -19,6 +19,8 @@ from ops.embedding import embed
 from ops.experts import glu, mixture, route
 from ops.experts import prepare as prepare_mixture
 from ops.graph import capture
+from ops.kv_cache import DTYPES as CACHE_KINDS
+from ops.kv_cache import allocate as new_cache
 from ops.linear import FEW_ROWS, linear, plain
 from ops.linear import prepare as prepare_linear
 from ops.matmul_rate import matmul_rate
@@ -32,6 +34,7 @@ from ops.symmetric import all_reduce
 from ops.verify import verify
 
 __all__ = [
+    "CACHE_KINDS",
     "add_norm",
     "all_reduce",
     "attention",
@@ -49,6 +52,7 @@ __all__ = [
     "logit_threshold",
     "matmul_rate",
     "mixture",
+    "new_cache",
     "plain",
     "plan_prefill",
     "prepare_attention",

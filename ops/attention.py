@@ -1,7 +1,7 @@
 """Causal attention of new tokens over a static cache, RoPE and cache write included.
 
-    attention(layer, qkv, k_cache, v_cache, input_pos, rope)   by the first backend that supports it
-    prepare(layer, first_layer, following)                     what only the Triton kernel wants to know
+    attention(layer, qkv, cache, input_pos, rope)   by the first backend that supports it
+    prepare(layer, first_layer, following)          what only the Triton kernel wants to know
 
 Backends: a Triton kernel for 1 to 16 new tokens a row on an NVIDIA GPU, prefill.py's for more, cpu.cpp's for up to 64
 on a CPU, plain PyTorch.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops import cpu, prefill, softmax
+from ops import cpu, kv_cache, linear_products, prefill, softmax
 from ops.common import MAX_ROWS, counters, on_triton, op, pdl, tl, tlx, triton
 from ops.fragments import flat, unflat
 from ops.linear import half_is_slow
@@ -44,31 +44,35 @@ def prepare(layer: AttentionLayer, first_layer: bool = True, following: Tensor |
 
 
 def attention(
-    layer: AttentionLayer, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, rope: Tensor | None
+    layer: AttentionLayer, qkv: Tensor, cache: tuple[Tensor, ...], input_pos: Tensor, rope: Tensor | None
 ) -> Tensor:
     """Causal attention of S new tokens a row, whose keys and values enter the cache: -> (B, S, H D).
 
-    qkv (B, S, (H + 2 Hkv) D), heads of q, k, v in this order; caches (B, Hkv, T, D); input_pos (B,), the position of
-    each row's first new token, on the host where it knows them and they are alike; rope fp32 (positions, R/2, 2), see
-    `rotate`, or None. Position p sees keys j <= p, and those of the layer's window. Nothing is written at T or beyond.
+    qkv (B, S, (H + 2 Hkv) D), heads of q, k, v in this order; cache: keys and values (B, Hkv, T, D), and in 8 bits
+    their scales, see kv_cache.py; input_pos (B,), the position of each row's first new token, on the host where it
+    knows them and they are alike; rope fp32 (positions, R/2, 2), see `rotate`, or None. Position p sees keys j <= p,
+    and those of the layer's window. Nothing is written at T or beyond.
     """
+    k_cache, v_cache, *scales = cache
     q_norm, k_norm, eps = None, None, 0.0
     if layer.q_norm is not None:
         q_norm, k_norm, eps = layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps
-    rest = (input_pos, rope, q_norm, k_norm, eps, layer.n_head, layer.window, layer.scale, layer.soft_cap, layer.sinks)
-    if on_triton(qkv) and qkv.element_size() == 2 and qkv.shape[1] <= MAX_ROWS:
-        rest = (input_pos.to(qkv.device), *rest[1:])
-        return attention_triton(qkv, k_cache, v_cache, *rest, layer.prefetch, layer.first_layer)
-    if prefill.supports(qkv, k_cache):
-        return prefill.attention_prefill(qkv, k_cache, v_cache, *rest)
-    usual = layer.scale == k_cache.shape[3] ** -0.5 and not layer.soft_cap and layer.sinks is None
-    usual = usual and (q_norm is None or q_norm.dtype is qkv.dtype)
-    if usual and cpu.supports_attention(qkv, k_cache, v_cache, input_pos):
-        return cpu.attention(qkv, k_cache, v_cache, *rest[:7])
-    return attention_plain(qkv, k_cache, v_cache, input_pos.to(qkv.device), *rest[1:])
+    usual = (rope, q_norm, k_norm, eps, layer.n_head, layer.window)
+    rest = (*usual, layer.scale, layer.soft_cap, layer.sinks, *scales)
+    kernels = on_triton(qkv) and qkv.element_size() == 2 and kv_cache.supports(k_cache)
+    if kernels and qkv.shape[1] <= MAX_ROWS:
+        more = {"prefetch": layer.prefetch, "first_layer": layer.first_layer}
+        return attention_triton(qkv, k_cache, v_cache, input_pos.to(qkv.device), *rest, **more)
+    if kernels and prefill.supports(k_cache):
+        return prefill.attention_prefill(qkv, k_cache, v_cache, input_pos, *rest)
+    known = layer.scale == k_cache.shape[3] ** -0.5 and not layer.soft_cap and layer.sinks is None
+    known = known and (q_norm is None or q_norm.dtype is qkv.dtype)
+    if known and cpu.supports_attention(qkv, k_cache, v_cache, input_pos):
+        return cpu.attention(qkv, k_cache, v_cache, input_pos, *usual)
+    return attention_plain(qkv, k_cache, v_cache, input_pos.to(qkv.device), *rest)
 
 
-@op("attention_plain", mutates=("k_cache", "v_cache"))
+@op("attention_plain", mutates=("k_cache", "v_cache", "k_scales", "v_scales"))
 def attention_plain(
     qkv: Tensor,
     k_cache: Tensor,
@@ -83,19 +87,29 @@ def attention_plain(
     scale: float | None = None,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch, the reference. An op, as it reads positions where that costs nothing."""
     B, S, _ = qkv.shape
     _, Hkv, T, D = k_cache.shape
     positions = input_pos[:, None] + torch.arange(S, device=qkv.device)  # (B, S)
     starts = input_pos.tolist() if qkv.is_cpu else None  # reading them costs nothing here
-    q = _rotated(qkv, k_cache, v_cache, input_pos, positions, starts, rope, q_norm, k_norm, eps, n_head)
+    q, k, v = _rotated(qkv, positions, rope, q_norm, k_norm, eps, n_head, Hkv)
+    for cache, scales, new in ((k_cache, k_scales, k), (v_cache, v_scales, v)):
+        if scales is not None:
+            new, of_new = kv_cache.quantize(new, cache.dtype)
+            _write_cache(scales[..., None], of_new[..., None], input_pos, starts)
+        _write_cache(cache, new, input_pos, starts)
+    live = min(max(starts) + S, T) if starts else T
+    keys, values = (
+        kv_cache.dequantize(cache[:, :, :live], scales if scales is None else scales[:, :, :live], q.dtype)
+        for cache, scales in ((k_cache, k_scales), (v_cache, v_scales))
+    )
     scale, usual = D**-0.5 if scale is None else scale, not soft_cap and sinks is None
     if starts and S > 1 and not window and usual and max(starts) + S <= T:
-        rows = [_flash(q[b], k_cache[b], v_cache[b], start, scale) for b, start in enumerate(starts)]
+        rows = [_flash(q[b], keys[b], values[b], start, scale) for b, start in enumerate(starts)]
         return torch.stack(rows).flatten(2)
-    live = min(max(starts) + S, T) if starts else T
-    keys, values = k_cache[:, :, :live].to(q.dtype), v_cache[:, :, :live].to(q.dtype)
     if len(positions) == S == 1 and starts and not window:
         mask = None  # a token that sees all
     else:
@@ -135,31 +149,27 @@ def _softmax(
     return out
 
 
-def _rotated(qkv, k_cache, v_cache, input_pos, positions, starts, rope, q_norm, k_norm, eps, n_head) -> Tensor:
-    """Norms, RoPE and cache write: the queries (B, S, H, D)."""
-    Hkv, D = k_cache.shape[1], k_cache.shape[3]
-    qk, v = qkv.unflatten(2, (-1, D)).split((n_head + Hkv, Hkv), dim=2)  # (B, S, heads, D)
+def _rotated(qkv, positions, rope, q_norm, k_norm, eps, n_head, Hkv) -> tuple[Tensor, Tensor, Tensor]:
+    """Norms and RoPE: queries (B, S, H, D), keys and values (B, S, Hkv, D)."""
+    qk, v = qkv.unflatten(2, (n_head + 2 * Hkv, -1)).split((n_head + Hkv, Hkv), dim=2)  # (B, S, heads, D)
     if q_norm is not None:
         q, k = qk.split((n_head, Hkv), dim=2)
         qk = torch.cat((rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)), dim=2)
     if rope is not None:
         qk = rotate(qk, positions, rope)
-    q, k = qk.split((n_head, Hkv), dim=2)
-    _write_cache(k_cache, k, input_pos, starts)
-    _write_cache(v_cache, v, input_pos, starts)
-    return q
+    return *qk.split((n_head, Hkv), dim=2), v
 
 
-def _flash(q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, scale: float) -> Tensor:
-    """One row's queries (S, H, D) at positions from `start` on, over its cache (Hkv, T, D), by PyTorch's flash
-    attention for CPUs: what was there before without a mask, the new tokens among themselves as a causal square, merged
-    by their log-sum-exps."""
+def _flash(q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float) -> Tensor:
+    """One row's queries (S, H, D) at positions from `start` on, over its keys and values (Hkv, start + S, D), by
+    PyTorch's flash attention for CPUs: what was there before without a mask, the new tokens among themselves as a
+    causal square, merged by their log-sum-exps."""
     S, H, _ = q.shape
     dtype = torch.float32 if half_is_slow(q, q.dtype) else q.dtype
     queries = q.transpose(0, 1)[None].to(dtype)
 
     def attend(first: int, last: int, causal: bool) -> tuple[Tensor, Tensor]:
-        k, v = (c[:, first:last].to(dtype).repeat_interleave(H // len(c), 0)[None] for c in (k_cache, v_cache))
+        k, v = (c[:, first:last].to(dtype).repeat_interleave(H // len(c), 0)[None] for c in (keys, values))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, k, v, 0.0, causal, scale=scale
         )  # (1, H, S, D), lse
@@ -184,6 +194,8 @@ def _write_cache(cache: Tensor, new: Tensor, input_pos: Tensor, starts: list[int
     """
     B, S, _, _ = new.shape
     T = cache.shape[2]
+    if cache.dtype is torch.float8_e4m3fn:  # which not all that follows knows
+        cache, new = cache.view(torch.uint8), new.view(torch.uint8)
     if starts is not None:
         for row, start in enumerate(starts):
             cache[row, :, start : start + S] = new[row, : max(T - start, 0)].transpose(0, 1)
@@ -200,8 +212,13 @@ def _write_cache(cache: Tensor, new: Tensor, input_pos: Tensor, starts: list[int
 if triton is not None:
 
     @triton.jit
-    def _cached(cache, t0, t, d, at, begin, end, D: tl.constexpr, DP: tl.constexpr, STRIDE: tl.constexpr, other=0.0):
-        """Keys or values of a head at positions begin <= t0 + t < end, features d < D, elsewhere `other` ones.
+    def _words(memory):
+        """A pointer, aligned as loads of 16 bytes want it, to memory as int32."""
+        return tl.multiple_of(memory.to(tl.pointer_type(tl.int32)), 16)
+
+    @triton.jit
+    def _cached(cache, t0, t, d, at, begin, end, D: tl.constexpr, DP: tl.constexpr, STRIDE: tl.constexpr, other=0):
+        """Words of keys or values of a head at positions begin <= t0 + t < end, features d < D, elsewhere `other` ones.
 
         at: t STRIDE + d, in 64 bits before constants are added, which so become part of a lane's instructions."""
         wanted = (t >= begin - t0) & (t < end - t0)
@@ -210,27 +227,104 @@ if triton is not None:
         return tl.load(cache + t0.to(tl.int64) * STRIDE + at, mask=wanted, other=other, cache_modifier=".cg")
 
     @triton.jit
-    def _attend(q, k_tile, v_tile, acc, l_i, m_i, t, end, last, window, scale, cap):
-        """Each warp's next keys, at positions t (W, 1, KEYS), in its online softmax (Milakov and Gimelshein,
-        arXiv:1805.02867): q (W, ROWS, DP), acc (W, ROWS, DP), l_i and m_i (W, ROWS). Rows see keys up to `last`."""
-        W: tl.constexpr = q.shape[0]
-        DP: tl.constexpr = q.shape[2]
-        KEYS: tl.constexpr = t.shape[2]
-        k = unflat(k_tile, W, KEYS // 8, DP // 32).reshape(4, 8, W, KEYS // 8, DP // 32, 2, 2, 2)
-        k = k.permute(2, 4, 6, 0, 5, 7, 3, 1).reshape(W, DP, KEYS)
-        scores = softmax.scores(tl.dot(q, k.to(q.dtype)), scale, cap)  # (W, ROWS, KEYS)
+    def _scaled(scales, t0, t, at, end):
+        """Pairs of scales from position t0 + t on, where that is before the end."""
+        out = 0
+        if scales is not None:
+            out = tl.load(scales + t0 // 2 + at, mask=t < end - t0, other=0, cache_modifier=".cg")
+        return out
+
+    @triton.jit
+    def _per_key(pairs, factor, W: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
+        """Scales times a factor as scores have them, (W, ROWS, KEYS)."""
+        pairs = unflat(pairs, W, 1, 1).reshape(4, 8, W, KEYS // 8)
+        low, high = (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
+        out = (tl.join(low, high) * factor).permute(2, 1, 3, 0, 4).reshape(W, 1, 8, KEYS)
+        return tl.broadcast_to(out, (W, ROWS // 8, 8, KEYS)).reshape(W, ROWS, KEYS)
+
+    @triton.jit
+    def _byte(w, KIND: tl.constexpr, DTYPE: tl.constexpr):
+        """The values in the lowest bits of words."""
+        if KIND == "16-bit":
+            out = w.to(tl.int16).to(DTYPE, bitcast=True)
+        elif KIND == "int8":
+            out = ((w & 255) - 128).to(DTYPE)
+        else:
+            out = w.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
+        return out
+
+    @triton.jit
+    def _keys(
+        tile, W: tl.constexpr, X: tl.constexpr, KEYS: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr,
+        ASM: tl.constexpr,
+    ):  # fmt: skip
+        """A key tile as the second operand of its product, (W, DP, KEYS). Features are (X j r h e), of which a lane has
+        registers (r h) of values e, and come as (X r j h e): Triton wants h behind j in operands that tl.join made."""
+        P: tl.constexpr = 1 if KIND == "16-bit" else 2
+        Y: tl.constexpr = KEYS // 8
+        w = unflat(tile, W, Y, X)  # (j i W Y X u)
+        if ASM is None:
+            w = w.reshape(4, 8, W, Y, X, 2, 1, 2, 1)
+            e = tl.arange(0, 2)[None, None, None, None, None, None, :, None, None]
+            p = tl.arange(0, P)[None, None, None, None, None, None, None, None, :]
+            k = _byte(w >> (e + 2 * p) * (16 // P), KIND, DTYPE)
+        elif KIND == "16-bit":  # two neighbouring words at once: a register has two values of one of them
+            a, b = tl.inline_asm_elementwise(ASM, "=&r,=&r,r,r", [w], (tl.bfloat16,) * 2, is_pure=True, pack=2)
+            k = tl.join(a, b).to(DTYPE, bitcast=True)
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                ASM, "=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 4, is_pure=True, pack=2
+            )
+            k = linear_products.join4(a, b, c, d).to(DTYPE, bitcast=True)
+        k = k.reshape(4, 8, W, Y, X, 2, 2, 2, P).permute(2, 4, 5, 7, 8, 0, 6, 3, 1)
+        return k.reshape(W, X * 2 * P, 2, 4, 2, KEYS).permute(0, 1, 3, 2, 4, 5).reshape(W, X * P * 32, KEYS)
+
+    @triton.jit
+    def _values(
+        tile, W: tl.constexpr, Z: tl.constexpr, KEYS: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr,
+        ASM: tl.constexpr,
+    ):  # fmt: skip
+        """A value tile as the second operand of its product, (W, KEYS, DP). A register has a feature of two keys."""
+        F: tl.constexpr = 2 if KIND == "16-bit" else 4  # values of a word
+        Y: tl.constexpr = KEYS // 8
+        U: tl.constexpr = tile.shape[1]
+        w = unflat(tile, W, 2 * Y, Z).reshape(4, 8, W, Y, 2, Z, U // 2, 2)  # (j i W Y e Z uh ul)
+        if ASM is None:
+            f = tl.arange(0, F)[None, None, None, None, None, None, None, None, :]
+            w = w.permute(0, 1, 2, 3, 5, 6, 4, 7).reshape(4, 8, W, Y, Z, U // 2, 2, 2, 1)
+            v = _byte(w >> f * (32 // F), KIND, DTYPE)
+        else:
+            first, second = tl.split(w.permute(0, 1, 2, 3, 5, 6, 7, 4))
+            if KIND == "16-bit":
+                a, b, c, d = tl.inline_asm_elementwise(
+                    ASM, "=&r,=&r,=&r,=&r,r,r,r,r", [first, second], (tl.bfloat16,) * 4, is_pure=True, pack=2
+                )
+                v = linear_products.join4(a, b, c, d)
+            else:
+                a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                    ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [first, second], (tl.bfloat16,) * 8, is_pure=True,
+                    pack=2,
+                )  # fmt: skip
+                v = tl.join(linear_products.join4(a, c, e, g), linear_products.join4(b, d, f, h))
+            v = v.to(DTYPE, bitcast=True)
+        v = v.reshape(4, 8, W, Y // 2, 2, Z, U // 2, 2, 2, F)  # (j i W Y/2 y Z uh e ul f)
+        return v.permute(2, 3, 0, 4, 7, 5, 6, 8, 9, 1).reshape(W, KEYS, Z * U * F * 8)
+
+    @triton.jit
+    def _seen(scores, t, end, last, window):
+        """Scores of keys at positions t (W, 1, KEYS), of which rows see those up to `last`, and which those are."""
         seen = (t < end) & (t <= last) & ((window <= 0) | (t > last - window))
-        scores = tl.where(seen, scores, float("-inf"))
+        return tl.where(seen, scores, float("-inf")), seen
+
+    @triton.jit
+    def _softmax_step(scores, l_i, m_i):
+        """Each warp's online softmax (Milakov and Gimelshein, arXiv:1805.02867) with its next scores (W, ROWS, KEYS):
+        their weights, the sums l_i and maxima m_i (W, ROWS), and the factor for what was summed before."""
         m_new = tl.maximum(m_i, tl.max(scores, 2))
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
         p = tl.exp2(scores - safe[:, :, None])
         alpha = tl.exp2(m_i - safe)
-        l_i = l_i * alpha + tl.sum(p, 2)
-        # (j i W, Y of keys, 2 of keys, Z, u) -> (W, keys: Y j 2, features: Z u i)
-        v = unflat(v_tile, W, KEYS // 4, DP // 64).reshape(4, 8, W, KEYS // 8, 2, DP // 64, 8)
-        v = v.permute(2, 3, 0, 4, 5, 6, 1).reshape(W, KEYS, DP)
-        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, :, None])
-        return acc, l_i, m_new
+        return p, l_i * alpha + tl.sum(p, 2), m_new, alpha[:, :, None]
 
     @triton.jit
     def _shares(m):
@@ -282,33 +376,41 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["first_layer"])
     def _attention_kernel(
-        out, qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, sinks, partial, counts, prefetch, lines,
-        first_layer, S, T, Hkv, window, max_position, scale, cap, eps, stride_b, stride_h,
+        out, qkv, k_cache, v_cache, k_scales, v_scales, input_pos, rope, q_norm, k_norm, sinks, partial, counts,
+        prefetch, lines, first_layer, S, T, Hkv, window, max_position, scale, cap, eps, stride_b, stride_h, scales_b,
+        scales_h,
         G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
         STRIDE: tl.constexpr, W: tl.constexpr, HALVINGS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-        SPLITS2: tl.constexpr, SPLIT_KEYS: tl.constexpr, PARTS: tl.constexpr, REAL: tl.constexpr, PDL: tl.constexpr,
+        SPLITS2: tl.constexpr, SPLIT_KEYS: tl.constexpr, PARTS: tl.constexpr, REAL: tl.constexpr, TILES: tl.constexpr,
+        KIND: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr, BIAS: tl.constexpr, UNIT: tl.constexpr,
+        LIFT: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """ROWS query rows (new token s, head g) of one key head, on one KV split; KEYS a warp and step.
 
         The keys in the cache are cut into splits of at least SPLIT_KEYS, at most SPLITS; programs without one leave at
         once. The last split's program also writes the new keys and values and attends to them. Each leaves its part in
-        memory, and the program that comes last combines them (flash decoding without a second launch). As in the linear
-        kernel, tiles of keys and values are loaded as fragments, by permuting what the dot products sum over or, for
-        values, the features.
+        memory, and the program that comes last combines them (flash decoding without a second launch). As in the
+        linear kernel, tiles of keys and values are loaded as fragments, by permuting what the dot products sum over,
+        the keys of a warp or, for values, the features. They stay words until they are used, TILES of them on their
+        way: a tile's registers are loaded anew as soon as it has been widened.
 
         Positions and old keys come from before the model's first layer, whose attention (`first_layer`) lets no other
         kernel start until all that comes before has ended: in later layers they need not wait.
 
-        Axes of tiles: j, i lanes and W warps as in fragments.py; X and Y repetitions along the features and the keys of
-        a key tile; Z a lane's neighbouring features of a value; DP is D padded to a power of two.
+        KIND is the cache's, and what `kv_cache.widening` says of it: products are of DTYPE, of keys and values plus
+        BIAS times UNIT. A scale belongs to a key, and is multiplied with its score or its weight.
+
+        Axes of tiles: j, i lanes and W warps as in fragments.py, u a lane's neighbouring words; X and Y repetitions
+        along the features and the keys of a key tile; Z along the features of a value tile; DP is D padded to a power
+        of two. Key 2 Y j + 2 y + e of a warp is column 2 j + e of the y-th 8 scores: a lane has neighbouring scales.
         """
-        X: tl.constexpr = DP // 32
+        DTYPE: tl.constexpr = tl.float16 if KIND == "fp8" else qkv.dtype.element_ty
+        F: tl.constexpr = 2 if KIND == "16-bit" else 4  # values of a word
+        X: tl.constexpr = DP // F // 16
         Y: tl.constexpr = KEYS // 8
-        Z: tl.constexpr = DP // 64
+        U: tl.constexpr = 4 if DP // F >= 32 else 2
+        Z: tl.constexpr = DP // F // U // 8
         STEP: tl.constexpr = W * KEYS
-        TILES: tl.constexpr = (
-            2 if NEW == 1 and DP <= 128 else 1
-        )  # that are asked for before the wait, as far as registers allow
         head = tl.program_id(0)  # (b, hkv)
         split = tl.program_id(1)
         block = tl.program_id(2)
@@ -320,8 +422,9 @@ if triton is not None:
             tlx.gdc_launch_dependents()
         pos = tl.load(input_pos + b, cache_modifier=".cg").to(tl.int32)
         first = tl.where(window > 0, tl.maximum(pos - window + 1, 0), 0)
-        old = tl.minimum(pos, T) - first
-        split_keys = tl.maximum(tl.cdiv(old, SPLITS), SPLIT_KEYS)
+        start = first // 16 * 16
+        old = tl.minimum(pos, T) - start
+        split_keys = tl.maximum(tl.cdiv(tl.cdiv(old, SPLITS), 16) * 16, SPLIT_KEYS)
         splits = tl.maximum(tl.cdiv(old, split_keys), 1)
         if split >= splits:
             if prefetch is not None:
@@ -329,31 +432,48 @@ if triton is not None:
                 _prefetch(prefetch, lines, W)
             return
 
-        keys = k_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-        values = v_cache + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-        begin = first + split * split_keys
-        end = tl.minimum(begin + split_keys, first + old)
+        base = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        keys, values = k_cache + base, v_cache + base
+        k_words, v_words = _words(keys), _words(values)
+        k_pairs, v_pairs = None, None
+        if KIND != "16-bit":
+            base = b.to(tl.int64) * scales_b + h.to(tl.int64) * scales_h
+            k_scales += base
+            v_scales += base
+            k_pairs, v_pairs = _words(k_scales), _words(v_scales)
+        begin = tl.multiple_of(start + split * split_keys, 16)
+        end = tl.minimum(begin + split_keys, start + old)
 
         j = tl.arange(0, 4)[:, None, None, None, None, None]
         i = tl.arange(0, 8)[None, :, None, None, None, None]
-        warp = tl.arange(0, W)[None, None, :, None, None, None]
-        y = tl.arange(0, Y)[None, None, None, :, None, None] * 8
-        d_of_k = tl.arange(0, X)[None, None, None, None, :, None] * 32 + j * 8
-        d_of_k += tl.arange(0, 8)[None, None, None, None, None, :]
-        at_k = flat((warp * KEYS + i).to(tl.int64) * STRIDE + y * STRIDE + d_of_k, W, Y, X)
-        key_of_k, d_of_k = flat(warp * KEYS + i + y, W, Y, X), flat(d_of_k, W, Y, X)
-        pair = tl.arange(0, KEYS // 4)[None, None, None, :, None, None]
-        pair = pair // 2 * 8 + pair % 2
-        d_of_v = tl.arange(0, Z)[None, None, None, None, :, None] * 64 + i * 8
-        d_of_v += tl.arange(0, 8)[None, None, None, None, None, :]
-        at_v = flat((warp * KEYS + j * 2).to(tl.int64) * STRIDE + pair * STRIDE + d_of_v, W, KEYS // 4, Z)
-        key_of_v, d_of_v = flat(warp * KEYS + j * 2 + pair, W, KEYS // 4, Z), flat(d_of_v, W, KEYS // 4, Z)
-        key_of_p = tl.arange(0, W)[:, None, None] * KEYS + tl.arange(0, KEYS)[None, None, :]
-        k_tile = _cached(keys, begin, key_of_k, d_of_k, at_k, begin, end, D, DP, STRIDE)
-        v_tile = _cached(values, begin, key_of_v, d_of_v, at_v, begin, end, D, DP, STRIDE)
+        warp = tl.arange(0, W)[None, None, :, None, None, None] * KEYS
+        key = warp + i // 2 * (2 * Y) + i % 2 + tl.arange(0, Y)[None, None, None, :, None, None] * 2
+        word = tl.arange(0, X)[None, None, None, None, :, None] * 16 + j * 4
+        word += tl.arange(0, 4)[None, None, None, None, None, :]
+        at_k = flat(key.to(tl.int64) * (STRIDE // F) + word, W, Y, X)
+        key_of_k, word_of_k = flat(key, W, Y, X), flat(word, W, Y, X)
+        key = warp + j * (2 * Y) + tl.arange(0, 2 * Y)[None, None, None, :, None, None]
+        word = tl.arange(0, Z)[None, None, None, None, :, None] * (8 * U) + i * U
+        word += tl.arange(0, U)[None, None, None, None, None, :]
+        at_v = flat(key.to(tl.int64) * (STRIDE // F) + word, W, 2 * Y, Z)
+        key_of_v, word_of_v = flat(key, W, 2 * Y, Z), flat(word, W, 2 * Y, Z)
+        key = warp + j * (2 * Y)
+        pair = tl.arange(0, Y)[None, None, None, None, None, :]
+        at_s, key_of_s = flat(key // 2 + pair, W, 1, 1), flat(key, W, 1, 1)
+        n = tl.arange(0, KEYS)[None, None, :]
+        key_of_p = tl.arange(0, W)[:, None, None] * KEYS + n % 8 // 2 * (2 * Y) + n // 8 * 2 + n % 2
+        DW: tl.constexpr = D // F
+        DPW: tl.constexpr = DP // F
+        SW: tl.constexpr = STRIDE // F
+        k_tile = _cached(k_words, begin, key_of_k, word_of_k, at_k, first, end, DW, DPW, SW)
+        k_scale = _scaled(k_pairs, begin, key_of_s, at_s, end)
+        v_tile = _cached(v_words, begin, key_of_v, word_of_v, at_v, first, end, DW, DPW, SW)
+        v_scale = _scaled(v_pairs, begin, key_of_s, at_s, end)
         if TILES == 2:
-            k_next = _cached(keys, begin + STEP, key_of_k, d_of_k, at_k, begin, end, D, DP, STRIDE)
-            v_next = _cached(values, begin + STEP, key_of_v, d_of_v, at_v, begin, end, D, DP, STRIDE)
+            k_next = _cached(k_words, begin + STEP, key_of_k, word_of_k, at_k, first, end, DW, DPW, SW)
+            k_scale_next = _scaled(k_pairs, begin + STEP, key_of_s, at_s, end)
+            v_next = _cached(v_words, begin + STEP, key_of_v, word_of_v, at_v, first, end, DW, DPW, SW)
+            v_scale_next = _scaled(v_pairs, begin + STEP, key_of_s, at_s, end)
         row = block * ROWS + tl.arange(0, ROWS)
         last = pos + row // G  # the last key that a row sees
         new = tl.arange(0, NEW)
@@ -364,7 +484,7 @@ if triton is not None:
 
         # All that the kernel before has written is asked for at once.
         n = tl.arange(0, DP)
-        in_order = n // 64 * 64 + n % 8 * 8 + n // 8 % 8  # as acc has features
+        in_order = n // (8 * U * F) * (8 * U * F) + n % 8 * (U * F) + n // 8 % (U * F)  # as acc has features
         d = in_order if NEW == 1 else n
         width = (Hkv * (G + 2)) * D
         base = qkv + b.to(tl.int64) * S * width
@@ -385,34 +505,80 @@ if triton is not None:
         if split == splits - 1:
             k_new = turned(k_new, k_turns, k_norm, eps, D, DP, ROTARY)
             at = (pos + new).to(tl.int64)[:, None] * STRIDE
-            written = ((new < S) & (pos + new < T))[:, None]
-            tl.store(keys + at + n[None, :], k_new.to(k_cache.dtype.element_ty), mask=written & (n < D)[None, :])
-            tl.store(values + at + d[None, :], v_new.to(v_cache.dtype.element_ty), mask=written & (d < D)[None, :])
+            written = (new < S) & (pos + new < T)
+            to_k, to_v = written[:, None] & (n < D)[None, :], written[:, None] & (d < D)[None, :]
+            if KIND == "16-bit":
+                k_own, v_own = k_new.to(tl.float32), v_new.to(tl.float32)  # as the cache has them
+                k_code, v_code = k_new.to(k_cache.dtype.element_ty), v_new.to(v_cache.dtype.element_ty)
+            else:
+                k_code, of_k, k_own = kv_cache.encode(k_new.to(tl.float32), KIND)
+                v_code, of_v, v_own = kv_cache.encode(v_new.to(tl.float32), KIND)
+                tl.store(k_scales + pos + new, of_k.to(tl.bfloat16), mask=written)
+                tl.store(v_scales + pos + new, of_v.to(tl.bfloat16), mask=written)
+            tl.store(keys + at + n[None, :], k_code, mask=to_k)
+            tl.store(values + at + d[None, :], v_code, mask=to_v)
             if NEW == 1:
-                score = softmax.scores(tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1), scale, cap)
+                score = softmax.scores(tl.sum(q.to(tl.float32) * k_own, 1), scale, cap)
                 to_first = (tl.arange(0, W)[:, None] == 0) & (pos < T)
                 m_i = tl.where(to_first, score[None, :], float("-inf"))
                 l_i += tl.where(to_first, 1.0, 0.0)
-                acc += l_i[:, :, None] * v_new.to(tl.float32)[None, :, :]
+                acc += (l_i * (UNIT * LIFT))[:, :, None] * v_own[None, :, :]
             else:  # read back as part of a tile: faster than more products
                 tl.debug_barrier()
                 end = tl.minimum(pos + S, T)
-                k_tile = _cached(keys, begin, key_of_k, d_of_k, at_k, pos, end, D, DP, STRIDE, k_tile)
-                v_tile = _cached(values, begin, key_of_v, d_of_v, at_v, pos, end, D, DP, STRIDE, v_tile)
+                k_tile = _cached(k_words, begin, key_of_k, word_of_k, at_k, pos, end, DW, DPW, SW, k_tile)
+                k_scale = _scaled(k_pairs, begin, key_of_s, at_s, end)
+                v_tile = _cached(v_words, begin, key_of_v, word_of_v, at_v, pos, end, DW, DPW, SW, v_tile)
+                v_scale = _scaled(v_pairs, begin, key_of_s, at_s, end)
 
-        # K as its fragments have it: (X, ul, j, uh, e) for feature 32 X + 8 j + 4 uh + 2 ul + e
-        q = q.reshape(ROWS, X, 4, 2, 2, 2).permute(0, 1, 4, 2, 3, 5).reshape(1, ROWS, DP)
-        q = tl.broadcast_to(q, (W, ROWS, DP))
+        q = q.reshape(ROWS, X, 4, F, 2, 2).permute(0, 1, 3, 2, 4, 5).reshape(1, ROWS, DP)  # as `_keys` has features
+        if KIND == "fp8":  # a query that large sees one key alone
+            q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0)
+        OF_Q: tl.constexpr = LIFT if UNIT < 1.0 else 1.0
+        if UNIT < 1.0:
+            q *= OF_Q
+        q = tl.broadcast_to(q.to(DTYPE), (W, ROWS, DP))
+        # What products begin with: what the bias makes of them, taken off. Zero otherwise, which brings q to registers
+        # before the loop, if they have room for it.
+        unbiased = tl.zeros((W, ROWS, KEYS), tl.float32)
+        if BIAS > 0.0 or TILES == 2:
+            biases = tl.dot(q, tl.full((W, DP, 8), BIAS * UNIT, tl.float32).to(DTYPE))  # a small bf16 would be 0
+            unbiased = tl.broadcast_to(-biases[:, :, None, :], (W, ROWS, Y, 8)).reshape(W, ROWS, KEYS)
+        sums = tl.zeros((W, ROWS, 8), tl.float32)  # of weights, times the bias
+        if KIND == "16-bit":
+            of_scores = scale
+        else:
+            of_scores = 1.0
         last = last[None, :, None]
-        acc, l_i, m_i = _attend(q, k_tile, v_tile, acc, l_i, m_i, begin + key_of_p, end, last, window, scale, cap)
-        t0 = begin + (TILES - 1) * STEP
-        if TILES == 2 and t0 < end:
-            acc, l_i, m_i = _attend(q, k_next, v_next, acc, l_i, m_i, t0 + key_of_p, end, last, window, scale, cap)
-        for _ in range(begin + TILES * STEP, end, STEP):
-            t0 += STEP
-            k_tile = _cached(keys, t0, key_of_k, d_of_k, at_k, begin, end, D, DP, STRIDE)
-            v_tile = _cached(values, t0, key_of_v, d_of_v, at_v, begin, end, D, DP, STRIDE)
-            acc, l_i, m_i = _attend(q, k_tile, v_tile, acc, l_i, m_i, t0 + key_of_p, end, last, window, scale, cap)
+        for t0 in range(begin, end, TILES * STEP):
+            for tile in tl.static_range(TILES):
+                t = tl.multiple_of(t0, 16) + tile * STEP
+                following = t + TILES * STEP
+                products = tl.dot(q, _keys(k_tile, W, X, KEYS, KIND, DTYPE, K_ASM), unbiased)
+                if KIND != "16-bit":
+                    products *= _per_key(k_scale, scale / (UNIT * OF_Q), W, ROWS, KEYS)
+                    k_scale = _scaled(k_pairs, following, key_of_s, at_s, end)
+                k_tile = _cached(k_words, following, key_of_k, word_of_k, at_k, first, end, DW, DPW, SW)
+                scores, seen = _seen(softmax.scores(products, of_scores, cap), t + key_of_p, end, last, window)
+                p, l_i, m_i, alpha = _softmax_step(scores, l_i, m_i)
+                if KIND != "16-bit":
+                    p = tl.where(seen, p * _per_key(v_scale, LIFT, W, ROWS, KEYS), 0.0)
+                    v_scale = _scaled(v_pairs, following, key_of_s, at_s, end)
+                p = p.to(DTYPE).reshape(W, ROWS, Y // 2, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).reshape(W, ROWS, KEYS)
+                acc = tl.dot(p, _values(v_tile, W, Z, KEYS, KIND, DTYPE, V_ASM), acc * alpha)
+                if BIAS > 0.0:
+                    sums = tl.dot(p, tl.full((W, KEYS, 8), BIAS * UNIT, tl.float32).to(DTYPE), sums * alpha)
+                v_tile = _cached(v_words, following, key_of_v, word_of_v, at_v, first, end, DW, DPW, SW)
+                if TILES == 2:
+                    k_tile, k_next = k_next, k_tile
+                    v_tile, v_next = v_next, v_tile
+                    if KIND != "16-bit":
+                        k_scale, k_scale_next = k_scale_next, k_scale
+                        v_scale, v_scale_next = v_scale_next, v_scale
+        if BIAS > 0.0:
+            acc = (acc.reshape(W, ROWS, DP // 8, 8) - sums[:, :, None, :]).reshape(W, ROWS, DP)
+        if KIND != "16-bit":
+            acc *= 1.0 / (UNIT * LIFT)
         m, share = _shares(m_i)
         l = tl.sum(l_i * share, 0)
         y = (acc * share[:, :, None]).permute(1, 2, 0)  # (ROWS, DP, W)
@@ -447,11 +613,22 @@ if triton is not None:
 # Bytes of the following weights to prefetch: a third of what exceeds those that the next kernels' first programs ask
 # for by themselves, and at most so many. Measured on an H100, where more, or before the wait, was slower.
 PREFETCH, EARLY = 2**21, 14 * 2**20
-WARPS, KEYS, SPLIT_KEYS = 4, 16, 128  # of a program; keys of a warp in a step; the fewest keys of a KV split
-PROGRAMS = 264  # KV splits of all rows and heads: what the multiprocessors hold, two each
+WARPS, SPLIT_KEYS = 4, 128  # of a program; the fewest keys of a KV split
 
 
-@op("attention", mutates=("k_cache", "v_cache"))
+def _tiles(kind: str, DP: int, S: int, many: bool) -> tuple[int, int]:
+    """Keys of a warp in a step, and how many steps' tiles are on their way, as far as registers allow: with `many`
+    programs, those of three a multiprocessor."""
+    if kind == "16-bit":
+        return 16, 2 if S == 1 and DP <= 128 and not many else 1
+    return (32 if DP <= 128 and not many else 16), 1
+
+
+MANY = 132  # programs without a split, from which three a multiprocessor are faster, measured on an H200
+PROGRAMS = {False: 264, True: 396}  # KV splits of all rows and heads: what the multiprocessors hold, two or three each
+
+
+@op("attention", mutates=("k_cache", "v_cache", "k_scales", "v_scales"))
 def attention_triton(
     qkv: Tensor,
     k_cache: Tensor,
@@ -466,6 +643,8 @@ def attention_triton(
     scale: float | None = None,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     prefetch: Tensor | None = None,
     first_layer: bool = True,
 ) -> Tensor:
@@ -479,21 +658,27 @@ def attention_triton(
     rows = 8 if S * G <= 8 else 16
     blocks = triton.cdiv(S * G, rows)
     real = min(rows, triton.next_power_of_2(G)) if S == 1 else rows
-    splits = max(1, min(64, PROGRAMS // (B * Hkv * blocks), triton.cdiv(T, SPLIT_KEYS)))
+    many = B * Hkv * blocks > MANY and DP <= 128
+    splits = max(1, min(64, PROGRAMS[many] // (B * Hkv * blocks), triton.cdiv(T, SPLIT_KEYS)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
     lines = 0 if prefetch is None else max(0, min((prefetch.nbytes - EARLY) // 3, PREFETCH)) // 128
     # Those without a KV split help to prefetch, where one row leaves most multiprocessors idle.
     programs = max(splits, 128 // (B * Hkv * blocks)) if lines and S == 1 else splits
+    kind = kv_cache.kind_of(k_cache)
+    how = kv_cache.widening(kind, qkv.dtype, launch["PDL"])
+    keys, tiles = _tiles(kind, DP, S, many)
     _attention_kernel[(B * Hkv, programs, blocks)](
-        out, qkv, k_cache, v_cache, input_pos.contiguous(), rope, q_norm, k_norm, sinks, partial,
+        out, qkv, k_cache, v_cache, k_scales, v_scales, input_pos.contiguous(), rope, q_norm, k_norm, sinks, partial,
         counters(qkv.device, B * Hkv * blocks), prefetch, lines,
         int(first_layer), S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1,
         *softmax.constants(D**-0.5 if scale is None else scale, soft_cap), eps,
-        *k_cache.stride()[:2], G=G, D=D, DP=DP, ROTARY=0 if rope is None else 2 * rope.shape[1],
-        ROWS=rows, NEW=1 if S == 1 else 16, STRIDE=k_cache.stride(2), W=WARPS, HALVINGS=WARPS.bit_length() - 1,
-        KEYS=KEYS, SPLITS=splits, SPLITS2=triton.next_power_of_2(splits), SPLIT_KEYS=SPLIT_KEYS,
-        PARTS=min(64 // real, triton.next_power_of_2(splits)), REAL=real, num_warps=WARPS, num_stages=1, **launch,
+        *k_cache.stride()[:2], *(k_cache if k_scales is None else k_scales).stride()[:2], G=G, D=D, DP=DP,
+        ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows, NEW=1 if S == 1 else 16, STRIDE=k_cache.stride(2),
+        W=WARPS, HALVINGS=WARPS.bit_length() - 1, KEYS=keys, SPLITS=splits, SPLITS2=triton.next_power_of_2(splits),
+        SPLIT_KEYS=SPLIT_KEYS, PARTS=min(64 // real, triton.next_power_of_2(splits)), REAL=real, TILES=tiles, KIND=kind,
+        K_ASM=how.keys, V_ASM=how.values, BIAS=how.bias, UNIT=how.unit, LIFT=how.lift,
+        num_warps=WARPS, num_stages=1, maxnreg=168 if many else None, **launch,
     )  # fmt: skip
     return out
 

@@ -3,8 +3,9 @@
     attention_prefill(qkv, k_cache, v_cache, ...)    norms, RoPE, cache write and attention; see attention.py
 
 Two kernels: one reads qkv once, normalises, rotates, and writes keys and values to the cache; the other is flash
-attention (Dao, arXiv:2307.08691) over the cache. Whole chunks of very long prompts go to prefill_cudnn.py. Axes: B
-rows, S new tokens, T cache length, H query heads, Hkv key/value heads, G = H / Hkv, D head dim.
+attention (Dao, arXiv:2307.08691) over the cache, of which a third one widens what is seen if it is in 8 bits. Whole
+chunks of very long prompts go to prefill_cudnn.py. Axes: B rows, S new tokens, T cache length, H query heads, Hkv
+key/value heads, G = H / Hkv, D head dim.
 """
 
 import functools
@@ -12,8 +13,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ops import prefill_cudnn, softmax
-from ops.common import on_triton, op, tl, triton
+from ops import kv_cache, prefill_cudnn, softmax
+from ops.common import op, tl, triton
 from ops.rotary import turned, turns
 
 BLOCKS = {  # by the head dimension, up to: queries of a program, keys of a step, and how many steps' are on their way
@@ -21,16 +22,16 @@ BLOCKS = {  # by the head dimension, up to: queries of a program, keys of a step
     256: (64, 32, 2),
     512: (64, 32, 1),
 }
-TOKENS = 16  # of a program that rotates
+TOKENS, WIDENED = 16, 64  # of a program that rotates, or widens
 
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     @triton.jit(do_not_specialize=["start", "S", "T", "max_position"])
     def _rotate_kernel(
-        q_out, k_cache, v_cache, qkv, input_pos, start, rope, q_norm, k_norm, S, T, max_position, eps,
-        stride_b, stride_h, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-        ROTARY: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr,
+        q_out, k_cache, v_cache, k_scales, v_scales, qkv, input_pos, start, rope, q_norm, k_norm, S, T, max_position,
+        eps, stride_b, stride_h, scales_b, scales_h, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+        DP: tl.constexpr, ROTARY: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, KIND: tl.constexpr,
     ):  # fmt: skip
         """One head of TOKENS new tokens: queries go to q_out (B, S, H, D), keys and values to their caches."""
         head = tl.program_id(1)
@@ -49,11 +50,48 @@ if triton is not None:
         if head < H:
             x = turned(x, turns(rope, pos + s, max_position, DP, ROTARY), q_norm, eps, D, DP, ROTARY)
             tl.store(q_out + (token * H + head) * D + d, x, mask=inside)
-        elif head < H + HKV:
-            x = turned(x, turns(rope, pos + s, max_position, DP, ROTARY), k_norm, eps, D, DP, ROTARY)
-            tl.store(k_cache + cached + (head - H).to(tl.int64) * stride_h, x, mask=written)
         else:
-            tl.store(v_cache + cached + (head - H - HKV).to(tl.int64) * stride_h, x, mask=written)
+            cache, scales, own = v_cache, v_scales, (head - H - HKV).to(tl.int64)
+            if head < H + HKV:
+                x = turned(x, turns(rope, pos + s, max_position, DP, ROTARY), k_norm, eps, D, DP, ROTARY)
+                cache, scales, own = k_cache, k_scales, (head - H).to(tl.int64)
+            if KIND == "16-bit":
+                code = x.to(cache.dtype.element_ty)
+            else:
+                code, scale, _ = kv_cache.encode(x.to(tl.float32), KIND)
+                to = scales + b.to(tl.int64) * scales_b + own * scales_h + pos + s
+                tl.store(to, scale.to(tl.bfloat16), mask=(s < S) & (pos + s < T))
+            tl.store(cache + cached + own * stride_h, code, mask=written)
+
+    @triton.jit(do_not_specialize=["start", "S", "T"])
+    def _widen_kernel(
+        out, cache, scales, input_pos, start, S, T, window, stride_b, stride_h, scales_b, scales_h, HKV: tl.constexpr,
+        D: tl.constexpr, DP: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr, TOKENS: tl.constexpr,
+    ):  # fmt: skip
+        """TOKENS keys or values of one head, of those that new tokens see: out (B, HKV, T, D)."""
+        head, b = tl.program_id(1), tl.program_id(2)
+        pos = start
+        if input_pos is not None:
+            pos = tl.load(input_pos + b).to(tl.int32)
+        end = tl.minimum(pos + S, T)
+        first = tl.where(window > 0, tl.maximum(pos - window + 1, 0), 0)
+        t0 = tl.program_id(0) * TOKENS
+        if (t0 >= end) | (t0 + TOKENS <= first):
+            return
+        t = t0 + tl.arange(0, TOKENS)
+        d = tl.arange(0, DP)[None, :]
+        seen = (t >= first) & (t < end)
+        inside = seen[:, None] & (d < D)
+        at = t.to(tl.int64)[:, None] * STRIDE + d
+        bytes = (cache + b.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h).to(tl.pointer_type(tl.uint8))
+        x = tl.load(tl.multiple_of(bytes, 16) + at, mask=inside, other=0)
+        if KIND == "int8":
+            x = x.to(tl.float32) - 128.0
+        else:
+            x = x.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        scale = tl.load(scales + b.to(tl.int64) * scales_b + head.to(tl.int64) * scales_h + t, mask=seen, other=0.0)
+        to = ((b * HKV + head).to(tl.int64) * T + t)[:, None] * D + d
+        tl.store(out + to, (x * scale.to(tl.float32)[:, None]).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _step(q, k, v, acc, l_i, m_i, seen, scale, cap, MASKED: tl.constexpr):
@@ -77,8 +115,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["start", "S", "T"])
     def _flash_kernel(
-        out, q, k_cache, v_cache, k_tiles, v_tiles, sinks, input_pos, start, S, T, window, scale, cap, stride_b,
-        stride_h,
+        out, q, k_cache, v_cache, k_tiles, v_tiles, sinks, input_pos, start, S, T, window, scale, cap,
+        stride_b, stride_h,
         H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STRIDE: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
@@ -99,7 +137,8 @@ if triton is not None:
         inside = (s < S)[:, None] & (d < D)[None, :]
         q = tl.load(q + rows, mask=inside, other=0.0)
         at = (pos + s)[:, None]
-        begin = tl.where(window > 0, tl.maximum(pos + block * BLOCK_M - window + 1, 0), 0) // BLOCK_N * BLOCK_N
+        first = tl.where(window > 0, tl.maximum(pos + block * BLOCK_M - window + 1, 0), 0)
+        begin = first // BLOCK_N * BLOCK_N
         end = tl.minimum(pos + tl.minimum(block * BLOCK_M + BLOCK_M, S), T)
         whole = tl.where(window > 0, begin, tl.minimum(pos + block * BLOCK_M + 1, T) // BLOCK_N * BLOCK_N)
         base = b.to(tl.int64) * stride_b + (head // G).to(tl.int64) * stride_h
@@ -118,7 +157,7 @@ if triton is not None:
             else:
                 k = tl.load(k_at, mask=(d < D)[:, None], other=0.0)
                 v = tl.load(v_at, mask=(d < D)[None, :], other=0.0)
-            acc, l_i, m_i = _step(q, k.to(q.dtype), v.to(q.dtype), acc, l_i, m_i, None, scale, cap, False)
+            acc, l_i, m_i = _step(q, k, v, acc, l_i, m_i, None, scale, cap, False)
             if k_tiles is None:
                 k_at += BLOCK_N * STRIDE
                 v_at += BLOCK_N * STRIDE
@@ -127,10 +166,11 @@ if triton is not None:
             v_at += (whole - begin).to(tl.int64) * STRIDE
         for t0 in range(whole, end, BLOCK_N):
             t = t0 + n[None, :]
-            k = tl.load(k_at, mask=(d < D)[:, None] & (t < end), other=0.0)
-            v = tl.load(v_at, mask=(d < D)[None, :] & (t0 + n < end)[:, None], other=0.0)
-            seen = (t <= at) & (t < end) & ((window <= 0) | (t > at - window))
-            acc, l_i, m_i = _step(q, k.to(q.dtype), v.to(q.dtype), acc, l_i, m_i, seen, scale, cap, True)
+            inner = (t0 + n >= first) & (t0 + n < end)
+            k = tl.load(k_at, mask=(d < D)[:, None] & inner[None, :], other=0)
+            v = tl.load(v_at, mask=(d < D)[None, :] & inner[:, None], other=0)
+            seen = (t <= at) & inner[None, :] & ((window <= 0) | (t > at - window))
+            acc, l_i, m_i = _step(q, k, v, acc, l_i, m_i, seen, scale, cap, True)
             k_at += BLOCK_N * STRIDE
             v_at += BLOCK_N * STRIDE
         l_i = softmax.with_sink(l_i, m_i, sinks, head, True)
@@ -143,12 +183,12 @@ def _specializes(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def supports(qkv: Tensor, k_cache: Tensor) -> bool:
-    """Whether the kernels serve these tensors, of any number of new tokens."""
-    return on_triton(qkv) and qkv.element_size() == 2 and k_cache.shape[3] <= max(BLOCKS)
+def supports(k_cache: Tensor) -> bool:
+    """Whether the kernels serve heads of this size, for any number of new tokens."""
+    return k_cache.shape[3] <= max(BLOCKS)
 
 
-@op("attention_prefill", mutates=("k_cache", "v_cache"))
+@op("attention_prefill", mutates=("k_cache", "v_cache", "k_scales", "v_scales"))
 def attention_prefill(
     qkv: Tensor,
     k_cache: Tensor,
@@ -163,6 +203,8 @@ def attention_prefill(
     scale: float | None = None,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """As `attention`, for any S. input_pos may lie on the host, where positions are known and alike in all rows."""
     B, S, _ = qkv.shape
@@ -170,14 +212,24 @@ def attention_prefill(
     start = int(input_pos[0]) if input_pos.device != qkv.device else None
     positions = (input_pos, 0) if start is None else (None, start)
     DP = max(16, triton.next_power_of_2(D))
-    strides = k_cache.stride()
-    shared = {"H": n_head, "D": D, "DP": DP, "STRIDE": strides[2]}
+    kind, scales = kv_cache.kind_of(k_cache), k_cache if k_scales is None else k_scales
+    strides = (*k_cache.stride()[:2], *scales.stride()[:2])
+    shared = {"D": D, "DP": DP}
     q = torch.empty(B, S, n_head, D, dtype=qkv.dtype, device=qkv.device)
     _rotate_kernel[(triton.cdiv(S, TOKENS), n_head + 2 * Hkv, B)](
-        q, k_cache, v_cache, qkv.contiguous(), *positions, rope, q_norm, k_norm, S, T,
-        0 if rope is None else rope.shape[0] - 1, eps, *strides[:2], HKV=Hkv,
-        ROTARY=0 if rope is None else 2 * rope.shape[1], TOKENS=TOKENS, num_warps=4, **shared,
+        q, k_cache, v_cache, k_scales, v_scales, qkv.contiguous(), *positions, rope, q_norm, k_norm, S, T,
+        0 if rope is None else rope.shape[0] - 1, eps, *strides, H=n_head, HKV=Hkv,
+        ROTARY=0 if rope is None else 2 * rope.shape[1], STRIDE=k_cache.stride(2), KIND=kind, TOKENS=TOKENS,
+        num_warps=4, **shared,
     )  # fmt: skip
+    if k_scales is not None:  # once, where each block of queries would do it for itself, which measured half as fast
+        bytes = ((k_cache, k_scales), (v_cache, v_scales))
+        k_cache, v_cache = (torch.empty(B, Hkv, T, D, dtype=q.dtype, device=q.device) for _ in range(2))
+        for out, (cache, scales) in zip((k_cache, v_cache), bytes):
+            _widen_kernel[(triton.cdiv(T, WIDENED), Hkv, B)](
+                out, cache, scales, *positions, S, T, window, *strides, HKV=Hkv, STRIDE=cache.stride(2), KIND=kind,
+                TOKENS=WIDENED, num_warps=4, **shared,
+            )  # fmt: skip
     if not (window or soft_cap) and sinks is None and prefill_cudnn.supports(q, k_cache, start):
         return prefill_cudnn.attention(q, k_cache, v_cache, start, scale).reshape(B, S, n_head * D)
     out = torch.empty_like(q)
@@ -187,7 +239,8 @@ def attention_prefill(
         tiles = [TensorDescriptor(c, c.shape, c.stride(), [1, 1, block_n, D]) for c in (k_cache, v_cache)]
     _flash_kernel[(n_head, B, triton.cdiv(S, block_m))](
         out, q, k_cache, v_cache, *tiles, sinks, *positions, S, T, window,
-        *softmax.constants(D**-0.5 if scale is None else scale, soft_cap), *strides[:2],
-        G=n_head // Hkv, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=stages, **shared,
+        *softmax.constants(D**-0.5 if scale is None else scale, soft_cap), *k_cache.stride()[:2], H=n_head,
+        G=n_head // Hkv, STRIDE=k_cache.stride(2), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=stages,
+        **shared,
     )  # fmt: skip
     return out.view(B, S, n_head * D)

@@ -142,6 +142,7 @@ class Row:
     prompt_length: int
     context: int
     batch_size: int
+    kv_cache: str | None
     prefill_mfu: float | None  # over the rate of a large matmul in the same run
     decode_fraction: float  # (weights + the keys and values in use) a step, over the read bandwidth
 
@@ -157,7 +158,8 @@ def measure(
     device = model.norm.weight.device
     start = time.perf_counter()
     length, sampler = work.before + args.max_new_tokens, Sampler(temperature=args.temperature, top_k=args.top_k)
-    llm = Engine(model, batch_size=work.rows, max_seq_length=length, sampler=sampler, compile=True)
+    how = {"compile": True, "kv_cache": args.kv_cache}
+    llm = Engine(model, batch_size=work.rows, max_seq_length=length, sampler=sampler, **how)
     prompts = random_prompts(work, model.config)
     run = (lambda: whole(llm, prompts, args.max_new_tokens)) if work.prompt else (lambda: decoding(llm, work, args))
     next(generate(llm, prompts or [[0]] * work.rows, 2))
@@ -180,10 +182,11 @@ def measure(
         compile_seconds=llm.compile_seconds,
         first_token_seconds=first,
         memory_gigabytes=torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else 0.0,
-        step_ms_by_rows={rows: step_time(model, rows, length) * 1e3 for rows in args.rows},
+        step_ms_by_rows={rows: step_time(model, rows, length, args.kv_cache) * 1e3 for rows in args.rows},
         prompt_length=work.prompt,
         context=work.context,
         batch_size=work.rows,
+        kv_cache=args.kv_cache,
         prefill_mfu=prefill_flops(model, work.rows * work.prompt, work.rows) / prefill / limits[1] if prefill else None,
         decode_fraction=(weights + kv_bytes(llm, work.before + args.max_new_tokens / 2)) / step / limits[0],
     )
@@ -322,9 +325,9 @@ def never(row: int, token: int) -> bool:
 
 
 @torch.inference_mode()
-def step_time(model: Transformer, rows: int, length: int) -> float:
+def step_time(model: Transformer, rows: int, length: int, kv_cache: str | None) -> float:
     """Seconds of one forward pass of `rows` tokens of one sequence, all logits wanted, as a verification makes it."""
-    device, cache = model.norm.weight.device, model.cache(1, length)
+    device, cache = model.norm.weight.device, model.cache(1, length, kv_cache)
     tokens = torch.ones(1, rows, dtype=torch.int64, device=device)
     pos = torch.full((1,), length // 2, dtype=torch.int64, device=device)
 
@@ -405,6 +408,7 @@ def main() -> None:
     parser.add_argument("--prompt_length", type=positive, nargs="+", help="tokens of a prompt, or several; 5")
     parser.add_argument("--context", type=positive, nargs="+", default=[], help="decode with so many tokens before")
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1], help="rows at once, or several")
+    parser.add_argument("--kv_cache", choices=sorted(ops.CACHE_KINDS), help="keys and values in 8 bits")
     parser.add_argument("--max_new_tokens", type=positive, default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top_k", type=int, default=200)

@@ -1,4 +1,4 @@
-"""What quantising costs: perplexity, size and CPU speed of every kind of weight, on SmolLM2, in two bases.
+"""What quantising costs: perplexity, size and CPU speed of every kind of weight and cache, on SmolLM2, in two bases.
 
     python scripts/quant_table.py [--samples 3]       adds to benchmarks/quant_smollm2.json, and prints it as a table
 
@@ -35,6 +35,7 @@ from bench import provenance
 from tables import quant
 from torch import Tensor
 
+import ops
 from checkpoint import load_model, new_state_dict
 from cli import pick_device
 from errors import UserError
@@ -46,7 +47,8 @@ from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 512  # tokens that perplexity sees at once, and of a calibration sequence
-KINDS = ["bf16", "int8", "fp8", *(f"{kind}.g{G}" for G in GROUPS for kind in ("int4", "int4-gptq"))]
+CACHES = {f"kv-{kind}": kind for kind in ops.CACHE_KINDS}  # bf16 weights, keys and values in 8 bits
+KINDS = ["bf16", *CACHES, "int8", "fp8", *(f"{kind}.g{G}" for G in GROUPS for kind in ("int4", "int4-gptq"))]
 
 
 def texts() -> tuple[str, str]:
@@ -85,13 +87,13 @@ def to_generic_basis(source: Path, folder: Path, dtype: torch.dtype = torch.bflo
 
 
 @torch.inference_mode()
-def perplexity(path: Path, tokens: Tensor, device: torch.device) -> float:
-    """exp of the mean negative log-likelihood in windows; activations fp32, so that only the weights count."""
+def perplexity(path: Path, tokens: Tensor, device: torch.device, kv_cache: str | None) -> float:
+    """exp of the mean negative log-likelihood in windows; activations fp32, so that only weights and cache count."""
     model = load_model(path, dtype=torch.float32, device=device)
     for layer in model.modules():
         if isinstance(layer, Linear):  # dequantise once, not in each window
             layer.assign({"weight": layer.dequantized(torch.float32)})
-    cache = model.cache(1, WINDOW)
+    cache = model.cache(1, WINDOW, kv_cache)
     start, total, count = torch.zeros(1, dtype=torch.int32, device=device), 0.0, 0
     for window in tokens.to(device).split(WINDOW):
         logits = model(window[None], start, cache.first(len(window)), all_logits=True)[0]
@@ -141,20 +143,23 @@ def main() -> None:
     for basis, kind in itertools.product(args.bases, args.kinds):
         entry = results.setdefault(basis, {}).setdefault(kind, {})
         source = generic / "model.pth" if basis == "generic" else own / args.checkpoint_path.name
-        path = source if kind == "bf16" else source.with_name(f"{source.stem}_{kind}.pth")
+        plain = kind == "bf16" or kind in CACHES
+        path = source if plain else source.with_name(f"{source.stem}_{kind}.pth")
         timed = args.samples and basis == "own" and "tokens_per_second" not in entry
         scored = args.tokens and "perplexity" not in entry
-        if kind != "bf16" and (timed or scored):
+        if not plain and (timed or scored):
             mode, _, group = kind.partition(".g")
             more = ["--mode", mode, "--groupsize", group or 32, *options]
             _, seconds, memory = run("quantize.py", "--checkpoint_path", source, *more)
             entry |= {"quantise_seconds": round(seconds, 1), "quantise_memory": memory} if timed else {}
         if timed:
             how = "--device cpu --compile --prompt 5 --max_new_tokens 100 --temperature 0 --json --num_samples"
-            out, _, _ = run("generate.py", "--checkpoint_path", path, *how.split(), args.samples)
+            how = [*how.split(), args.samples, *(("--kv_cache", CACHES[kind]) if kind in CACHES else ())]
+            out, _, _ = run("generate.py", "--checkpoint_path", path, *how)
             entry["tokens_per_second"] = json.loads(out.splitlines()[-1])["decode_tokens_per_second"]
         if scored:
-            entry |= {"tokens": len(tokens), "perplexity": perplexity(path, tokens, pick_device(args.device))}
+            found = perplexity(path, tokens, pick_device(args.device), CACHES.get(kind))
+            entry |= {"tokens": len(tokens), "perplexity": found}
         if timed or scored:
             entry["bytes"] = path.stat().st_size
         write_text(args.output, json.dumps(results, indent=1) + "\n")

@@ -231,7 +231,8 @@ def quant(result: dict) -> str:
         speed = f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else ""
         cost = "{quantise_seconds:.0f} s, {gigabytes:.1f} GB" if "quantise_seconds" in row else ""
         cost = cost.format(**row, gigabytes=row.get("quantise_memory", 0) / 1e9)
-        line = [kind, f"{row['bytes'] / 1e6:.0f}", *losses, recovered, speed, cost]
+        name = kind.replace("kv-", "bf16, its keys and values in ")
+        line = [name, f"{row['bytes'] / 1e6:.0f}", *losses, recovered, speed, cost]
         return [cell.replace("nan (+nan %)", "-").replace("nan %", "-") for cell in line]
 
     own, generic = result.get("own", {}), result.get("generic", {})

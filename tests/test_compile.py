@@ -84,6 +84,14 @@ def test_gemms_widen_between_shared_memory_and_tensor_cores(compiled):
         assert "serialized" not in row["assembled"], row["case"]
 
 
+def test_caches_in_8_bits_are_read_as_products_want_them(compiled):
+    """In words of 16 bytes, without shuffles between lanes but for sums and maxima."""
+    rows = [row for row in compiled if row["kernel"] == "_attention_kernel" and "a cache in" in row["case"]]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["wide_loads"] >= 32 and row["shuffles"] < 110, row
+
+
 def test_every_thread_waits_for_its_own_message(compiled):
     """See messages.receive: a tile of messages whose elements several threads hold."""
     messages = [row for row in compiled if row["messages"]]
@@ -142,6 +150,7 @@ def main() -> None:
     from ops import (
         experts_gemm,
         experts_triton,
+        kv_cache,
         linear_gemm,
         linear_triton,
         linear_wide,
@@ -173,6 +182,8 @@ def main() -> None:
             "wgmma": asm["ptx"].count("wgmma.mma_async"),
             "assembled": log.getvalue() if name in ("_gemm_kernel", "_widen_kernel") else "",
             "launches": asm["ptx"].count("griddepcontrol.launch_dependents"),
+            "shuffles": asm["ptx"].count("shfl.sync"),
+            "wide_loads": len(re.findall(r"ld\.global\.cg\.v4\.b32", asm["ptx"])),
         }
         print(json.dumps(row), file=sys.__stdout__)
         log.seek(log.truncate(0))
@@ -248,6 +259,11 @@ def main() -> None:
         scores = (None, 0.0, None) if rotary else (0.1, 5.0, torch.empty(H, dtype=dtype))
         attention_triton(qkv, *cache, pos, rope, norm, norm, 1e-5, H, 0, *scores, None if rotary else qkv)
         attention_prefill(qkv, *cache, pos, rope, norm, norm, 1e-5, H, 0, *scores)
+    for kind in kv_cache.DTYPES:
+        case = f"a cache in {kind}"
+        qkv, cache = torch.empty(1, 1, 6 * 128, dtype=dtype), kv_cache.allocate((1, 1, 1024, 128), dtype, kind, "cpu")
+        attention_triton(qkv, *cache[:2], pos, None, None, None, 0.0, 4, 0, None, 0.0, None, *cache[2:])
+    attention_prefill(qkv, *cache[:2], pos, None, None, None, 0.0, 4, 0, None, 0.0, None, *cache[2:])
 
     case, rng, history = "", torch.zeros(2, dtype=torch.int64), torch.zeros(1, 64, dtype=torch.int64)
     logits = torch.zeros(12, 32000)

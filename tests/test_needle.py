@@ -47,7 +47,7 @@ def test_a_fact_is_found_where_it_stands(asked, which):
         return llm.tokenizer.decode(tokens).startswith(answer)
 
     assert says()
-    parts = [t[:, :, spans[which].start : spans[which].stop] for t in llm.state.cache.k + llm.state.cache.v]
+    parts = [t[:, :, spans[which].start : spans[which].stop] for t in llm.state.cache.tensors]
     kept = [part.clone() for part in parts]
     torch._foreach_zero_(parts)
     assert not says()  # without what is there nothing else tells it
