@@ -86,9 +86,10 @@ def test_bf16_is_rounded_less_often():
 
 def test_what_is_not_known_is_declined():
     model = model_of()
-    fields = [("soft_cap", float, dataclasses.field(default=0.0))]
-    capped = dataclasses.make_dataclass("Capped", fields, bases=(ModelConfig,), frozen=True)
-    for config, served in ((capped(**SMALL), True), (capped(**SMALL, soft_cap=30.0), False)):
+    fields = [("new", float, dataclasses.field(default=1.0)), ("newer", dict, dataclasses.field(default_factory=dict))]
+    later = dataclasses.make_dataclass("Later", fields, bases=(ModelConfig,), frozen=True)
+    for more, served in (({}, True), ({"new": 0.0}, False), ({"newer": {"a": 1}}, False), ({"soft_cap": 30.0}, False)):
+        config = later(**SMALL, **more)
         model.config = config
         cpu_step.prepare(model, torch.float32)
         assert cpu_step.serves(model) is served
