@@ -26,7 +26,8 @@ from errors import UserError
 from ops import cpu_library
 from sampling import Sampler
 
-KINDS = {"bf16": None, "int8": "int8", "int4": "int4:32"}
+KINDS = {"bf16": None, "int8": "int8", "int4": "int4:32"}  # what is quantised on load where there is no such file
+FILES = {"bf16": "model.pth", "int8": "model_int8.pth", "int4": "model_int4.g32.pth"}
 
 
 def processor() -> str:
@@ -65,7 +66,10 @@ def summary(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def measure(args: argparse.Namespace, kind: str, threads: int) -> dict:
     torch.set_num_threads(threads)
-    model = load_model(args.checkpoint_path, device=torch.device("cpu"), dtype=torch.bfloat16, quantize=KINDS[kind])
+    path, options = args.checkpoint_path.with_name(FILES[kind]), {}
+    if not path.is_file():
+        path, options = args.checkpoint_path, {"quantize": KINDS[kind]}
+    model = load_model(path, device=torch.device("cpu"), dtype=torch.bfloat16, **options)
     length = args.prompt_length + args.new_tokens + 1
     engine = Engine(model, max_seq_length=length, sampler=Sampler(temperature=0), compile=True)
     prompt, gguf = [5] * args.prompt_length, args.gguf.get(kind)
