@@ -10,19 +10,20 @@ import torch
 
 import ops
 from checkpoint import DTYPES
-from errors import UserError
+from errors import UserError, shown
 
 DEFAULT_CHECKPOINT = Path("checkpoints/SmolLM2-135M-Instruct/model.pth")
 DEVICES = "cpu, cuda, cuda:N, mps"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint_path, --precision, --quantize, --kv_cache and --device."""
+    """--checkpoint_path, --precision, --quantize, --kv_cache, --device and --threads."""
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of activations and plain weights")
     parser.add_argument("--quantize", metavar="KIND", help="quantise on load: int8, fp8, int4 or int4:GROUP")
     parser.add_argument("--kv_cache", choices=sorted(ops.CACHE_KINDS), help="keys and values in 8 bits")
     parser.add_argument("--device", help=f"{DEVICES}; by default a GPU where there is one")
+    parser.add_argument("--threads", type=positive, help="of a CPU; by default OMP_NUM_THREADS or its physical cores")
 
 
 def positive(text: str) -> int:
@@ -71,6 +72,19 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device 'mps' was asked for, but this machine has none")
     return device
+
+
+def use(args: argparse.Namespace) -> tuple[torch.device, str]:
+    """The device that --device and --threads ask for, and in words."""
+    device = pick_device(args.device)
+    if device.type != "cpu":
+        return device, str(device)
+    if (args.threads or 1) > (most := os.cpu_count() or 1):
+        raise UserError(f"--threads is {shown(args.threads)}; this machine runs {most}")
+    if args.threads or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(args.threads or ops.physical_cores())
+    threads = torch.get_num_threads()
+    return device, f"cpu with {threads} thread{'s' if threads > 1 else ''}"
 
 
 def peak_memory() -> int:

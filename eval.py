@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import ops
 from checkpoint import DTYPES, load_model
-from cli import add_model_arguments, check_flags, natural, pick_device, positive
+from cli import add_model_arguments, check_flags, natural, positive, use
 from engine import MAX_DEFAULT_CONTEXT, compile_blocks
 from errors import UserError, shown
 from generate import LLM, answer_queue
@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, tp: TensorParallel) -> None:
-    device, path, length = pick_device(args.device), args.checkpoint_path, args.max_seq_length
+    (device, _), path, length = use(args), args.checkpoint_path, args.max_seq_length
     # Texts and tasks first: what is wrong with them shows before a large model is read.
     text = None if args.perplexity is None else read_text(Path(args.perplexity) if args.perplexity else None)
     tasks = load_tasks(args.tasks, args.include_path) if args.tasks else None

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import ops
 from batches import serve
 from checkpoint import DTYPES, load_model, read_config
-from cli import DEFAULT_CHECKPOINT, add_model_arguments, check_flags, pick_device, positive
+from cli import DEFAULT_CHECKPOINT, add_model_arguments, check_flags, pick_device, positive, use
 from engine import Engine
 from errors import UserError, shown
 from measure import Measure, Throughput, print_measures, print_throughput
@@ -354,8 +354,8 @@ def main() -> None:
 def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     sampler = Sampler(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
     draft = args.draft_checkpoint_path or args.speculate
-    device = pick_device(args.device)
-    print(f"Using device={device}" + (f" and {tp.world} ranks" if tp.world > 1 else ""), file=sys.stderr)
+    device, shown_device = use(args)
+    print(f"Using device={shown_device}" + (f" and {tp.world} ranks" if tp.world > 1 else ""), file=sys.stderr)
     start = time.perf_counter()
     model, tokenizer, draft = load_parts(args.checkpoint_path, device, args.precision, args.quantize, tp, draft)
     load_seconds = time.perf_counter() - start

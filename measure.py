@@ -109,6 +109,7 @@ def report(llm: Engine, measure: Measure) -> dict:
         "bandwidth_fraction": read_bandwidth and read * rate / read_bandwidth,
         "compile_seconds": llm.compile_seconds,
         "memory_bytes": memory,
+        "threads": torch.get_num_threads() if llm.device.type == "cpu" else None,
     }
 
 

@@ -13,6 +13,7 @@ from ops import cpu
 from ops.attention import attention
 from ops.attention import prepare as prepare_attention
 from ops.common import MAX_ROWS, triton
+from ops.cpu_library import physical_cores
 from ops.cpu_step import layers, serves
 from ops.cpu_step import prepare as prepare_layers
 from ops.embedding import embed
@@ -53,6 +54,7 @@ __all__ = [
     "matmul_rate",
     "mixture",
     "new_cache",
+    "physical_cores",
     "plain",
     "plan_prefill",
     "prepare_attention",

@@ -107,7 +107,7 @@ class Pool {
 
   std::vector<Memory> own_;
   Memory shared_;
-  Team team_;
+  Team team_ = {};
   std::function<void(int)>* job_ = nullptr;
   alignas(64) std::atomic<uint32_t> call_ = 0;
   alignas(64) std::atomic<int> busy_ = 0;

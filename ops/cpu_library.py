@@ -8,6 +8,7 @@ cpu.cpp is threads and sampling. cpu_kernels.cpp is compiled once for each instr
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -76,9 +77,9 @@ ARGUMENTS = {  # of what cpu.cpp exports
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, with `lanes` and `set` of the kernels in use, or None where it cannot be compiled or is not wanted.
-    The first call on a machine compiles it, in some 10 s, for all later ones. Raises UserError for an instruction set
-    that is not known or does not run here."""
+    """The library, with `lanes` of the kernels in use and the names of `sets` that run here, or None where it cannot be
+    compiled or is not wanted. The first call on a machine compiles it, in some 10 s, for all later ones. Raises
+    UserError for an instruction set that is not known or does not run here."""
     wanted = os.environ.get("GPTFAST_CPU", "")
     if wanted == "none":
         return None
@@ -93,9 +94,34 @@ def library() -> ctypes.CDLL | None:
     sets = [name for name in SETS if hasattr(lib, f"gptfast_{name}") and lib.gptfast_runs(name.encode())]
     if wanted and wanted not in sets:
         raise UserError(f"GPTFAST_CPU is {wanted!r}; this processor runs {', '.join(sets)}; none is plain PyTorch")
-    lib.set = wanted or sets[-1]
-    lib.lanes = lib.gptfast_use(ctypes.byref(ctypes.c_char.in_dll(lib, f"gptfast_{lib.set}")))
+    lib.sets = sets
+    use(lib, wanted or sets[-1])
     return lib
+
+
+def use(lib: ctypes.CDLL, name: str) -> None:
+    """Run this set's kernels from now on, for weights that are packed from now on."""
+    lib.lanes = lib.gptfast_use(ctypes.byref(ctypes.c_char.in_dll(lib, f"gptfast_{name}")))
+
+
+def physical_cores() -> int:
+    """The physical cores that this process may use: of its affinity, as far as a cgroup's quota (version 2) pays."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0)
+    cores = {_text(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") or n for n in cpus}
+    own = _text("/proc/self/cgroup").rpartition("::")[2]
+    quotas = (_text(f"/sys/fs/cgroup{path}/cpu.max").split() for path in ("", own))
+    limits = [math.ceil(int(quota[0]) / int(quota[1])) for quota in quotas if quota and quota[0] != "max"]
+    return max(1, min([len(cores), *limits]))
+
+
+def _text(path: str) -> str:
+    """What a file of the kernel's says, or nothing."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
 
 
 def _build() -> Path:

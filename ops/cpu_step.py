@@ -87,7 +87,7 @@ def prepare(model: nn.Module, dtype: torch.dtype) -> None:
 
 def layers(model: nn.Module, x: Tensor, input_pos: Tensor, cache) -> Tensor | None:
     """What model.hidden says, or None."""
-    step = _steps.get(model)
+    step = None if torch.compiler.is_compiling() else _steps.get(model)
     return step and step(x, input_pos, cache)
 
 
@@ -98,8 +98,8 @@ def serves(model: nn.Module) -> bool:
 
 def _supports(model: nn.Module, dtype: torch.dtype) -> bool:
     config = model.config
-    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name not in FIELDS.split()}
-    known = all(getattr(config, name) == default or not getattr(config, name) for name, default in defaults.items())
+    others = [f for f in dataclasses.fields(config) if f.name not in FIELDS.split()]
+    known = all(getattr(config, f.name) == _default(f) for f in others)
     scaling = config.rope_scaling
     if not known or scaling.get("rope_type", "default") not in ROPE_TYPES or "llama_4_scaling_beta" in scaling:
         return False
@@ -108,13 +108,17 @@ def _supports(model: nn.Module, dtype: torch.dtype) -> bool:
     return all(_supports_layer(layer, dtype) for layer in model.layers)
 
 
+def _default(field: dataclasses.Field) -> object:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def _supports_layer(layer: nn.Module, dtype: torch.dtype) -> bool:
+    parts = {name: set(dict(module.named_children())) for name, module in layer.named_children()}
+    if set(parts) != MODULES or not all(parts[name] <= known for name, known in PARTS.items()):
+        return False
     attention, feed_forward = layer.attention, layer.feed_forward
     linears = (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2)
     norms = (layer.attention_norm, layer.ffn_norm, attention.q_norm, attention.k_norm)
-    return (
-        set(dict(layer.named_children())) == MODULES
-        and all(set(dict(getattr(layer, name).named_children())) <= parts for name, parts in PARTS.items())
-        and all(linear is not None and linear.backends[0].__name__ == "_cpu" for linear in linears)
-        and all(norm is None or (type(norm) is nn.RMSNorm and norm.weight.dtype is dtype) for norm in norms)
+    return all(linear is not None and linear.backends[0].__name__ == "_cpu" for linear in linears) and all(
+        norm is None or (type(norm) is nn.RMSNorm and norm.weight.dtype is dtype) for norm in norms
     )

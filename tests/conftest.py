@@ -57,7 +57,7 @@ def smollm2_parts(precision: str) -> tuple:
     return load_parts(SMOLLM2 / "model.pth", "cpu", precision, None, None, None)[:2]
 
 
-PROGRESS = r"Using device=\w+$|Time to load model: \d|log-likelihoods: "
+PROGRESS = r"Using device=\w+( with \d+ threads?)?$|Time to load model: \d|log-likelihoods: "
 
 
 class Result(NamedTuple):

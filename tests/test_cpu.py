@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import run_forked
-from tiny import write_checkpoint
 from torch.nn.functional import linear
 
 from linear import GROUPS, Linear, quantize_linear
@@ -137,6 +136,8 @@ def test_ops_have_the_shapes_that_compilation_assumes():
 
 
 def test_without_a_compiler_plain_pytorch_serves(tmp_path, cli):
+    from tiny import write_checkpoint  # which takes seconds to import
+
     write_checkpoint(tmp_path)
     args = ("--checkpoint_path", tmp_path / "model.pth", "--precision", "fp32", "--temperature", 0)
     args += ("--device", "cpu", "--max_new_tokens", 8, "--prompt", "abc")

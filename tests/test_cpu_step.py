@@ -1,0 +1,189 @@
+"""A CPU's call for all layers against the layers themselves, instruction sets, threads, and native sampling."""
+
+import argparse
+import dataclasses
+import math
+import os
+
+import pytest
+import torch
+from test_cpu import packed, relative
+from torch.nn.functional import linear
+
+import ops
+from cli import use
+from errors import UserError
+from model import ModelConfig, Transformer
+from ops import cpu, cpu_library, cpu_step
+from ops.sampling import sample_plain
+
+SMALL = {"dim": 64, "n_layer": 2, "n_head": 4, "n_local_heads": 2, "head_dim": 16, "intermediate_size": 96}
+SMALL |= {"vocab_size": 100, "block_size": 64}
+FEATURES = {
+    "plain": {},
+    "biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    "norms": {"qk_norm": True, "rotary_dim": 8},
+    "windows": {"windows": (5, 0), "rope_layers": (True, False)},
+    "wide": {"head_dim": 64, "n_head": 3, "n_local_heads": 1, "intermediate_size": 200},
+}
+
+
+def model_of(dtype: torch.dtype = torch.float32, kind: str | None = None, **fields) -> Transformer:
+    """A random model, packed."""
+    from linear import Linear, quantize_linear
+
+    model = Transformer(ModelConfig(**SMALL | fields))
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = (
+                torch.randn(parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1)
+            ).to(dtype)
+        if kind and isinstance(module, Linear):
+            tensors = dict(module.named_parameters())
+            module.assign(quantize_linear(kind, tensors, "w"))
+    model.pack(dtype)
+    return model
+
+
+def both(model: Transformer, x: torch.Tensor, pos: torch.Tensor) -> list[tuple]:
+    """Hidden states and caches by the call, and layer by layer."""
+    results = []
+    for native in (True, False):
+        torch.manual_seed(1)
+        cache = model.cache(len(x), 24)
+        for tensor in cache.k + cache.v:
+            tensor.copy_(torch.randn(tensor.shape))
+        if not native:
+            cpu_step._steps.pop(model)
+        assert cpu_step.serves(model) is native
+        results.append((model.hidden(x, pos, cache), *cache.k, *cache.v))
+    return results
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("kind", [None, "int8", "int4:32"])
+def test_all_layers_in_one_call_are_the_layers(features, kind):
+    for B, S, threads in ((1, 1, 1), (2, 1, 2), (1, 20, 3), (3, 7, 4)):
+        torch.set_num_threads(threads)
+        model = model_of(kind=kind, **FEATURES[features])
+        pos = torch.tensor([3, 20, 9][:B]) if S == 1 else torch.tensor([2, 19, 0][:B])  # row 1 reaches past the cache
+        native, plain = both(model, torch.randn(B, S, 64), pos)
+        inside = (pos[:, None] + torch.arange(S) < 24)[..., None]
+        assert relative(native[0] * inside, (plain[0] * inside).double()) < 1e-6
+        for ours, theirs in zip(native[1:], plain[1:]):
+            assert relative(ours, theirs.double()) < 1e-6
+
+
+def test_bf16_is_rounded_less_often():
+    wide, narrow = model_of(), model_of(torch.bfloat16)
+    for a, b in zip(wide.parameters(), narrow.parameters()):
+        a.data.copy_(b)
+    x, pos = torch.randn(1, 9, 64).bfloat16(), torch.tensor([0])
+    expected = wide.hidden(x.float(), pos, wide.cache(1, 24)).double()
+    native, plain = both(narrow, x, pos)
+    assert relative(native[0], expected) < min(relative(plain[0], expected), 1e-2)
+
+
+def test_what_is_not_known_is_declined():
+    model = model_of()
+    fields = [("new", float, dataclasses.field(default=1.0)), ("newer", dict, dataclasses.field(default_factory=dict))]
+    later = dataclasses.make_dataclass("Later", fields, bases=(ModelConfig,), frozen=True)
+    for more, served in (({}, True), ({"new": 0.0}, False), ({"newer": {"a": 1}}, False), ({"soft_cap": 30.0}, False)):
+        config = later(**SMALL, **more)
+        model.config = config
+        cpu_step.prepare(model, torch.float32)
+        assert cpu_step.serves(model) is served
+    model = model_of()
+    model.layers[1].attention.add_module("gate", torch.nn.Identity())
+    cpu_step.prepare(model, torch.float32)
+    assert not cpu_step.serves(model)
+
+
+def test_long_inputs_go_layer_by_layer(monkeypatch):
+    model, calls = model_of(block_size=256), []
+    library = cpu_library.library()
+    monkeypatch.setattr(library, "gptfast_step", lambda step, threads: calls.append(step.attention.S))
+    for S in (1, cpu.MAX_ROWS, cpu.MAX_ROWS + 1):
+        model.hidden(torch.randn(1, S, 64), torch.tensor([0]), model.cache(1, 100))
+    assert calls == [1, cpu.MAX_ROWS]
+
+
+@pytest.fixture
+def sets():
+    """Every instruction set that runs here; the best one again afterwards."""
+    library = cpu_library.library()
+    yield library.sets
+    cpu_library.use(library, library.sets[-1])
+
+
+def test_every_instruction_set_agrees(sets):
+    for name in sets:
+        cpu_library.use(cpu_library.library(), name)
+        for kind in ("plain", "int8", "int4:32", "int4:128"):
+            for N, K in ((48, 576), (33, 65), (7, 31)):
+                for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1.5e-2)):
+                    layer, weight = packed(kind, N, K, dtype)
+                    layer.fp32 = True
+                    for rows in (1, 3, 6, 64):
+                        x = torch.randn(rows, K).to(dtype)
+                        assert relative(layer(x), linear(x.double(), weight, layer.bias.double())) < bound, name
+        native, plain = both(model_of(), torch.randn(1, 5, 64), torch.tensor([3]))
+        assert relative(native[0], plain[0].double()) < 1e-6
+
+
+def test_an_instruction_set_can_be_named(monkeypatch):
+    monkeypatch.setenv("GPTFAST_CPU", "none")
+    cpu_library.library.cache_clear()
+    try:
+        assert not cpu.ready()
+        monkeypatch.setenv("GPTFAST_CPU", "sse9")
+        cpu_library.library.cache_clear()
+        with pytest.raises(UserError, match="'sse9'; this processor runs generic"):
+            cpu.ready()
+    finally:
+        monkeypatch.undo()
+        cpu_library.library.cache_clear()
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    torch.set_num_threads(2)
+    layer, _ = packed("plain", 64, 64, torch.float32)
+    x = torch.randn(1, 64)
+    expected = layer(x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(layer(x), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    "temperature,top_k,min_p", [(0, 0, 0), (0.8, 0, 0), (1.5, 20, 0), (0.7, 1, 0), (1, 0, 0.1), (1, 50, 0.02)]
+)
+def test_native_sampling_draws_what_plain_pytorch_draws(temperature, top_k, min_p):
+    for V in (5, 1000, 20000):
+        top_k = min(top_k, V)
+        logits = torch.randn(3, V).mul(3).round(decimals=1)  # with equal ones
+        state = [
+            (torch.tensor([7, 3]), torch.zeros(3, 10, dtype=torch.int64), torch.tensor([0, 2, 5])) for _ in range(2)
+        ]
+        for _ in range(4):
+            drawn = [
+                draw(logits, temperature, top_k, min_p, *own) for draw, own in zip((cpu.sample, sample_plain), state)
+            ]
+            assert torch.equal(*drawn)
+        assert all(torch.equal(a, b) for a, b in zip(*state))
+
+
+def test_sampling_survives_what_is_not_a_number():
+    logits = torch.full((2, 1000), math.nan)
+    logits[1] = -math.inf
+    drawn = cpu.sample(logits, 1.0, 50, 0.1, torch.tensor([1, 0]))
+    assert ((drawn >= 0) & (drawn < 1000)).all()
+
+
+def test_threads():
+    assert 1 <= ops.physical_cores() <= os.cpu_count()
+    args = argparse.Namespace(device="cpu", threads=1)
+    assert use(args)[1] == "cpu with 1 thread" and torch.get_num_threads() == 1
+    with pytest.raises(UserError, match="--threads is 100000; this machine runs"):
+        use(argparse.Namespace(device="cpu", threads=100000))
