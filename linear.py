@@ -1,12 +1,15 @@
 """Linear layers for every kind of weight, split over ranks or not, and the kinds themselves. On disk, for every device:
 
-    plain  weight bf16, fp16 or fp32 (N, K)
-    int8   weight int8 (N, K), scales bf16 (N,):           w = q * scale             (gpt-fast's file)
-    fp8    weight float8_e4m3fn (N, K), scales bf16 (N,):  w = q * scale
-    int4   weight uint8 (N, K'/2), low nibble first, scales and zeros bf16 (N, K'/G): w = (q - 8) * scale + zero,
-           where K' is K padded up to a multiple of the group G
+    plain    weight bf16, fp16 or fp32 (N, K)
+    int8     weight int8 (N, K), scales (N,):           w = q * scale             (gpt-fast's file)
+    fp8      weight float8_e4m3fn (N, K), scales (N,):  w = q * scale
+    grouped  weight int8 or float8_e4m3fn (N, K), scales and perhaps zeros (N, ceil(K/G)): w = q * scale [+ zero]
+    int4     weight uint8 (N, K'/2), low nibble first, scales and zeros (N, K'/G): w = (q - 8) * scale + zero, where K'
+             is K padded up to a multiple of the group G
 
-E experts, linear layers of one shape, have an axis E before N. How a layer is computed is ops' business.
+Scales and zeros are bf16 in files that quantize.py makes, and bf16, fp16 or fp32 in those that formats/ makes of other
+programs' files. E experts, linear layers of one shape, have an axis E before N. How a layer is computed is ops'
+business.
 """
 
 import math
@@ -24,6 +27,7 @@ from tp import TensorParallel, cut
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS = (32, 64, 128, 256)
+GROUPS8 = (16, *GROUPS)  # of 8-bit weights
 CHUNK = 1 << 20  # weights quantised at a time: fp32 copies of a large output would not fit
 
 
@@ -74,6 +78,36 @@ class FP8(Plain):
         return {"weight": q.to(torch.float8_e4m3fn), "scales": scales}
 
 
+class Grouped(Plain):
+    """int8 or fp8 in groups of G = 16, 32, 64, 128 or 256 along K, the last one perhaps smaller, as other programs'
+    files have them: w = q * scale [+ zero]."""
+
+    @staticmethod
+    def matches(weight: Tensor, shapes: dict[str, tuple], rows: tuple[int, ...], K: int) -> bool:
+        counts = {math.ceil(K / G) for G in GROUPS8}
+        fitting = [{"weight": (*rows, K), "scales": (*rows, n)} for n in counts if len(rows) == 1]
+        fitting += [of | {"zeros": of["scales"]} for of in fitting]
+        return weight.dtype in (torch.int8, torch.float8_e4m3fn) and shapes in fitting
+
+    @staticmethod
+    def columns(tensors: dict[str, Tensor], part: range) -> dict[str, Tensor]:
+        """As Int4's."""
+        weight, scales, zeros = tensors["weight"], tensors["scales"], tensors.get("zeros")
+        old = ops.group_size(weight.shape[1], scales.shape[1])
+        new = math.gcd(old, part.start)
+        if new not in GROUPS8:
+            plain = ops.dequantize(weight, scales, zeros, torch.float32)
+            return {k: t for k, t in tensors.items() if k == "bias"} | {"weight": cut(plain, 1, part)}
+        group = regrouped(part, old, new, scales.shape[1])
+        own = {key: t[:, group] for key, t in tensors.items() if key in ("scales", "zeros")}
+        return {**tensors, "weight": cut(weight, 1, part), **own}
+
+
+def regrouped(part: range, old: int, new: int, count: int) -> Tensor:
+    """Of `count` groups of `old` columns, the one that each group of `new` columns from part.start on lies in."""
+    return ((part.start + torch.arange(math.ceil(len(part) / new)) * new) // old).clamp(max=count - 1)
+
+
 class Int4(Plain):
     """Asymmetric int4 in groups of G = 32, 64, 128 or 256 along K (padded to K'): w = (q - 8) * scale + zero."""
 
@@ -92,9 +126,8 @@ class Int4(Plain):
         if new not in GROUPS:  # heads of an odd size: keep the values, give up the format
             plain = ops.dequantize(weight, scales, tensors["zeros"], torch.float32)
             return {k: t for k, t in tensors.items() if k == "bias"} | {"weight": cut(plain, 1, part)}
-        n = math.ceil(len(part) / new)
-        group = ((part.start + torch.arange(n) * new) // old).clamp(max=scales.shape[1] - 1)  # of old, for each new one
-        piece = cut(weight, 1, range(part.start // 2, (part.start + n * new) // 2))
+        group = regrouped(part, old, new, scales.shape[1])
+        piece = cut(weight, 1, range(part.start // 2, (part.start + len(group) * new) // 2))
         return {**tensors, "weight": piece, "scales": scales[:, group], "zeros": tensors["zeros"][:, group]}
 
     @staticmethod
@@ -124,7 +157,7 @@ class Int4(Plain):
         return {"weight": q[:, ::2] | q[:, 1::2] << 4, "scales": scales.bfloat16(), "zeros": zeros.bfloat16()}
 
 
-KINDS = (Plain, Int8, FP8, Int4)
+KINDS = (Plain, Int8, FP8, Grouped, Int4)
 
 
 def kind_of(shape: tuple[int, ...], tensors: dict[str, Tensor], name: str) -> type[Plain]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from checkpoint import DTYPES, abridged, new_state_dict, unchanged
 from errors import UserError
 from formats import gguf, huggingface, llama2c, meta
 from formats.config import unread, weight_factors
-from formats.source import Source
+from formats.quantised import merge
+from formats.source import Lazy, Source
+from linear import Linear
 from model import ModelConfig, Transformer
 from process.files import write_text
 
@@ -49,11 +52,13 @@ def open_source(directory: Path, model_name: str | None = None) -> Source:
     raise UserError(f"{directory} holds no weights to convert; accepted: {', '.join(FORMATS)}")
 
 
-def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: str | None = None) -> Path:
+def convert(directory: Path, dtype: torch.dtype | None = torch.bfloat16, model_name: str | None = None) -> Path:
     """Convert whatever `directory` holds to directory/model.pth, and write config.json and tokenizer files where the
     source keeps them inside (GGUF, Meta, llama2.c). Peak memory is about a layer, or two shards that cannot be mapped.
 
-    Raises UserError, and leaves no model.pth, for truncated files and missing, unexpected or wrongly shaped tensors.
+    dtype: of all weights; None: quantised linear layers stay in their bits where a layout of linear.py holds them, and
+    all else is bf16. Raises UserError, and leaves no model.pth, for truncated files and missing, unexpected or wrongly
+    shaped tensors.
     """
     check = unchanged(*itertools.chain.from_iterable(directory.glob(pattern) for pattern in FORMATS))
     source = open_source(directory, model_name)
@@ -62,26 +67,34 @@ def convert(directory: Path, dtype: torch.dtype = torch.bfloat16, model_name: st
         print(f"this family does not read these keys of config.json, nor does transformers: {', '.join(ignored)}")
     if config.tied and _untied(source):
         config = ModelConfig.from_hf({**source.config, "tie_word_embeddings": False})
-    factors = weight_factors(source.config)
+    factors, kept, dtype = weight_factors(source.config), dtype is None, dtype or torch.bfloat16
     with torch.device("meta"):
-        blank = {name: tensor.to(dtype) for name, tensor in Transformer(config).state_dict().items()}
+        model = Transformer(config)
+    blank = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     if config.unit_offset:
         blank |= {name: tensor.float() for name, tensor in blank.items() if name.endswith("norm.weight")}
     if config.tied:  # stored once, as the embedding
         del blank["output.weight"]
     _check(source, config, blank)
-    with new_state_dict(directory / "model.pth", blank) as target:
-        for name, tensor in tqdm(target.items(), desc="converting", unit="tensor", disable=None):
+    layers = _quantised(source, model, config, factors) if kept else {}
+    like = {name: t for name, t in blank.items() if name not in layers}
+    like |= {_sibling(name, key): t for name, (own, _) in layers.items() for key, t in own.items()}
+    with new_state_dict(directory / "model.pth", like) as target:
+        for name in tqdm(blank.keys() | layers.keys(), desc="converting", unit="tensor", disable=None):
             check()
-            value = source.read(name).view(tensor.shape)
-            value = value if source.interleaved else _interleave(value, config, name)
-            if source.norm_offset and name.endswith("norm.weight"):
-                value = value.float() + source.norm_offset
-            if factor := factors.get(_kind(name)):
-                value = value.float() * factor
-            tensor.copy_(value)
-            if not tensor.isfinite().all():
-                raise UserError(_not_finite(abridged(source.names[name]), value, dtype))
+            if name in layers:
+                values = {_sibling(name, key): value for key, value in layers[name][1]().items()}
+            else:
+                values = {name: source.read(name).view(target[name].shape)}
+            for key, value in values.items():
+                value = value if source.interleaved else _interleave(value, config, name)
+                if source.norm_offset and name.endswith("norm.weight"):
+                    value = value.float() + source.norm_offset
+                if factor := factors.get(_kind(name)):
+                    value = value.float() * factor
+                target[key].copy_(value)
+                if not (target[key] if target[key].itemsize > 1 else target[key].float()).isfinite().all():
+                    raise UserError(_not_finite(abridged(source.names[name]), value, dtype))
         check()
         written = {**source.config, "tie_word_embeddings": config.tied}
         for name, text in {"config.json": json.dumps(written, indent=2), **source.files}.items():
@@ -93,6 +106,31 @@ def _kind(name: str) -> str:
     """The name of a tensor's module, without its layer."""
     module = name.rpartition(".")[0]
     return module.split(".", 2)[2] if module.startswith("layers.") else module
+
+
+def _sibling(name: str, key: str) -> str:
+    return f"{name.rpartition('.')[0]}.{key}"
+
+
+def _quantised(source: Source, model: Transformer, config: ModelConfig, factors: dict) -> dict[str, tuple]:
+    """The weights of linear layers that stay in their bits, by name: their tensors' likes, and what reads them. Says in
+    a line which of a quantised source's do not."""
+    linears = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)]
+    held = [n for n in linears if n in source.names and _kind(n) not in factors and ".cond_ffn." not in n]
+    names = {name: source.names[name] for name in held}
+    if config.tied:
+        names["output.weight"] = source.names["tok_embeddings.weight"]
+    parts = {name: [source.tensors[theirs] for theirs in own] for name, own in names.items()}
+    layers = {name: layer for name, own in parts.items() if (layer := merge(own))}
+    wide = {name: own for name, own in parts.items() if name not in layers and any(p.quantised or p.why for p in own)}
+    for why in sorted({_why(own) for own in wide.values()}):
+        of = [name.removesuffix(".weight") for name, own in wide.items() if _why(own) == why]
+        print(f"{len(of)} of {len(linears)} linear layers become bf16 ({why}): {abridged(of)}", file=sys.stderr)
+    return layers
+
+
+def _why(parts: list[Lazy]) -> str:
+    return next((part.why for part in parts if part.why), "their parts are of several kinds")
 
 
 def _not_finite(names: str, value: Tensor, dtype: torch.dtype) -> str:

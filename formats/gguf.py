@@ -16,6 +16,7 @@ from checkpoint import abridged
 from errors import UserError, shown
 from formats.config import KEYS, ROPE_TYPES, config_fields, family_of, llama3_scaling
 from formats.fields import NEEDED, Field, integer, read, read_one, text
+from formats.gguf_blocks import quantised
 from formats.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from formats.gguf_tokenizer import gguf_tokenizer_files
 from formats.source import GGUF, Lazy, Source, named, one_model
@@ -66,7 +67,7 @@ def open_gguf(files: list[Path]) -> Source:
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"GGUF architecture {shown(arch)} is not supported; supported: {known}")
-    tensors = {name: Lazy(t.shape, lambda name=name, t=t: _dequantize(name, t)) for name, t in stored.items()}
+    tensors = {name: _lazy(name, t) for name, t in stored.items()}
     config = _config(path, arch, meta, tensors)
     config["rope_scaling"] = _rope_scaling(path, arch, meta, tensors, config)
     more = {"interleaved": ARCHITECTURES[arch], "files": gguf_tokenizer_files(meta)}
@@ -89,6 +90,14 @@ def _joined(parts: list[GGUFFile]) -> dict[str, GGUFTensor]:
     if len(parts) != count or len(tensors) != stored or total not in (None, stored):
         raise UserError(f"{path.parent}: the {len(parts)} parts of {path.name} do not fit together")
     return tensors
+
+
+def _lazy(name: str, tensor: GGUFTensor) -> Lazy:
+    rows = torch.frombuffer(tensor.data, dtype=torch.uint8) if len(tensor.data) else torch.empty(0, dtype=torch.uint8)
+    own = quantised(tensor.kind.name, rows.view(tensor.shape[0], -1), tensor.shape)
+    floating = own or tensor.kind.name in ("F64", "F32", "F16", "BF16")
+    why = "" if floating else f"GGUF type {tensor.kind.name} fits no layout"
+    return Lazy(tensor.shape, lambda: _dequantize(name, tensor), own, why)
 
 
 def _dequantize(name: str, tensor: GGUFTensor) -> Tensor:

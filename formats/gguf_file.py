@@ -40,7 +40,7 @@ def read_gguf(path: Path) -> GGUFFile:
         raise UserError(f"{path} is not a regular file")
     try:
         with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         cursor = _Cursor(data)
         if (magic := bytes(cursor.take(4))) != b"GGUF":
             raise ValueError(f"it begins with {magic}")

@@ -12,6 +12,7 @@ from formats.config import builtin, family_of, text_config
 from formats.families import WRAPPERS
 from formats.fields import Field, mapping, read, text
 from formats.mixtures import name_experts
+from formats.quantization_config import dequantisable
 from formats.source import HF, Lazy, Source, named, torch_tensors
 from process.files import read_json
 
@@ -45,6 +46,8 @@ def _open(files: list[Path], reader: Callable[[Path], dict[str, Lazy]], model_na
         raise UserError(f"{path} says what the model is; --model_name is for weights without it")
     config = builtin(model_name) if model_name else read_json(path)
     tensors = {name: tensor for file in files for name, tensor in reader(file).items()}
+    if settings := config.get("quantization_config") or config.get("compression_config"):
+        tensors = dequantisable(path, settings, tensors)
     family = family_of(text_config(config))
     if config.get("model_type") in WRAPPERS:
         tensors = _text_tensors(tensors)

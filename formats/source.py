@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class Lazy(NamedTuple):
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    quantised: Any = None  # a quantised.Quantised, if the file's bits can stay as they are
+    why: str = ""  # if they cannot
 
 
 @dataclass(frozen=True)
@@ -144,5 +146,7 @@ def _halves(name: str, tensors: dict[str, Lazy]) -> list[str]:
         rows = whole.shape[0] if whole.shape else 0
         for i, half in enumerate(halves):
             shape = ((rows + 1 - i) // 2, *whole.shape[1:])  # halves of an odd size then fit nowhere
-            tensors[half] = Lazy(shape, lambda i=i: dense(name, whole.read()).chunk(2)[i])
+            part = slice(i * ((rows + 1) // 2), (i + 1) * ((rows + 1) // 2))
+            own = whole.quantised.rows(part) if whole.quantised else None
+            tensors[half] = Lazy(shape, lambda i=i: dense(name, whole.read()).chunk(2)[i], own, whole.why)
     return halves

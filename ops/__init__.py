@@ -26,7 +26,7 @@ from ops.linear import FEW_ROWS, linear, plain
 from ops.linear import prepare as prepare_linear
 from ops.matmul_rate import matmul_rate
 from ops.ngram import copy_match, find
-from ops.packing import dequantize
+from ops.packing import dequantize, group_size
 from ops.prefill_cudnn import plan as plan_prefill
 from ops.read_bandwidth import free_memory, read_bandwidth
 from ops.rms_norm import add_norm
@@ -47,6 +47,7 @@ __all__ = [
     "find",
     "free_memory",
     "glu",
+    "group_size",
     "has_kernels",
     "layers",
     "linear",

@@ -19,7 +19,7 @@ from ops import tuning
 from ops.common import on_triton, op, pdl, tl, triton
 from ops.experts_triton import glu
 from ops.linear_gemm import assembly, places, rms_norm, values, weights
-from ops.linear_triton import kind_of, out_features
+from ops.linear_triton import group_of, kind_of, out_features
 
 FEATURES = 1024  # of a row, that a program sums
 
@@ -117,6 +117,7 @@ if triton is not None:
         P: tl.constexpr = 16 if KIND == "int4" else 8
         BN: tl.constexpr = 16 * W * R
         BK: tl.constexpr = C * (32 if KIND == "fp" else 8 * P)
+        S: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None
         tile, t = tl.program_id(0), tl.program_id(1)
         expert = tl.load(tiles + t * 3).to(tl.int64)
         first, end = tl.load(tiles + t * 3 + 1), tl.load(tiles + t * 3 + 2)
@@ -150,8 +151,8 @@ if triton is not None:
                 else:
                     a = tl.load(w + at_w + step * BK, (within < K)[None, :], other=0.0)
             else:
-                found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, R, C, W, EVEN)
-                a = values(found, own, KIND, x.dtype.element_ty, ASM)
+                found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, GROUP > 0, R, C, W, EVEN)
+                a = values(found, own, KIND, GROUP, GROUP > 0, S, x.dtype.element_ty, ASM)
                 a = a.reshape(C, R, 2, W, 8, 4, P, 2).permute(1, 3, 2, 4, 0, 6, 5, 7).reshape(BN, BK)
             acc = tl.dot(a, tl.trans(rows), acc)
         if KIND == "int8" or KIND == "fp8":
@@ -247,9 +248,9 @@ def product(
     _grouped_kernel[(triton.cdiv(N, BN), len(tiles))](
         y, x, weight if kind == "fp" else weight.view(torch.int32), scales, bias, scores, order, tiles,
         N, K, x.shape[1], scores.shape[1],
-        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, DOWN=down,
+        KIND=kind, GROUP=group_of(K, kind, scales)[0], DOWN=down,
         LIMIT=limit, ALPHA=alpha, O={"fp": 0, "int4": 4}.get(kind, 8), BM=how.rows, R=R, C=C, W=W,
-        EVEN=K % BK == 0, ASM=assembly(kind, x.dtype, hopper) if kind != "fp" else None,
+        EVEN=K % BK == 0, ASM=assembly(kind, scales.dtype, x.dtype, hopper) if kind != "fp" else None,
         num_warps=W, num_stages=how.num_stages,
     )  # fmt: skip
     return y

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ops import linear_products as products
 from ops import tuning
 from ops.common import counters, few_rows_on_triton, op, pdl, tl, tlx, triton
-from ops.linear_triton import kind_of, out_features
+from ops.linear_triton import group_of, kind_of, out_features
 
 if triton is None:
     glu = None
@@ -132,6 +132,7 @@ else:
                 pairs = tl.broadcast_to(pairs, (1, 8, W, 1, C, GROUPS))
                 pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
             pairs = row8 * (tl.cdiv(K, 256) * (8 * 256 // GROUP)) + pairs
+            s = s.to(tl.pointer_type(tl.int32))
             pair = products.load(s, pairs, 0, inside, EVEN, False, wanted)
         else:
             row = expert.to(tl.int64) * N + tl.minimum((here * R + r) * 8 + i, N - 1)
@@ -165,17 +166,18 @@ else:
 
     @triton.jit
     def _times(
-        acc, w, s, b, scale, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-        W: tl.constexpr, COLS: tl.constexpr, DOWN: tl.constexpr, ASM: tl.constexpr,
+        acc, w, s, b, scale, KIND: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+        C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, DOWN: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
         """acc and a tile's product; going down, weights of 8 bits have scales of their own in each expert."""
         if DOWN and (KIND == "int8" or KIND == "fp8"):
             D: tl.constexpr = acc.shape[0] // W
-            own = products.multiply(tl.zeros(acc.shape, tl.float32), w, 0, b, scale, KIND, GROUP, R, C, W, COLS, ASM)
+            own = tl.zeros(acc.shape, tl.float32)
+            own = products.multiply(own, w, 0, b, scale, KIND, GROUP, False, S, R, C, W, COLS, ASM)
             s = tl.broadcast_to(s[None, :, :], (D, W, R * 8)).reshape(D * W, R * 8)
             acc += own * s[:, :, None]
         else:
-            acc = products.multiply(acc, w, s, b, scale, KIND, GROUP, R, C, W, COLS, ASM)
+            acc = products.multiply(acc, w, s, b, scale, KIND, GROUP, GROUP > 0, S, R, C, W, COLS, ASM)
         return acc
 
     @triton.jit
@@ -196,6 +198,7 @@ else:
         X: tl.constexpr = C * CHUNK // 32
         B: tl.constexpr = (COLS + 7) // 8
         DTYPE: tl.constexpr = x.dtype.element_ty
+        PAIR: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None  # int4's scales and zeros are of it
         SMALL: tl.constexpr = KIND == "int4" and COLS > 1 and ASM is not None
         UNIT: tl.constexpr = 2.0**69 if SMALL else 64.0 if KIND == "int8" and COLS > 1 and ASM is not None else 1.0
         IN_INT8: tl.constexpr = COLS == 1 and (KIND == "int8" or KIND == "int4")
@@ -272,7 +275,7 @@ else:
                     b, x_scale, squares = products.operand(
                         squares, t, None, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
                     )
-                    acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, DOWN, ASM)
+                    acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIR, R, C, W, COLS, DOWN, ASM)
                     w_now, s_now = _weights(
                         w, s, used, count, S, tile, step, wanted, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
                     )  # fmt: skip
@@ -280,7 +283,7 @@ else:
                 b, x_scale, squares = products.operand(
                     squares, t, None, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
                 )
-            acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, DOWN, ASM)
+            acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIR, R, C, W, COLS, DOWN, ASM)
             tile += tl.num_programs(0)
             if PERSIST:
                 w_now, s_now = _weights(
@@ -379,7 +382,7 @@ def experts(
     y = torch.empty(*((M, N) if down else (S, M, N // 2)), dtype=x.dtype, device=x.device)
     _experts_kernel[(programs,)](
         y, x, weight.view(torch.int32), scales, bias, residual, used, weights, S, M, N, K,
-        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, DOWN=down, LIMIT=limit, ALPHA=alpha,
+        KIND=kind, GROUP=group_of(K, kind, scales)[0], DOWN=down, LIMIT=limit, ALPHA=alpha,
         COLS=tuning.columns(M), R=R, C=C, W=W, WHOLE=not down and units <= W, PERSIST=programs < tiles,
         EVEN=K % (C * tuning.CHUNK[kind]) == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,

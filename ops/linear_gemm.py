@@ -24,7 +24,7 @@ from torch import Tensor
 from ops import linear_products as products
 from ops import tuning
 from ops.common import counters, pdl, tl, tlx, triton
-from ops.linear_triton import kind_of, out_features
+from ops.linear_triton import group_of, kind_of, out_features
 
 FEATURES = 2048  # of a row, that a program of the norm writes
 TILES = 2**14  # of a result whose parts along K are summed
@@ -58,7 +58,8 @@ else:
 
     @triton.jit
     def places(tile, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr):
-        """Of a tile of 16 W R rows by C chunks: each lane's first word (F,), and int4's first pairs of chunks (F / 4,).
+        """Of a tile of 16 W R rows by C chunks: each lane's first word (F,), and of groups the first ones of its row
+        (F,) or, of int4, of chunks (F / 4,).
         F is the axes (C R h W i j), for which Triton hands out lanes and warps from the last one on."""
         f = tl.arange(0, 64 * W * R * C)
         j, i, chunk = f % 4, f // 4 % 8, f // (64 * W * R)
@@ -73,14 +74,16 @@ else:
             pairs += g % 8 * (256 // GROUP)
         else:
             words = tl.minimum(row, N - 1).to(tl.int64) * (K // 4) + (chunk * 16 + j * 4)
+            if GROUP > 0:
+                pairs = tl.minimum(row, N - 1).to(tl.int64) * tl.cdiv(K, GROUP)
         return words, pairs
 
     @triton.jit
     def weights(
-        w, s, words, pairs, step, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-        W: tl.constexpr, EVEN: tl.constexpr,
+        w, s, words, pairs, step, K, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, R: tl.constexpr,
+        C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
     ):  # fmt: skip
-        """The words of a tile at step, and int4's pairs, one for each word."""
+        """The words of a tile at step, and the pairs or scales of groups: int4's one for each word, others (F,)."""
         F: tl.constexpr = 64 * W * R * C
         f = tl.arange(0, F)
         blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
@@ -94,6 +97,14 @@ else:
             k = (step * C + f // (64 * W * R)) * 64 + f % 4 * 16
             found = tl.load(at, (k < K)[:, None], other=0)
         own = 0
+        if PAIRS:
+            s = s.to(tl.pointer_type(tl.int32))
+        if KIND != "int4" and GROUP > 0:
+            k = (step * C + f // (64 * W * R)) * 64 + f % 4 * 16
+            if EVEN:
+                own = tl.load(s + pairs + k // GROUP)
+            else:
+                own = tl.load(s + pairs + k // GROUP, k < K, other=0)
         if KIND == "int4":
             G: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
             block = step * C + tl.arange(0, F // 4) // (16 * W * R)
@@ -109,9 +120,12 @@ else:
         return found, own
 
     @triton.jit
-    def values(w, s, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-        """Words int32 (F, 4), and for int4 their pairs, as values (F, p, e) in DTYPE: int4 what they stand for, int8
-        and fp8 without their scale, int8 with ASM divided by 64."""
+    def values(
+        w, s, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr,
+        ASM: tl.constexpr,
+    ):  # fmt: skip
+        """Words int32 (F, 4), and of groups their pairs in halves of S or their scales, as values (F, p, e) in DTYPE:
+        what they stand for, or without groups int8 and fp8 without their scale; int8 with ASM divided by 64."""
         F: tl.constexpr = w.shape[0]
         P: tl.constexpr = 16 if KIND == "int4" else 8
         if ASM is None:
@@ -119,9 +133,9 @@ else:
             q = tl.arange(0, P // 4)[None, None, :, None]
             w = w[:, :, None, None]
             if KIND == "int4":
-                scale = (s << 16).to(tl.float32, bitcast=True)[:, :, None, None]
-                zero = (s & -65536).to(tl.float32, bitcast=True)[:, :, None, None]
-                out = (((w >> (4 * q + 16 * e) & 15) - 8).to(tl.float32) * scale + zero).to(DTYPE)
+                scale, zero = products._halves(s, S)
+                out = ((w >> (4 * q + 16 * e) & 15) - 8).to(tl.float32) * scale[:, :, None, None]
+                out = (out + zero[:, :, None, None]).to(DTYPE)
             else:
                 byte = (w >> (16 * q + 8 * e)).to(tl.int8)
                 out = byte.to(DTYPE) if KIND == "int8" else byte.to(tl.float8e4nv, bitcast=True).to(DTYPE)
@@ -138,13 +152,15 @@ else:
                 )
                 out = products.join4(a, b, c, d)
             out = out.reshape(F, 2, 2, 2, P // 4).permute(0, 1, 3, 4, 2).reshape(F, P, 2)
+        if KIND != "int4" and GROUP > 0:
+            out = products.scaled(out, s[:, None, None], KIND, PAIRS, S, DTYPE, ASM)
         return out
 
     @triton.jit(do_not_specialize=["M", "steps"])
     def _gemm_kernel(
         y, x, w, s, bias, residual, partial, counts, M, N, K, steps,
-        KIND: tl.constexpr, GROUP: tl.constexpr, SWIGLU: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+        KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, PADDED: tl.constexpr,
+        BM: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
         AHEAD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W x [+ bias], or if SWIGLU `swiglu` of it (M, N / 2). x (M', K') is in the order of
@@ -153,6 +169,7 @@ else:
         P: tl.constexpr = 16 if KIND == "int4" else 8
         BN: tl.constexpr = 16 * W * R
         BK: tl.constexpr = C * 8 * P
+        S: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None
         tile_m, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         k = tl.arange(0, BK)
         if KIND == "fp":
@@ -184,8 +201,8 @@ else:
             else:
                 rows = tl.load(at_x + step * BK, (m < M)[:, None] & (step * BK + k < K)[None, :], other=0.0)
             if KIND != "fp":
-                found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, R, C, W, EVEN)
-                a = values(found, own, KIND, x.dtype.element_ty, ASM)
+                found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, PAIRS, R, C, W, EVEN)
+                a = values(found, own, KIND, GROUP, PAIRS, S, x.dtype.element_ty, ASM)
                 a = a.reshape(C, R, 2, W, 8, 4, P, 2).permute(1, 3, 2, 4, 0, 6, 5, 7).reshape(BN, BK)
             elif EVEN:
                 a = tl.load(at_w + step * BK)
@@ -207,11 +224,10 @@ else:
             for part in range(parts):
                 acc += tl.load(partial + (here * parts + part).to(tl.int64) * (BN * BM) + inner, cache_modifier=".cg")
         n = tile * BN + tl.arange(0, BN)
-        if s is not None and KIND != "int4":
-            scale = tl.load(s + n, n < N, other=0.0).to(tl.float32)
-            if KIND == "int8" and ASM is not None:
-                scale *= 64.0
-            acc *= scale[:, None]
+        if KIND == "int8" and ASM is not None:
+            acc *= 64.0
+        if s is not None and GROUP == 0:
+            acc *= tl.load(s + n, n < N, other=0.0).to(tl.float32)[:, None]
         if bias is not None:
             acc += tl.load(bias + n, n < N, other=0.0).to(tl.float32)[:, None]
         outputs = N
@@ -228,14 +244,17 @@ else:
 
 
 @functools.cache
-def assembly(kind: str, dtype: torch.dtype, hopper: bool) -> str | None:
+def assembly(kind: str, scales: torch.dtype, dtype: torch.dtype, hopper: bool) -> str | None:
     """PTX that turns two int32 words, and for int4 their pairs, into values as pairs of bf16, in order; None where the
     GPU or another dtype of values does not allow it. Of int4, nibbles a and a + 4 where they are, as the low bits of
-    bf16, are so many times 2^-133; an FMA makes that exactly (q - 8) / 64, another one the value, rounded once."""
+    bf16, are so many times 2^-133; an FMA makes that exactly (q - 8) / 64, another one the value, rounded once. With
+    scales in fp16 they are the low bits of 1024 + q or 1024 + 16 q, and what an FMA makes of them is rounded twice."""
     if not hopper or dtype != torch.bfloat16 or kind == "fp":
         return None
     if kind != "int4":
         return products.assembly(kind)
+    if scales is torch.float16:
+        return _assembly_fp16()
     lines = []
     for word in range(2):
         scale = f"prmt.b32 s, ${10 + word}, 0, 0x1010; mul.rn.bf16x2 s, s, d;"
@@ -248,6 +267,23 @@ def assembly(kind: str, dtype: torch.dtype, hopper: bool) -> str | None:
     constants = {"a": "0x7f007f00", "b": "0x7d007d00", "c": "0xbe00be00", "d": "0x42804280"}  # 2^127, 2^123, -1/8, 64
     moves = [f"mov.b32 {name}, {value};" for name, value in constants.items()]
     return "{ .reg .b32 t, s, z, a, b, c, d; " + " ".join(moves + lines) + " }"
+
+
+def _assembly_fp16() -> str:
+    lines = []
+    for word in range(2):
+        lines.append(
+            f"prmt.b32 s, ${10 + word}, 0, 0x1010; prmt.b32 z, ${10 + word}, 0, 0x3232; mov.b32 t, ${8 + word};"
+        )
+        for i in range(4):
+            mask, factor, offset = (("0x000f000f", "a", "b"), ("0x00f000f0", "c", "d"))[i % 2]
+            lines.append(f"{'shr.b32 t, t, 8;' if i == 2 else ''} and.b32 v, t, {mask}; or.b32 v, v, 0x64006400;")
+            lines.append(f"fma.rn.f16x2 v, v, {factor}, {offset}; fma.rn.f16x2 v, v, s, z; mov.b32 {{l, h}}, v;")
+            lines.append(f"cvt.f32.f16 fl, l; cvt.f32.f16 fh, h; cvt.rn.bf16x2.f32 ${4 * word + i}, fh, fl;")
+    constants = {"a": "0x3c003c00", "b": "0xe408e408", "c": "0x2c002c00", "d": "0xd480d480"}  # 1, -1032, 1/16, -72
+    moves = [f"mov.b32 {name}, {value};" for name, value in constants.items()]
+    registers = ".reg .b32 t, s, z, v, a, b, c, d; .reg .b16 l, h; .reg .f32 fl, fh;"
+    return f"{{ {registers} " + " ".join(moves + lines) + " }"
 
 
 def rms_norm(x: Tensor, norm: Tensor | None, eps: float, kind: str = "", out: Tensor | None = None) -> Tensor:
@@ -275,6 +311,7 @@ def gemm(
     See linear_triton.linear. CPU tensors are for Triton's interpreter."""
     (M, K), N, kind = x.shape, out_features(weight), kind_of(weight)
     how, launch = tuning.tile(kind, N, K, M, x.device), pdl(x.device)
+    group, pairs = group_of(K, kind, scales)
     BM, R, C, W = how.rows, how.row_repeat, how.k_repeat, how.num_warps
     BN, BK = 16 * W * R, C * max(64, tuning.CHUNK[kind])
     steps = triton.cdiv(triton.cdiv(K, BK), how.split)
@@ -291,8 +328,9 @@ def gemm(
     _gemm_kernel[grid](
         y, ordered if padded else x, weight if kind == "fp" else weight.view(torch.int32), scales, bias, residual,
         partial, counts, M, N, K, steps,
-        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, SWIGLU=swiglu, PADDED=padded, BM=BM, R=R,
-        C=C, W=W, SPLIT=grid[2] > 1, EVEN=K % BK == 0, AHEAD=how.ahead if launch["PDL"] else 0,
-        ASM=assembly(kind, x.dtype, launch["PDL"]), num_warps=W, num_stages=how.num_stages, **launch,
+        KIND=kind, GROUP=group, PAIRS=pairs, SWIGLU=swiglu, PADDED=padded, BM=BM, R=R, C=C, W=W,
+        SPLIT=grid[2] > 1, EVEN=K % BK == 0, AHEAD=how.ahead if launch["PDL"] else 0,
+        ASM=assembly(kind, scales.dtype if scales is not None else None, x.dtype, launch["PDL"]),
+        num_warps=W, num_stages=how.num_stages, **launch,
     )  # fmt: skip
     return y

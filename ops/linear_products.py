@@ -143,23 +143,25 @@ if triton is not None:
 
     @triton.jit
     def _multiply(
-        acc, w, s, b, sums, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-        W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
+        acc, w, s, b, sums, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, S: tl.constexpr,
+        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
         """acc + a tile of weights, words (j i W R C u), times b. The K axis of both operands is permuted alike.
 
         int4: the sum of ((q - 8) scale + zero) x over a group is scale * (the sum of q x), where each group is a
         product of its own in the batch, plus (scale, zero) * (-8, 1) * (the sum of x), whose latter part is `_sums`.
-        With ASM all of it is 2^-69 times as much.
+        With ASM all of it is 2^-69 times as much. Other weights in groups become what they stand for, rounded once.
         """
         a = _unpack(w, KIND, b.dtype, ASM)
+        if KIND != "int4" and GROUP > 0:
+            a = scaled(a.reshape(4, 8, W, R, C, 16), s, KIND, PAIRS, S, b.dtype, ASM)
         if KIND == "int4":
             # (j i W R C, uh e ul ah al), word u being a group of 32 -> (j i W R C, uh ul ah al e)
             GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
             a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2).permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)
             a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
             products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b)
-            scale, _ = _halves(s, tl.bfloat16)
+            scale, _ = _halves(s, S)
             j = tl.arange(0, 4)[:, None, None, None, None]
             own = s  # of the groups, the one of lane j's part
             if GROUPS == 4:
@@ -168,7 +170,7 @@ if triton is not None:
             if GROUPS > 1:
                 first, second = tl.split(own)
                 own = tl.where(j < 2, first, second)
-            low, high = _halves(own, tl.bfloat16)  # each meets both parts of `_sums`
+            low, high = _halves(own, S)  # each meets both parts of `_sums`
             own = tl.join(tl.join(low, low), tl.join(high, high)).reshape(4, 8, W, R, C, 2, 2)
             rest = tl.dot(own.permute(2, 3, 1, 4, 6, 0, 5).reshape(W, R * 8, C * 16), sums)
             acc += _add_products(rest, products, _per_row(scale, GROUPS, R, C, W, COLS), C * GROUPS)
@@ -180,6 +182,19 @@ if triton is not None:
                 a = a.reshape(4, 8, W, R, D, C // D, 2, 2, 2, 2).permute(4, 2, 3, 1, 5, 6, 9, 0, 8, 7)
             acc = tl.dot(a.reshape(D * W, R * 8, C // D * (32 if KIND == "fp" else 64)), b, acc)
         return acc
+
+    @triton.jit
+    def scaled(
+        a, s, KIND: tl.constexpr, PAIRS: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
+    ):  # fmt: skip
+        """Values of 8 bits and their groups' scales, or (scale, zero) pairs of dtype S, as values in DTYPE; of int8
+        with ASM, both in 64ths."""
+        if PAIRS:
+            scale, zero = _halves(s, S)
+            a = a.to(tl.float32) * scale + zero * (1 / 64 if KIND == "int8" and ASM is not None else 1.0)
+        else:
+            a = a.to(tl.float32) * s.to(tl.float32)
+        return a.to(DTYPE)
 
     @triton.jit
     def _add_products(acc, a, b, n: tl.constexpr):
@@ -213,7 +228,7 @@ if triton is not None:
             if COLS == 1:
                 t = _times(t, gain, DTYPE, ASM)
         scale = 0.0
-        if COLS == 1 and (KIND == "int8" or KIND == "int4"):
+        if COLS == 1 and ((KIND == "int8" and GROUP == 0) or KIND == "int4"):
             b, scale = _operand_in_int8(t, KIND, R, C, W, ASM, DTYPE)
         else:
             X: tl.constexpr = C * (1 if KIND == "fp" else 4 if KIND == "int4" else 2)
@@ -280,14 +295,14 @@ if triton is not None:
 
     @triton.jit
     def multiply(
-        acc, w, s, b, scale, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-        W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
+        acc, w, s, b, scale, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, S: tl.constexpr,
+        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
-        """acc and a tile of weights, words w and int4's scales s, times an `operand`."""
-        if COLS == 1 and (KIND == "int8" or KIND == "int4"):
-            acc = _multiply_in_int8(acc, w, s, b, scale, KIND, R, C, W, ASM)
+        """acc and a tile of weights, words w and their groups' scales s, times an `operand`."""
+        if COLS == 1 and ((KIND == "int8" and GROUP == 0) or KIND == "int4"):
+            acc = _multiply_in_int8(acc, w, s, b, scale, KIND, S, R, C, W, ASM)
         else:
-            acc = _multiply(acc, w, s, b, scale, KIND, GROUP, R, C, W, COLS, ASM)
+            acc = _multiply(acc, w, s, b, scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
         return acc
 
     @triton.jit
@@ -372,8 +387,9 @@ if triton is not None:
 
     @triton.jit
     def _multiply_in_int8(
-        acc, w, s, b, scale, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr
-    ):
+        acc, w, s, b, scale, KIND: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+        ASM: tl.constexpr,
+    ):  # fmt: skip
         X: tl.constexpr = C * (4 if KIND == "int4" else 2)
         PARTS: tl.constexpr = 4 if X > 4 else X
         D: tl.constexpr = X // PARTS
@@ -382,7 +398,7 @@ if triton is not None:
             a = a.permute(4, 2, 3, 1, 5, 0, 7, 6).reshape(D * W, R * 8, 128)
             sums = tl.dot(tl.full((D * W, R * 8, 128), -8, tl.int8), b, out_dtype=tl.int32)
             y = _whole(tl.dot(a, b, sums, out_dtype=tl.int32))  # of q - 8
-            gain, zero = _halves(s, tl.bfloat16)
+            gain, zero = _halves(s, S)
             gain = gain.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
             zero = zero.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4) * (-1 / 8)
             y = gain * y + zero * _whole(sums)

@@ -4,8 +4,8 @@
     linear(x, weight, ...)          [residual +] W rms_norm(x) [+ bias], or SwiGLU of it, over ranks or not, as an op
     pack(layer, dtype)              lay a weight out for it
 
-Weights: (N, K) bf16 or fp16; (N, K) int8 or float8_e4m3fn with `scales` (N,); int32, what `pack_int4` makes of the
-portable int4 of disk, with its packed scales.
+Weights: (N, K) bf16 or fp16; (N, K) int8 or float8_e4m3fn with `scales` (N,), or in groups with what `pack_grouped`
+makes of theirs; int32, what `pack_int4` makes of the portable int4 of disk, with its packed scales.
 
 How the kernel works: at 1 to 16 rows it is a stream of weights, so everything serves keeping DRAM busy. A
 program owns a few rows of W and all of K, split among its warps. Each lane loads 16 bytes of one row of W, and the K
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ops import linear_products as products
 from ops import symmetric, tuning
 from ops.common import MAX_ROWS, few_rows_on_triton, op, pdl, tl, tlx, triton
-from ops.packing import pack_int4
+from ops.packing import group_size, pack_grouped, pack_int4
 
 # Kernels. ASM and PDL are off in the interpreter and on GPUs before Hopper, where plain Triton does the same.
 
@@ -35,10 +35,10 @@ if triton is not None:
 
     @triton.jit
     def _weights(
-        w, s, tile, k, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr,
-        C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, PERSIST: tl.constexpr,
+        w, s, tile, k, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, COLS: tl.constexpr,
+        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, PERSIST: tl.constexpr,
     ):  # fmt: skip
-        """The words of a tile of W at k and, for int4, its scales and zeros."""
+        """The words of a tile of W at k and, of groups, int32 pairs of scale and zero or, without zeros, scales."""
         PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
         j, i, warp, r, u = _axes(W, R)
         chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
@@ -61,11 +61,17 @@ if triton is not None:
                 pairs = tl.broadcast_to(pairs, (1, 8, W, 1, C, GROUPS))
                 pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
             pairs = row8 * (tl.cdiv(K, 256) * (8 * 256 // GROUP)) + pairs
+            s = s.to(tl.pointer_type(tl.int32))
             pair = products.load(s, pairs, k // GROUP * 8, inside, EVEN, False, wanted)  # k is a multiple of 256
         else:
             row = tl.minimum((tile * R + r) * 8 + i, N - 1)
             words = row.to(tl.int64) * (K // PER_WORD) + chunk * 16 + j * 4 + u
             inside = (chunk * 16 + j * 4) * PER_WORD < K - k
+            if GROUP > 0:  # lane j has 16 values in a row, all of one group
+                group = row.to(tl.int64) * tl.cdiv(K, GROUP) + (k + chunk * 64 + j * 16) // GROUP
+                if PAIRS:
+                    s = s.to(tl.pointer_type(tl.int32))
+                pair = products.load(s, group, 0, inside, EVEN, False, wanted)
         # Weights leave the L2 cache first, which gains up to 10 %, but not in 16 bits.
         return products.load(w, words, k // PER_WORD, inside, EVEN, KIND != "fp", wanted), pair
 
@@ -80,9 +86,9 @@ if triton is not None:
     @triton.jit(do_not_specialize=["rank"])  # all ranks run the same code, and so sum in the same order
     def _linear_kernel(
         y, x, w, s, bias, norm, residual, buffers, counts, rank, M, N, K, eps,
-        KIND: tl.constexpr, GROUP: tl.constexpr, SWIGLU: tl.constexpr, COLS: tl.constexpr, WORLD: tl.constexpr,
-        GATHER: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr,
-        PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+        KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, COLS: tl.constexpr,
+        WORLD: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W n(x) [+ bias], or if SWIGLU `swiglu` of it (M, N / 2); M <= COLS rows of x.
         If WORLD is not 1, W n(x) [+ bias] is summed over so many ranks before that, each tile by itself (symmetric.py),
@@ -105,8 +111,10 @@ if triton is not None:
         B: tl.constexpr = (COLS + 7) // 8
         DTYPE: tl.constexpr = x.dtype.element_ty
         SMALL: tl.constexpr = KIND == "int4" and COLS > 1 and ASM is not None
-        UNIT: tl.constexpr = 2.0**69 if SMALL else 64.0 if KIND == "int8" and COLS > 1 and ASM is not None else 1.0
-        IN_INT8: tl.constexpr = COLS == 1 and (KIND == "int8" or KIND == "int4")
+        IN_INT8: tl.constexpr = COLS == 1 and ((KIND == "int8" and GROUP == 0) or KIND == "int4")
+        UNIT: tl.constexpr = 2.0**69 if SMALL else 64.0 if KIND == "int8" and not IN_INT8 and ASM is not None else 1.0
+        # Of groups, the dtype of a pair's halves, or of scales alone.
+        S: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None
         # Products that add up in the same registers wait for each other: 4 sums, where they are the longest.
         D: tl.constexpr = (C if C < 8 // R else 8 // R) if P == 4 and COLS == 8 else 1
         j, i, warp, _, u = _axes(W, R)
@@ -139,7 +147,7 @@ if triton is not None:
         tile = tl.program_id(0)
         if PDL:
             tlx.gdc_launch_dependents()
-        w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
+        w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
         if PDL:
             tlx.gdc_wait()
 
@@ -164,7 +172,7 @@ if triton is not None:
             of_y = tile * (R * 8 // PART) + tl.arange(0, R * 8 // PART)
             stored = (of_y < outputs)[:, None] & (col < M)[None, :]
             at = col[None, :].to(tl.int64) * outputs + of_y[:, None]
-            if P == 4:
+            if P == 4 and GROUP == 0:
                 scale = tl.load(s + n, mask=n < N, other=0.0)
             if bias is not None:
                 shift = tl.load(bias + n, mask=n < N, other=0.0)
@@ -180,16 +188,16 @@ if triton is not None:
                     b, x_scale, squares = products.operand(
                         squares, t, gains, kx, k - STEP, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
                     )
-                    acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, ASM)
-                    w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
+                    acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
+                    w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
                     t = t_next
                 b, x_scale, squares = products.operand(
                     squares, t, gains, kx, last, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
                 )
-            acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, R, C, W, COLS, ASM)
+            acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
             tile += tl.num_programs(0)
             if PERSIST:
-                w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, COLS, R, C, W, EVEN, PERSIST)
+                w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
                 if not WHOLE:
                     t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
 
@@ -210,7 +218,7 @@ if triton is not None:
                 elif IN_INT8 and turn == 0:  # warps meet when the next weights are on their way: faster in int8
                     factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
                 out *= factor
-            if P == 4:
+            if P == 4 and GROUP == 0:
                 out *= scale.to(tl.float32)[:, None]
             if bias is not None:
                 out += shift.to(tl.float32)[:, None]
@@ -239,6 +247,14 @@ if triton is not None:
 def kind_of(weight: Tensor) -> str:
     """fp, int8, fp8 or int4, of a weight as the kernel reads it."""
     return {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4"}.get(weight.dtype, "fp")
+
+
+def group_of(K: int, kind: str, scales: Tensor | None) -> tuple[int, bool]:
+    """A packed weight's group, 0 without any, and whether it has (scale, zero) pairs."""
+    if kind == "int4":
+        return 256 // scales.shape[3], True
+    grouped = scales is not None and scales.ndim > 1
+    return (group_size(K, scales.shape[1]), scales.ndim == 3) if grouped else (0, False)
 
 
 def out_features(weight: Tensor) -> int:
@@ -270,7 +286,8 @@ def linear(
     K, N, kind = x.shape[-1], out_features(weight), kind_of(weight)
     rows = x.reshape(-1, K).contiguous()
     M = len(rows)
-    how = tuning.configuration(kind, N, K, M, x.device)
+    group, pairs = group_of(K, kind, scales)
+    how = tuning.configuration("fp8" if group and kind == "int8" else kind, N, K, M, x.device)
     R, C, W = how.tile_rows // 8, how.k_repeat, how.num_warps
     launch, processors = pdl(x.device), tuning.processors(x.device)
     hopper = launch["PDL"]
@@ -285,10 +302,9 @@ def linear(
     _linear_kernel[(programs,)](
         y, rows, weight.view(torch.int32), scales, bias, norm, None if residual is None else residual.contiguous(),
         *(buffers[1] if buffers else (None, None)), rank, M, N, K, eps,
-        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, SWIGLU=swiglu,
-        COLS=tuning.columns(M), WORLD=world if buffers else 1,
-        GATHER=gather and buffers is not None, R=R, C=C, W=W,
-        WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
+        KIND=kind, GROUP=group, PAIRS=pairs, SWIGLU=swiglu, COLS=tuning.columns(M),
+        WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
+        R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
@@ -313,6 +329,9 @@ def pack(layer, dtype: torch.dtype) -> bool:
     if weight.dtype is torch.uint8 and weight.shape[0] % 8 == 0:
         weight, scales = pack_int4(weight, layer.scales, layer.zeros)
         layer.weight, layer.scales = (nn.Parameter(t, requires_grad=False) for t in (weight, scales))
+        layer.zeros = None
+    if layer.scales is not None and layer.scales.ndim == 2:
+        layer.scales = nn.Parameter(pack_grouped(layer.scales, layer.zeros), requires_grad=False)
         layer.zeros = None
     return weight.dtype in (dtype, torch.int8, torch.float8_e4m3fn, torch.int32) and weight.is_contiguous()
 

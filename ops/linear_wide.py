@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ops import tuning
 from ops.common import is_hopper, on_triton, op, pdl, tl, tlx, triton
 from ops.linear_gemm import assembly, gemm, places, rms_norm, values, weights
-from ops.linear_triton import kind_of, out_features
+from ops.linear_triton import group_of, kind_of, out_features
 
 # Rows up to which the GEMM is faster than cuBLAS: of quantised weights, which it reads once, and of plain ones, where
 # launches around cuBLAS's are saved. Measured on an H200.
@@ -32,30 +32,34 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["first", "end"])
     def _widen_kernel(
-        out, w, s, first, end, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-        EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+        out, w, s, first, end, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, C: tl.constexpr,
+        W: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """out (rows, K) = rows first to end of W; first is a multiple of a tile's 16 W rows."""
         P: tl.constexpr = 16 if KIND == "int4" else 8
         BN: tl.constexpr = 16 * W
         BK: tl.constexpr = C * 8 * P
         DTYPE: tl.constexpr = out.dtype.element_ty
+        S: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None
         tile, step = first // BN + tl.program_id(1), tl.program_id(0)
         if PDL:
             tlx.gdc_launch_dependents()
         words, pairs = places(tile, N, K, KIND, GROUP, 1, C, W)
-        found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, 1, C, W, EVEN)
-        a = values(found, own, KIND, DTYPE, ASM)
+        found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, PAIRS, 1, C, W, EVEN)
+        a = values(found, own, KIND, GROUP, PAIRS, S, DTYPE, ASM)
         if KIND == "int4":  # a lane's words are 8 of 32 values
             a = a.reshape(C, 2, W, 8, 4, 4, 4, 2).permute(2, 1, 3, 0, 5, 4, 6, 7).reshape(BN, BK)
         else:
             a = a.reshape(C, 2, W, 8, 4, P, 2).permute(2, 1, 3, 0, 4, 5, 6).reshape(BN, BK)
         n, k = tile * BN + tl.arange(0, BN), step * BK + tl.arange(0, BK)
-        if KIND != "int4":
-            scale = tl.load(s + n, n < N, other=0.0).to(tl.float32)
-            if KIND == "int8" and ASM is not None:
-                scale *= 64.0
+        unit = 1.0
+        if KIND == "int8" and ASM is not None:
+            unit = 64.0
+        if GROUP == 0:
+            scale = tl.load(s + n, n < N, other=0.0).to(tl.float32) * unit
             a = (a.to(tl.float32) * scale[:, None]).to(DTYPE)
+        elif KIND == "int8" and ASM is not None:
+            a *= 64.0
         at = (n - first).to(tl.int64)[:, None] * K + k[None, :]
         if PDL:  # the memory may still be in use
             tlx.gdc_wait()
@@ -100,12 +104,13 @@ def _scratch(device: torch.device, dtype: torch.dtype, n: int) -> Tensor:
 def widen(weight: Tensor, scales: Tensor, first: int, end: int, out: Tensor) -> Tensor:
     """Rows first to end of a packed weight (N, K), as out (end - first, K) has them; first divides by 128."""
     N, K, kind = out_features(weight), out.shape[1], kind_of(weight)
+    group, pairs = group_of(K, kind, scales)
     W, C = (8, 1) if kind == "int4" else (4, 4)  # warps along rows, chunks along K: measured on an H200
     BN, BK = 16 * W, C * tuning.CHUNK[kind]
     _widen_kernel[(triton.cdiv(K, BK), triton.cdiv(end - first, BN))](
         out, weight.view(torch.int32), scales, first, end, N, K,
-        KIND=kind, GROUP=256 // scales.shape[-1] if kind == "int4" else 0, C=C, W=W, EVEN=K % BK == 0,
-        ASM=assembly(kind, out.dtype, is_hopper(out.device)), num_warps=W, num_stages=1, **pdl(out.device),
+        KIND=kind, GROUP=group, PAIRS=pairs, C=C, W=W, EVEN=K % BK == 0, num_warps=W, num_stages=1,
+        ASM=assembly(kind, scales.dtype, out.dtype, is_hopper(out.device)), **pdl(out.device),
     )  # fmt: skip
     return out
 

@@ -10,6 +10,11 @@ def nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
+def group_size(K: int, count: int) -> int:
+    """How many of K columns share a scale, where there are `count` groups of a power of two, the last one smaller."""
+    return max(16, 1 << (-(-K // count) - 1).bit_length())
+
+
 def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The weight (N, K), or (E, N, K), that a stored or packed one stands for. int4: w = (q - 8) * scale + zero, as in
     tinygemm."""
@@ -24,14 +29,36 @@ def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None, dtyp
         offsets = nibbles(weight).to(dtype).unflatten(-1, (scales.shape[-1], -1)) - 8
         wide = torch.addcmul(zeros[..., None], offsets, scales[..., None])  # one rounding, not two
         return wide.to(dtype).flatten(-2)
-    return weight.to(dtype) if scales is None else (weight.to(dtype) * scales[..., None]).to(dtype)
+    if scales is None or scales.ndim < weight.ndim:
+        return weight.to(dtype) if scales is None else (weight.to(dtype) * scales[..., None]).to(dtype)
+    if scales.ndim > weight.ndim:  # as `pack_grouped` has them
+        scales, zeros = scales.unbind(-1)
+    K, own = weight.shape[1], [t for t in (scales, zeros) if t is not None]
+    scale, *zero = (t.repeat_interleave(group_size(K, t.shape[1]), 1)[:, :K] for t in own)
+    return (torch.addcmul(zero[0], weight.to(dtype), scale) if zero else weight.to(dtype) * scale).to(dtype)
+
+
+def pairs_of(scales: Tensor, zeros: Tensor) -> Tensor:
+    """(scale, zero) pairs (..., 2) of 16 bits: bf16 as they are; others in fp16, to which a zero in fp32 is rounded,
+    unless scales are out of its range."""
+    pairs = torch.stack((scales.float(), zeros.float()), dim=-1)
+    half = pairs.half()
+    if scales.dtype is zeros.dtype is torch.bfloat16 or not half.isfinite().all():
+        return pairs.bfloat16()
+    worse = (half[..., 0].float() - scales).abs() > scales.abs() * 2**-8  # by what fp16 cannot hold, of small ones
+    return pairs.bfloat16() if worse.any() else half
+
+
+def pack_grouped(scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """The scales (N, n) of grouped 8-bit weights, or with zeros pairs of both (N, n, 2), as the kernels read them."""
+    return scales.contiguous() if zeros is None else pairs_of(scales, zeros)
 
 
 def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-    """Lay portable int4 (uint8 (N, K/2); scales, zeros bf16 (N, K/G)) out for the kernels; N must divide by 8.
+    """Lay portable int4 (uint8 (N, K/2); scales, zeros (N, K/G)) out for the kernels; N must divide by 8.
 
     Returns words int32 (N/8, K'/128, 8, 4, 4), K' being K padded to a multiple of max(128, G), and
-    (scale, zero) pairs of bf16 as int32 (N/8, K''/256, 8, 256/G), K'' being K padded to a multiple of 256.
+    (scale, zero) pairs in bf16 or fp16 (N/8, K''/256, 8, 256/G, 2), K'' being K padded to a multiple of 256.
     Word [n8, b, i, j, c] holds q[8 n8 + i, 128 b + 32 c + 8 j + 2 a + e] in nibble a + 4 e: 16 bytes of a lane are 8
     weights of each of 4 groups of 32, and one `lop3` turns nibbles a and a + 4 into two adjacent bf16 of a fragment.
     """
@@ -43,17 +70,16 @@ def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Te
     q = F.pad(nibbles(weight), (0, -2 * weight.shape[1] % max(128, group)), value=8)
     q = q.view(N // 8, 8, -1, 4, 4, 4, 2).permute(0, 2, 1, 4, 3, 6, 5).flatten(-2).int()  # n8 b i j c (e a)
     words = (q << torch.arange(0, 32, 4, device=q.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
-    pairs = torch.stack((scales, zeros), dim=-1).bfloat16()  # the scale in the low half
-    pairs = F.pad(pairs, (0, 0, 0, -scales.shape[1] % (256 // group))).view(torch.int32)
-    return words, pairs.view(N // 8, 8, -1, 256 // group).transpose(1, 2).contiguous()
+    pairs = F.pad(pairs_of(scales, zeros), (0, 0, 0, -scales.shape[1] % (256 // group)))  # the scale in the low half
+    return words, pairs.view(N // 8, 8, -1, 256 // group, 2).transpose(1, 2).contiguous()
 
 
 def unpack_int4(words: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of pack_int4, but for K, which stays padded (with q = 8, scale = zero = 0)."""
     q = words[..., None] >> torch.arange(0, 32, 4, device=words.device) & 15  # n8 b i j c (e a)
     q = q.unflatten(-1, (2, 4)).permute(0, 2, 1, 4, 3, 6, 5).flatten(2).flatten(0, 1).to(torch.uint8)  # N, K'
-    pairs = pairs.transpose(1, 2).flatten(2).flatten(0, 1)[:, : q.shape[1] * pairs.shape[3] // 256]  # N, K'/G
-    scales, zeros = pairs[..., None].contiguous().view(torch.bfloat16).unbind(-1)
+    pairs = pairs.transpose(1, 2).flatten(2, 3).flatten(0, 1)[:, : q.shape[1] * pairs.shape[3] // 256]  # N, K'/G, 2
+    scales, zeros = pairs.unbind(-1)
     return q[:, ::2] | q[:, 1::2] << 4, scales.contiguous(), zeros.contiguous()
 
 

@@ -1,6 +1,7 @@
 """Convert the weights in a checkpoint directory, whatever their format, to model.pth beside them.
 
-Read are Hugging Face's safetensors and .bin, Meta's consolidated.*.pth, llama2.c's stories*.pt and GGUF.
+Read are Hugging Face's safetensors and .bin, Meta's consolidated.*.pth, llama2.c's stories*.pt and GGUF; of quantised
+ones GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes, NVFP4 and GGUF's types.
 """
 
 import sys
@@ -24,6 +25,7 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints/SmolLM2-135M-Instruct"))
     parser.add_argument("--model_name", choices=sorted(BUILTIN), help="for weights without a config.json")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of the weights in model.pth")
+    kept = "by default bf16, and quantised linear layers stay in their bits"
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help=f"of all weights in model.pth; {kept}")
     args = parser.parse_args()
-    print(f"Saved {convert(args.checkpoint_dir, DTYPES[args.dtype], args.model_name)}", file=sys.stderr)
+    print(f"Saved {convert(args.checkpoint_dir, DTYPES.get(args.dtype), args.model_name)}", file=sys.stderr)

@@ -32,11 +32,20 @@ newer() {
 
 if newer "$directory/model.pth" "$directory"/{*.safetensors,pytorch_model*.bin,consolidated.*.pth,original/consolidated.*.pth,stories*.pt,*.gguf}; then
     echo "$directory/model.pth is up to date"
+elif [[ $MODEL_REPO == SmolLM2-135M-Instruct ]]; then # in full precision, to be quantised in all ways
+    "$PYTHON" "$REPO/scripts/convert_hf_checkpoint.py" --checkpoint_dir "$directory" --dtype bf16
 else
     "$PYTHON" "$REPO/scripts/convert_hf_checkpoint.py" --checkpoint_dir "$directory"
 fi
 
-if newer "$directory/model_int8.pth" "$directory/model.pth"; then
+# quantised FILE: its linear layers are in 8 bits or less
+quantised() {
+    "$PYTHON" -c 'import sys, torch; sys.exit(all(t.dtype.itemsize > 1 for t in torch.load(sys.argv[1], mmap=True).values()))' "$1"
+}
+
+if quantised "$directory/model.pth"; then
+    echo "$directory/model.pth is quantised, as its source is"
+elif newer "$directory/model_int8.pth" "$directory/model.pth"; then
     echo "$directory/model_int8.pth is up to date"
 else
     "$PYTHON" "$REPO/quantize.py" --checkpoint_path "$directory/model.pth" --mode int8
