@@ -140,6 +140,73 @@ def test_the_text_model_of_a_wrapper_is_converted(tmp_path, wrapper, capsys):
     assert "the text model alone is converted" in capsys.readouterr().out
 
 
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+GGUF_NAMES = {
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers": "blk",
+}
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
+@torch.inference_mode()
+def test_gguf_of_a_family(tmp_path, family):
+    """As llama.cpp's converter writes it: Gemma's norms are 1 + w there, and what a family always has is not told."""
+    gguf = pytest.importorskip("gguf")
+    arch = family.removesuffix("_text")
+    options = {"query_pre_attn_scalar": 16, "hidden_size": 64, "attn_logit_softcapping": 3.0, "sliding_window": 5}
+    options |= {"final_logit_softcapping": 4.0} if arch == "gemma2" else {}
+    options = {"rms_norm_eps": 1e-6} if arch == "olmo2" else options
+    config = transformers.AutoConfig.for_model(family, **TINY | options)
+    reference = save(tmp_path / "hf", config)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", arch)
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(16)
+    writer.add_layer_norm_rms_eps(1e-6)
+    if arch != "olmo2":
+        writer.add_sliding_window(5)
+        writer.add_rope_freq_base(1e6 if arch == "gemma3" else 1e4)
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(3.0)
+        writer.add_final_logit_softcapping(4.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([chr(ord("!") + i) for i in range(90)] + [f"<{i}>" for i in range(7)])
+    writer.add_token_types([1] * 90 + [3] * 7)
+    writer.add_token_merges(["! #"])  # which makes no token
+    for name, tensor in reference.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        for theirs, short in GGUF_NAMES.items():
+            name = name.replace(theirs, short)
+        writer.add_tensor(name, (tensor + (tensor.ndim == 1 and arch != "olmo2")).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    check_logits(tmp_path, reference)
+
+
 # --- configs ----------------------------------------------------------------------------------------------------------
 
 SMALL = {"vocab_size": 97, "hidden_size": 1280, "intermediate_size": 96, "num_hidden_layers": 4}
