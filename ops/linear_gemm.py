@@ -194,12 +194,7 @@ else:
         at_x = x + m.to(tl.int64)[:, None] * width + k[None, :]
         acc = tl.zeros((BN, BM), tl.float32)
         for step in range(first, last):
-            if PADDED:
-                rows = tl.load(at_x + step * BK)
-            elif EVEN:
-                rows = tl.load(at_x + step * BK, (m < M)[:, None], other=0.0)
-            else:
-                rows = tl.load(at_x + step * BK, (m < M)[:, None] & (step * BK + k < K)[None, :], other=0.0)
+            # Weights first: where x is asked for before them, Triton 3.6 multiplies before all of it has come.
             if KIND != "fp":
                 found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, PAIRS, R, C, W, EVEN)
                 a = values(found, own, KIND, GROUP, PAIRS, S, x.dtype.element_ty, ASM)
@@ -208,6 +203,12 @@ else:
                 a = tl.load(at_w + step * BK)
             else:
                 a = tl.load(at_w + step * BK, (step * BK + k < K)[None, :], other=0.0)
+            if PADDED:
+                rows = tl.load(at_x + step * BK)
+            elif EVEN:
+                rows = tl.load(at_x + step * BK, (m < M)[:, None], other=0.0)
+            else:
+                rows = tl.load(at_x + step * BK, (m < M)[:, None] & (step * BK + k < K)[None, :], other=0.0)
             acc = tl.dot(a, tl.trans(rows), acc)
         if PDL:  # not before: what follows would take the places that become free first, all on a few multiprocessors
             tlx.gdc_launch_dependents()
