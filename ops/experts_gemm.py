@@ -141,10 +141,7 @@ if triton is not None:
         acc = tl.zeros((BN, BM), tl.float32)
         for step in range(tl.cdiv(K, BK)):
             within = step * BK + tl.arange(0, BK)
-            if EVEN:
-                rows = tl.load(x + at_x + step * BK)
-            else:
-                rows = tl.load(x + at_x + step * BK, (within < width)[None, :], other=0.0)
+            # Weights before x, as in linear_gemm.py.
             if KIND == "fp":
                 if EVEN:
                     a = tl.load(w + at_w + step * BK)
@@ -154,6 +151,10 @@ if triton is not None:
                 found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, GROUP > 0, R, C, W, EVEN)
                 a = values(found, own, KIND, GROUP, GROUP > 0, S, x.dtype.element_ty, ASM)
                 a = a.reshape(C, R, 2, W, 8, 4, P, 2).permute(1, 3, 2, 4, 0, 6, 5, 7).reshape(BN, BK)
+            if EVEN:
+                rows = tl.load(x + at_x + step * BK)
+            else:
+                rows = tl.load(x + at_x + step * BK, (within < width)[None, :], other=0.0)
             acc = tl.dot(a, tl.trans(rows), acc)
         if KIND == "int8" or KIND == "fp8":
             scale = tl.load(s + expert * N + n, n < N, other=0.0).to(tl.float32)
