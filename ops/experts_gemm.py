@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ops import tuning
 from ops.common import on_triton, op, pdl, tl, triton
 from ops.experts_triton import glu
-from ops.linear_gemm import assembly, places, rms_norm, values, weights
+from ops.linear_gemm import assembly, places, rms_norm, settled, values, weights
 from ops.linear_triton import group_of, kind_of, out_features
 
 FEATURES = 1024  # of a row, that a program sums
@@ -109,7 +109,7 @@ if triton is not None:
         y, x, w, s, bias, scores, order, tiles, N, K, width, k,
         KIND: tl.constexpr, GROUP: tl.constexpr, DOWN: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
         O: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
-        ASM: tl.constexpr,
+        ASM: tl.constexpr, HOPPER: tl.constexpr,
     ):  # fmt: skip
         """Up: y (P, width of the next x) = SwiGLU of W x [+ bias], times scores (P,), a row for each place in `order`,
         in the order of slots O wants. DOWN: y (P, N) = W x [+ scores * bias], a row for each token and choice.
@@ -141,7 +141,6 @@ if triton is not None:
         acc = tl.zeros((BN, BM), tl.float32)
         for step in range(tl.cdiv(K, BK)):
             within = step * BK + tl.arange(0, BK)
-            # Weights before x, as in linear_gemm.py.
             if KIND == "fp":
                 if EVEN:
                     a = tl.load(w + at_w + step * BK)
@@ -156,6 +155,8 @@ if triton is not None:
             else:
                 rows = tl.load(x + at_x + step * BK, (within < width)[None, :], other=0.0)
             acc = tl.dot(a, tl.trans(rows), acc)
+            if HOPPER and KIND != "fp":
+                acc = settled(acc)
         if KIND == "int8" or KIND == "fp8":
             scale = tl.load(s + expert * N + n, n < N, other=0.0).to(tl.float32)
             if KIND == "int8" and ASM is not None:
@@ -252,7 +253,7 @@ def product(
         KIND=kind, GROUP=group_of(K, kind, scales)[0], DOWN=down,
         LIMIT=limit, ALPHA=alpha, O={"fp": 0, "int4": 4}.get(kind, 8), BM=how.rows, R=R, C=C, W=W,
         EVEN=K % BK == 0, ASM=assembly(kind, scales.dtype, x.dtype, hopper) if kind != "fp" else None,
-        num_warps=W, num_stages=how.num_stages,
+        HOPPER=hopper, num_warps=W, num_stages=how.num_stages,
     )  # fmt: skip
     return y
 

@@ -30,7 +30,7 @@ FEATURES = 2048  # of a row, that a program of the norm writes
 TILES = 2**14  # of a result whose parts along K are summed
 
 if triton is None:
-    places = weights = values = None
+    places = weights = values = settled = None
 else:
 
     @triton.jit
@@ -156,6 +156,12 @@ else:
             out = products.scaled(out, s[:, None, None], KIND, PAIRS, S, DTYPE, ASM)
         return out
 
+    @triton.jit
+    def settled(acc):
+        """acc, once the tensor cores have made it. They read weights from registers, and Triton (3.6 and 3.7) lets them
+        go on into the next step, where ptxas has given these registers to other values by then."""
+        return tl.inline_asm_elementwise("// $0", "=f,0", [acc], tl.float32, is_pure=True, pack=1)
+
     @triton.jit(do_not_specialize=["M", "steps"])
     def _gemm_kernel(
         y, x, w, s, bias, residual, partial, counts, M, N, K, steps,
@@ -194,7 +200,6 @@ else:
         at_x = x + m.to(tl.int64)[:, None] * width + k[None, :]
         acc = tl.zeros((BN, BM), tl.float32)
         for step in range(first, last):
-            # Weights first: where x is asked for before them, Triton 3.6 multiplies before all of it has come.
             if KIND != "fp":
                 found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, PAIRS, R, C, W, EVEN)
                 a = values(found, own, KIND, GROUP, PAIRS, S, x.dtype.element_ty, ASM)
@@ -210,6 +215,8 @@ else:
             else:
                 rows = tl.load(at_x + step * BK, (m < M)[:, None] & (step * BK + k < K)[None, :], other=0.0)
             acc = tl.dot(a, tl.trans(rows), acc)
+            if PDL and KIND != "fp":
+                acc = settled(acc)
         if PDL:  # not before: what follows would take the places that become free first, all on a few multiprocessors
             tlx.gdc_launch_dependents()
         if SPLIT:
