@@ -80,7 +80,8 @@ def convert(directory: Path, dtype: torch.dtype | None = torch.bfloat16, model_n
     like = {name: t for name, t in blank.items() if name not in layers}
     like |= {_sibling(name, key): t for name, (own, _) in layers.items() for key, t in own.items()}
     with new_state_dict(directory / "model.pth", like) as target:
-        for name in tqdm(blank.keys() | layers.keys(), desc="converting", unit="tensor", disable=None):
+        names = [*blank, *(name for name in layers if name not in blank)]
+        for name in tqdm(names, desc="converting", unit="tensor", disable=None):
             check()
             if name in layers:
                 values = {_sibling(name, key): value for key, value in layers[name][1]().items()}
@@ -95,6 +96,7 @@ def convert(directory: Path, dtype: torch.dtype | None = torch.bfloat16, model_n
                 target[key].copy_(value)
                 if not (target[key] if target[key].itemsize > 1 else target[key].float()).isfinite().all():
                     raise UserError(_not_finite(abridged(source.names[name]), value, dtype))
+            del value, values  # before the next is read
         check()
         written = {**source.config, "tie_word_embeddings": config.tied}
         for name, text in {"config.json": json.dumps(written, indent=2), **source.files}.items():

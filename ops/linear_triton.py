@@ -330,7 +330,7 @@ def pack(layer, dtype: torch.dtype) -> bool:
         weight, scales = pack_int4(weight, layer.scales, layer.zeros)
         layer.weight, layer.scales = (nn.Parameter(t, requires_grad=False) for t in (weight, scales))
         layer.zeros = None
-    if layer.scales is not None and layer.scales.ndim == 2:
+    if weight.dtype in (torch.int8, torch.float8_e4m3fn) and layer.scales.ndim == 2:  # of groups
         layer.scales = nn.Parameter(pack_grouped(layer.scales, layer.zeros), requires_grad=False)
         layer.zeros = None
     return weight.dtype in (dtype, torch.int8, torch.float8_e4m3fn, torch.int32) and weight.is_contiguous()

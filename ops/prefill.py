@@ -64,7 +64,7 @@ if triton is not None:
             tl.store(cache + cached + own * stride_h, code, mask=written)
 
     @triton.jit(do_not_specialize=["start", "S", "T"])
-    def _widen_kernel(
+    def _widen_cache_kernel(
         out, cache, scales, input_pos, start, S, T, window, stride_b, stride_h, scales_b, scales_h, HKV: tl.constexpr,
         D: tl.constexpr, DP: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr, TOKENS: tl.constexpr,
     ):  # fmt: skip
@@ -226,7 +226,7 @@ def attention_prefill(
         bytes = ((k_cache, k_scales), (v_cache, v_scales))
         k_cache, v_cache = (torch.empty(B, Hkv, T, D, dtype=q.dtype, device=q.device) for _ in range(2))
         for out, (cache, scales) in zip((k_cache, v_cache), bytes):
-            _widen_kernel[(triton.cdiv(T, WIDENED), Hkv, B)](
+            _widen_cache_kernel[(triton.cdiv(T, WIDENED), Hkv, B)](
                 out, cache, scales, *positions, S, T, window, *strides, HKV=Hkv, STRIDE=cache.stride(2), KIND=kind,
                 TOKENS=WIDENED, num_warps=4, **shared,
             )  # fmt: skip

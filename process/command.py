@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from errors import UserError, reason
 
-LONGEST = 300  # characters of an error's line
+LONGEST = 500  # characters of an error's line
 ENDING = {signal.SIGINT: "interrupted"}  # what is said of a signal
 ENDING |= {getattr(signal, n): f"error: ended by {n}" for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)}
 

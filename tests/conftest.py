@@ -131,7 +131,7 @@ def assert_one_line(result: Result, words: str) -> None:
     assert result.status == 2, result.stderr
     *progress, last = result.stderr.splitlines()
     assert all(re.match(PROGRESS, line) for line in progress), result.stderr
-    assert last.startswith("error: ") and len(last) <= 300, last
+    assert last.startswith("error: ") and len(last) <= 500, last
     assert re.search(words, last), last
     assert result.stdout == ""
 

@@ -634,7 +634,10 @@ import sys, threading, time
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
+from checkpoint import new_state_dict
 from formats.convert import convert
+with new_state_dict(Path(sys.argv[1]) / "small.pth", {"x": torch.empty(1)}):
+    pass  # what it imports is not what is measured
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024

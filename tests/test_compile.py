@@ -55,10 +55,11 @@ def test_all_kernels_compile_for_hopper(compiled):
         "_all_reduce_kernel",
         "_route_kernel",
         "_experts_kernel",
+        "_widen_cache_kernel",
         *GROUPING,
     }
     # All but the first start when all before has ended.
-    others = ("_attention_kernel", "_rotate_kernel", "_flash_kernel", *GROUPING)
+    others = ("_attention_kernel", "_rotate_kernel", "_flash_kernel", "_widen_cache_kernel", *GROUPING)
     assert all(row["waits"] == row["launches"] > 0 for row in compiled if row["kernel"] not in others)
 
 
@@ -71,9 +72,13 @@ def test_fragments_are_loaded_as_they_are(compiled):
 
 def test_gemms_widen_between_shared_memory_and_tensor_cores(compiled):
     """Weights, int4's pairs and x each have a buffer of what is on its way, and need no other; products are the tensor
-    cores' own of Hopper, which may run while the next weights are widened; no register is spilled."""
+    cores' own of Hopper, and have ended before the next weights are widened, perhaps into the registers that they read;
+    no register is spilled."""
     gemms = [row for row in compiled if row["kernel"] == "_gemm_kernel"]
     assert len(gemms) > 15
+    widening = [row for row in compiled if row["kernel"] in ("_gemm_kernel", "_grouped_kernel")]
+    assert [row["case"] for row in widening if row["pending"] and "16-bit" not in row["case"]] == []
+    assert any(row["pending"] for row in widening)  # of plain weights, which lie in shared memory
     for row in gemms:
         assert row["buffers"] in ((3,) if "int4" in row["case"] else (2, 3) if "groups" in row["case"] else (2,)), row
         assert row["wgmma"] > 0, row["case"]
@@ -160,6 +165,13 @@ def grouped_weights(N: int, K: int) -> list[tuple[torch.Tensor, torch.Tensor, st
     ]
 
 
+def pending(ptx: str) -> int:
+    """Groups of products that may still run when a loop begins anew."""
+    loops = re.findall(r"^(\$L\w+):(.*?)bra(?:\.uni)?\s+\1;", ptx, re.S | re.M)
+    waits = [re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", body) for _, body in loops]
+    return max((int(found[-1]) for found in waits if found), default=0)
+
+
 def main() -> None:
     """Compile each kernel for sm_90 by its own launcher, with a driver that only says so, and print what came out."""
     from ops import (
@@ -194,6 +206,7 @@ def main() -> None:
             "messages": volatile_loads(asm["ttgir"]),
             "buffers": asm["ttgir"].count("ttg.local_alloc"),
             "waits": asm["ptx"].count("griddepcontrol.wait"),
+            "pending": pending(asm["ptx"]),
             "wgmma": asm["ptx"].count("wgmma.mma_async"),
             "assembled": log.getvalue() if name in ("_gemm_kernel", "_widen_kernel") else "",
             "launches": asm["ptx"].count("griddepcontrol.launch_dependents"),
@@ -234,7 +247,7 @@ def main() -> None:
             linear_triton.linear(x[:rows], w, s, None, gain, 1e-5, swiglu=True)
     for case in ("int8", "fp8", "int4:32", "int4:128"):
         linear_wide.widen(*empty_weight(case, N, 2048), 0, N, torch.empty(N, 2048, dtype=dtype))
-    case = "what comes after a product"
+    case, x, gain = "what comes after a product", torch.empty(40, K, dtype=dtype), torch.empty(K, dtype=dtype)
     linear_wide.wide(x, torch.empty(N, K, dtype=dtype), None, bias, gain, 1e-5, residual, dtype, True)
     w, x, gain = (
         torch.empty(32000, 4096, dtype=dtype),

@@ -82,7 +82,7 @@ def is_sane(config: ModelConfig) -> bool:
 
 
 def one_line(error: UserError) -> bool:
-    return 0 < len(str(error)) <= 400 and str(error).isprintable()
+    return 0 < len(str(error)) <= 500 and str(error).isprintable()
 
 
 @contextlib.contextmanager
