@@ -186,7 +186,7 @@ def main() -> None:
         symmetric,
         tuning,
     )
-    from ops.attention import attention_triton
+    from ops.attention_triton import attention_triton
     from ops.embedding import embedding_triton
     from ops.prefill import attention_prefill
     from ops.tuning import Configuration, Tile

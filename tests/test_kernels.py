@@ -16,7 +16,8 @@ if not CUDA:
 import ops  # noqa: E402
 from linear import Linear  # noqa: E402
 from ops import embedding, linear_triton, ngram, philox, sampling, tuning  # noqa: E402
-from ops.attention import _write_cache, attention_plain, attention_triton  # noqa: E402
+from ops.attention import _write_cache, attention_plain  # noqa: E402
+from ops.attention_triton import attention_triton  # noqa: E402
 from ops.packing import dequantize, pack_int4, unpack_int4  # noqa: E402
 from ops.prefill import attention_prefill  # noqa: E402
 from ops.rms_norm import rms_norm  # noqa: E402

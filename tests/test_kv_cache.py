@@ -22,7 +22,8 @@ from eval import LanguageModel, perplexity  # noqa: E402
 from generate import generate, load  # noqa: E402
 from model import KVCache, ModelConfig  # noqa: E402
 from ops import kv_cache  # noqa: E402
-from ops.attention import attention_plain, attention_triton  # noqa: E402
+from ops.attention import attention_plain  # noqa: E402
+from ops.attention_triton import attention_triton  # noqa: E402
 from ops.common import triton  # noqa: E402
 from ops.prefill import attention_prefill  # noqa: E402
 from sampling import Sampler  # noqa: E402

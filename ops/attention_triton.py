@@ -1,0 +1,486 @@
+"""Causal attention of 1 to 16 new tokens a row over a static cache, on an NVIDIA GPU, in one kernel: norms, RoPE, cache
+write, split-KV attention over keys and values in 16 or 8 bits, and the combination of the splits.
+
+    attention_triton(qkv, k_cache, v_cache, ...)    one launch; see attention.py, whose axes and letters these are
+"""
+
+import torch
+from torch import Tensor
+
+from ops import kv_cache, linear_products, softmax
+from ops.common import counters, op, pdl, tl, tlx, triton
+from ops.fragments import flat, unflat
+from ops.rotary import turned, turns
+
+if triton is not None:
+
+    @triton.jit
+    def _words(memory):
+        """A pointer, aligned as loads of 16 bytes want it, to memory as int32."""
+        return tl.multiple_of(memory.to(tl.pointer_type(tl.int32)), 16)
+
+    @triton.jit
+    def _cached(cache, t0, t, d, at, begin, end, D: tl.constexpr, DP: tl.constexpr, STRIDE: tl.constexpr, other=0):
+        """Words of keys or values of a head at positions begin <= t0 + t < end, features d < D, elsewhere `other` ones.
+
+        at: t STRIDE + d, in 64 bits before constants are added, which so become part of a lane's instructions."""
+        wanted = (t >= begin - t0) & (t < end - t0)
+        if D < DP:
+            wanted &= d < D
+        return tl.load(cache + t0.to(tl.int64) * STRIDE + at, mask=wanted, other=other, cache_modifier=".cg")
+
+    @triton.jit
+    def _scaled(scales, t0, t, at, end):
+        """Pairs of scales from position t0 + t on, where that is before the end."""
+        out = 0
+        if scales is not None:
+            out = tl.load(scales + t0 // 2 + at, mask=t < end - t0, other=0, cache_modifier=".cg")
+        return out
+
+    @triton.jit
+    def _per_key(pairs, factor, W: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
+        """Scales times a factor as scores have them, (W, ROWS, KEYS)."""
+        pairs = unflat(pairs, W, 1, 1).reshape(4, 8, W, KEYS // 8)
+        low, high = (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
+        out = (tl.join(low, high) * factor).permute(2, 1, 3, 0, 4).reshape(W, 1, 8, KEYS)
+        return tl.broadcast_to(out, (W, ROWS // 8, 8, KEYS)).reshape(W, ROWS, KEYS)
+
+    @triton.jit
+    def _byte(w, KIND: tl.constexpr, DTYPE: tl.constexpr):
+        """The values in the lowest bits of words."""
+        if KIND == "16-bit":
+            out = w.to(tl.int16).to(DTYPE, bitcast=True)
+        elif KIND == "int8":
+            out = ((w & 255) - 128).to(DTYPE)
+        else:
+            out = w.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
+        return out
+
+    @triton.jit
+    def _keys(
+        tile, W: tl.constexpr, X: tl.constexpr, KEYS: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr,
+        ASM: tl.constexpr,
+    ):  # fmt: skip
+        """A key tile as the second operand of its product, (W, DP, KEYS). Features are (X j r h e), of which a lane has
+        registers (r h) of values e, and come as (X r j h e): Triton wants h behind j in operands that tl.join made."""
+        P: tl.constexpr = 1 if KIND == "16-bit" else 2
+        Y: tl.constexpr = KEYS // 8
+        w = unflat(tile, W, Y, X)  # (j i W Y X u)
+        if ASM is None:
+            w = w.reshape(4, 8, W, Y, X, 2, 1, 2, 1)
+            e = tl.arange(0, 2)[None, None, None, None, None, None, :, None, None]
+            p = tl.arange(0, P)[None, None, None, None, None, None, None, None, :]
+            k = _byte(w >> (e + 2 * p) * (16 // P), KIND, DTYPE)
+        elif KIND == "16-bit":  # two neighbouring words at once: a register has two values of one of them
+            a, b = tl.inline_asm_elementwise(ASM, "=&r,=&r,r,r", [w], (tl.bfloat16,) * 2, is_pure=True, pack=2)
+            k = tl.join(a, b).to(DTYPE, bitcast=True)
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                ASM, "=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 4, is_pure=True, pack=2
+            )
+            k = linear_products.join4(a, b, c, d).to(DTYPE, bitcast=True)
+        k = k.reshape(4, 8, W, Y, X, 2, 2, 2, P).permute(2, 4, 5, 7, 8, 0, 6, 3, 1)
+        return k.reshape(W, X * 2 * P, 2, 4, 2, KEYS).permute(0, 1, 3, 2, 4, 5).reshape(W, X * P * 32, KEYS)
+
+    @triton.jit
+    def _values(
+        tile, W: tl.constexpr, Z: tl.constexpr, KEYS: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr,
+        ASM: tl.constexpr,
+    ):  # fmt: skip
+        """A value tile as the second operand of its product, (W, KEYS, DP). A register has a feature of two keys."""
+        F: tl.constexpr = 2 if KIND == "16-bit" else 4  # values of a word
+        Y: tl.constexpr = KEYS // 8
+        U: tl.constexpr = tile.shape[1]
+        w = unflat(tile, W, 2 * Y, Z).reshape(4, 8, W, Y, 2, Z, U // 2, 2)  # (j i W Y e Z uh ul)
+        if ASM is None:
+            f = tl.arange(0, F)[None, None, None, None, None, None, None, None, :]
+            w = w.permute(0, 1, 2, 3, 5, 6, 4, 7).reshape(4, 8, W, Y, Z, U // 2, 2, 2, 1)
+            v = _byte(w >> f * (32 // F), KIND, DTYPE)
+        else:
+            first, second = tl.split(w.permute(0, 1, 2, 3, 5, 6, 7, 4))
+            if KIND == "16-bit":
+                a, b, c, d = tl.inline_asm_elementwise(
+                    ASM, "=&r,=&r,=&r,=&r,r,r,r,r", [first, second], (tl.bfloat16,) * 4, is_pure=True, pack=2
+                )
+                v = linear_products.join4(a, b, c, d)
+            else:
+                a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                    ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [first, second], (tl.bfloat16,) * 8, is_pure=True,
+                    pack=2,
+                )  # fmt: skip
+                v = tl.join(linear_products.join4(a, c, e, g), linear_products.join4(b, d, f, h))
+            v = v.to(DTYPE, bitcast=True)
+        v = v.reshape(4, 8, W, Y // 2, 2, Z, U // 2, 2, 2, F)  # (j i W Y/2 y Z uh e ul f)
+        return v.permute(2, 3, 0, 4, 7, 5, 6, 8, 9, 1).reshape(W, KEYS, Z * U * F * 8)
+
+    @triton.jit
+    def _seen(scores, t, end, last, window):
+        """Scores of keys at positions t (W, 1, KEYS), of which rows see those up to `last`, and which those are."""
+        seen = (t < end) & (t <= last) & ((window <= 0) | (t > last - window))
+        return tl.where(seen, scores, float("-inf")), seen
+
+    @triton.jit
+    def _softmax_step(scores, l_i, m_i):
+        """Each warp's online softmax (Milakov and Gimelshein, arXiv:1805.02867) with its next scores (W, ROWS, KEYS):
+        their weights, the sums l_i and maxima m_i (W, ROWS), and the factor for what was summed before."""
+        m_new = tl.maximum(m_i, tl.max(scores, 2))
+        safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
+        p = tl.exp2(scores - safe[:, :, None])
+        alpha = tl.exp2(m_i - safe)
+        return p, l_i * alpha + tl.sum(p, 2), m_new, alpha[:, :, None]
+
+    @triton.jit
+    def _shares(m):
+        """The largest of each column of maxima m (parts, rows), and what the sums that belong to them count there."""
+        top = tl.max(m, 0)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        return top, tl.exp2(m - top[None, :])
+
+    @triton.jit
+    def _combine(
+        out, sinks, place, splits, block, in_order, S, Hkv, h, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+        ROWS: tl.constexpr, REAL: tl.constexpr, SPLITS: tl.constexpr, SPLITS2: tl.constexpr, PARTS: tl.constexpr,
+    ):  # fmt: skip
+        """What the splits of a block of rows have left at `place` (SPLITS, ROWS, DP + 2), as their attention. REAL of
+        the rows may be in use; SPLITS2 is SPLITS padded to a power of two, PARTS how many are read at once."""
+        r = tl.arange(0, REAL)
+        row = block * ROWS + r
+        n = tl.arange(0, DP)
+        of_part = place + r[None, :] * (DP + 2)
+        part = tl.arange(0, SPLITS2)[:, None]
+        at = of_part + part * (ROWS * (DP + 2)) + DP
+        there = (part < splits) & (row < S * G)[None, :]
+        m, share = _shares(tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg"))
+        l = tl.sum(tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg") * share, 0)
+        l = softmax.with_sink(l, m, sinks, h * G + row % G, row < S * G)
+        y = tl.zeros((REAL, DP), tl.float32)
+        for first in tl.static_range(0, SPLITS, PARTS):
+            part = first + tl.arange(0, PARTS)[:, None]
+            at = of_part + part * (ROWS * (DP + 2))
+            there = (part < splits) & (row < S * G)[None, :]
+            own_m = tl.load(at + DP, mask=there, other=float("-inf"), cache_modifier=".cg")
+            own_y = tl.load(at[:, :, None] + n[None, None, :], there[:, :, None], 0.0, cache_modifier=".cg")
+            y += tl.sum(own_y * tl.exp2(own_m - m[None, :])[:, :, None], 0)
+        to = (row // G * (Hkv * G) + h * G + row % G)[:, None] * D + in_order[None, :]
+        mask = (row < S * G)[:, None] & (in_order < D)[None, :]
+        tl.store(out + to, (y / l[:, None]).to(out.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _prefetch(memory, lines, W: tl.constexpr):
+        """Ask for the first so many lines of 128 bytes of memory to come to the L2 cache, each program for its part."""
+        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+        program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
+        lane = tl.arange(0, W * 32)
+        for i in range(program * (W * 32), lines, programs * (W * 32)):
+            at = memory.to(tl.int64) + tl.minimum(i + lane, lines - 1).to(tl.int64) * 128
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, is_pure=False, pack=1
+            )
+
+    @triton.jit(do_not_specialize=["first_layer"])
+    def _attention_kernel(
+        out, qkv, k_cache, v_cache, k_scales, v_scales, input_pos, rope, q_norm, k_norm, sinks, partial, counts,
+        prefetch, lines, first_layer, S, T, Hkv, window, max_position, scale, cap, eps, stride_b, stride_h, scales_b,
+        scales_h,
+        G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
+        STRIDE: tl.constexpr, W: tl.constexpr, HALVINGS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+        SPLITS2: tl.constexpr, SPLIT_KEYS: tl.constexpr, PARTS: tl.constexpr, REAL: tl.constexpr, TILES: tl.constexpr,
+        KIND: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr, BIAS: tl.constexpr, UNIT: tl.constexpr,
+        LIFT: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """ROWS query rows (new token s, head g) of one key head, on one KV split; KEYS a warp and step.
+
+        The keys in the cache are cut into splits of at least SPLIT_KEYS, at most SPLITS; programs without one leave at
+        once. The last split's program also writes the new keys and values and attends to them. Each leaves its part in
+        memory, and the program that comes last combines them (flash decoding without a second launch). As in the
+        linear kernel, tiles of keys and values are loaded as fragments, by permuting what the dot products sum over,
+        the keys of a warp or, for values, the features. They stay words until they are used, TILES of them on their
+        way: a tile's registers are loaded anew as soon as it has been widened.
+
+        Positions and old keys come from before the model's first layer, whose attention (`first_layer`) lets no other
+        kernel start until all that comes before has ended: in later layers they need not wait.
+
+        KIND is the cache's, and what `kv_cache.widening` says of it: products are of DTYPE, of keys and values plus
+        BIAS times UNIT. A scale belongs to a key, and is multiplied with its score or its weight.
+
+        Axes of tiles: j, i lanes and W warps as in fragments.py, u a lane's neighbouring words; X and Y repetitions
+        along the features and the keys of a key tile; Z along the features of a value tile; DP is D padded to a power
+        of two. Key 2 Y j + 2 y + e of a warp is column 2 j + e of the y-th 8 scores: a lane has neighbouring scales.
+        """
+        DTYPE: tl.constexpr = tl.float16 if KIND == "fp8" else qkv.dtype.element_ty
+        F: tl.constexpr = 2 if KIND == "16-bit" else 4  # values of a word
+        X: tl.constexpr = DP // F // 16
+        Y: tl.constexpr = KEYS // 8
+        U: tl.constexpr = 4 if DP // F >= 32 else 2
+        Z: tl.constexpr = DP // F // U // 8
+        STEP: tl.constexpr = W * KEYS
+        head = tl.program_id(0)  # (b, hkv)
+        split = tl.program_id(1)
+        block = tl.program_id(2)
+        b = head // Hkv
+        h = head % Hkv
+        if PDL:
+            if first_layer != 0:
+                tlx.gdc_wait()
+            tlx.gdc_launch_dependents()
+        pos = tl.load(input_pos + b, cache_modifier=".cg").to(tl.int32)
+        first = tl.where(window > 0, tl.maximum(pos - window + 1, 0), 0)
+        start = first // 16 * 16
+        old = tl.minimum(pos, T) - start
+        split_keys = tl.maximum(tl.cdiv(tl.cdiv(old, SPLITS), 16) * 16, SPLIT_KEYS)
+        splits = tl.maximum(tl.cdiv(old, split_keys), 1)
+        if split >= splits:
+            if prefetch is not None:
+                tlx.gdc_wait()
+                _prefetch(prefetch, lines, W)
+            return
+
+        base = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        keys, values = k_cache + base, v_cache + base
+        k_words, v_words = _words(keys), _words(values)
+        k_pairs, v_pairs = None, None
+        if KIND != "16-bit":
+            base = b.to(tl.int64) * scales_b + h.to(tl.int64) * scales_h
+            k_scales += base
+            v_scales += base
+            k_pairs, v_pairs = _words(k_scales), _words(v_scales)
+        begin = tl.multiple_of(start + split * split_keys, 16)
+        end = tl.minimum(begin + split_keys, start + old)
+
+        j = tl.arange(0, 4)[:, None, None, None, None, None]
+        i = tl.arange(0, 8)[None, :, None, None, None, None]
+        warp = tl.arange(0, W)[None, None, :, None, None, None] * KEYS
+        key = warp + i // 2 * (2 * Y) + i % 2 + tl.arange(0, Y)[None, None, None, :, None, None] * 2
+        word = tl.arange(0, X)[None, None, None, None, :, None] * 16 + j * 4
+        word += tl.arange(0, 4)[None, None, None, None, None, :]
+        at_k = flat(key.to(tl.int64) * (STRIDE // F) + word, W, Y, X)
+        key_of_k, word_of_k = flat(key, W, Y, X), flat(word, W, Y, X)
+        key = warp + j * (2 * Y) + tl.arange(0, 2 * Y)[None, None, None, :, None, None]
+        word = tl.arange(0, Z)[None, None, None, None, :, None] * (8 * U) + i * U
+        word += tl.arange(0, U)[None, None, None, None, None, :]
+        at_v = flat(key.to(tl.int64) * (STRIDE // F) + word, W, 2 * Y, Z)
+        key_of_v, word_of_v = flat(key, W, 2 * Y, Z), flat(word, W, 2 * Y, Z)
+        key = warp + j * (2 * Y)
+        pair = tl.arange(0, Y)[None, None, None, None, None, :]
+        at_s, key_of_s = flat(key // 2 + pair, W, 1, 1), flat(key, W, 1, 1)
+        n = tl.arange(0, KEYS)[None, None, :]
+        key_of_p = tl.arange(0, W)[:, None, None] * KEYS + n % 8 // 2 * (2 * Y) + n // 8 * 2 + n % 2
+        DW: tl.constexpr = D // F
+        DPW: tl.constexpr = DP // F
+        SW: tl.constexpr = STRIDE // F
+        k_tile = _cached(k_words, begin, key_of_k, word_of_k, at_k, first, end, DW, DPW, SW)
+        k_scale = _scaled(k_pairs, begin, key_of_s, at_s, end)
+        v_tile = _cached(v_words, begin, key_of_v, word_of_v, at_v, first, end, DW, DPW, SW)
+        v_scale = _scaled(v_pairs, begin, key_of_s, at_s, end)
+        if TILES == 2:
+            k_next = _cached(k_words, begin + STEP, key_of_k, word_of_k, at_k, first, end, DW, DPW, SW)
+            k_scale_next = _scaled(k_pairs, begin + STEP, key_of_s, at_s, end)
+            v_next = _cached(v_words, begin + STEP, key_of_v, word_of_v, at_v, first, end, DW, DPW, SW)
+            v_scale_next = _scaled(v_pairs, begin + STEP, key_of_s, at_s, end)
+        row = block * ROWS + tl.arange(0, ROWS)
+        last = pos + row // G  # the last key that a row sees
+        new = tl.arange(0, NEW)
+        q_turns = turns(rope, last, max_position, DP, ROTARY)
+        k_turns = turns(rope, pos + new, max_position, DP, ROTARY)
+        if PDL:
+            tlx.gdc_wait()
+
+        # All that the kernel before has written is asked for at once.
+        n = tl.arange(0, DP)
+        in_order = n // (8 * U * F) * (8 * U * F) + n % 8 * (U * F) + n // 8 % (U * F)  # as acc has features
+        d = in_order if NEW == 1 else n
+        width = (Hkv * (G + 2)) * D
+        base = qkv + b.to(tl.int64) * S * width
+        q_rows = base + row // G * width + (h * G + row % G) * D
+        k_rows = base + new * width + (Hkv * G + h) * D
+        ours = (new < S)[:, None] & (split == splits - 1)
+        q = tl.load(q_rows[:, None] + n[None, :], mask=(row < S * G)[:, None] & (n < D)[None, :], other=0.0)
+        k_new = tl.load(k_rows[:, None] + n[None, :], mask=ours & (n < D)[None, :], other=0.0)
+        v_new = tl.load((k_rows + Hkv * D)[:, None] + d[None, :], mask=ours & (d < D)[None, :], other=0.0)
+        if prefetch is not None:
+            _prefetch(prefetch, lines, W)
+        q = turned(q, q_turns, q_norm, eps, D, DP, ROTARY)
+
+        # Warps go through their keys by themselves, and are put together at the end.
+        m_i = tl.full((W, ROWS), float("-inf"), tl.float32)
+        l_i = tl.zeros((W, ROWS), tl.float32)
+        acc = tl.zeros((W, ROWS, DP), tl.float32)
+        if split == splits - 1:
+            k_new = turned(k_new, k_turns, k_norm, eps, D, DP, ROTARY)
+            at = (pos + new).to(tl.int64)[:, None] * STRIDE
+            written = (new < S) & (pos + new < T)
+            to_k, to_v = written[:, None] & (n < D)[None, :], written[:, None] & (d < D)[None, :]
+            if KIND == "16-bit":
+                k_own, v_own = k_new.to(tl.float32), v_new.to(tl.float32)  # as the cache has them
+                k_code, v_code = k_new.to(k_cache.dtype.element_ty), v_new.to(v_cache.dtype.element_ty)
+            else:
+                k_code, of_k, k_own = kv_cache.encode(k_new.to(tl.float32), KIND)
+                v_code, of_v, v_own = kv_cache.encode(v_new.to(tl.float32), KIND)
+                tl.store(k_scales + pos + new, of_k.to(tl.bfloat16), mask=written)
+                tl.store(v_scales + pos + new, of_v.to(tl.bfloat16), mask=written)
+            tl.store(keys + at + n[None, :], k_code, mask=to_k)
+            tl.store(values + at + d[None, :], v_code, mask=to_v)
+            if NEW == 1:
+                score = softmax.scores(tl.sum(q.to(tl.float32) * k_own, 1), scale, cap)
+                to_first = (tl.arange(0, W)[:, None] == 0) & (pos < T)
+                m_i = tl.where(to_first, score[None, :], float("-inf"))
+                l_i += tl.where(to_first, 1.0, 0.0)
+                acc += (l_i * (UNIT * LIFT))[:, :, None] * v_own[None, :, :]
+            else:  # read back as part of a tile: faster than more products
+                tl.debug_barrier()
+                end = tl.minimum(pos + S, T)
+                k_tile = _cached(k_words, begin, key_of_k, word_of_k, at_k, pos, end, DW, DPW, SW, k_tile)
+                k_scale = _scaled(k_pairs, begin, key_of_s, at_s, end)
+                v_tile = _cached(v_words, begin, key_of_v, word_of_v, at_v, pos, end, DW, DPW, SW, v_tile)
+                v_scale = _scaled(v_pairs, begin, key_of_s, at_s, end)
+
+        q = q.reshape(ROWS, X, 4, F, 2, 2).permute(0, 1, 3, 2, 4, 5).reshape(1, ROWS, DP)  # as `_keys` has features
+        if KIND == "fp8":  # a query that large sees one key alone
+            q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0)
+        OF_Q: tl.constexpr = LIFT if UNIT < 1.0 else 1.0
+        if UNIT < 1.0:
+            q *= OF_Q
+        q = tl.broadcast_to(q.to(DTYPE), (W, ROWS, DP))
+        # What products begin with: what the bias makes of them, taken off. Zero otherwise, which brings q to registers
+        # before the loop, if they have room for it.
+        unbiased = tl.zeros((W, ROWS, KEYS), tl.float32)
+        if BIAS > 0.0 or TILES == 2:
+            biases = tl.dot(q, tl.full((W, DP, 8), BIAS * UNIT, tl.float32).to(DTYPE))  # a small bf16 would be 0
+            unbiased = tl.broadcast_to(-biases[:, :, None, :], (W, ROWS, Y, 8)).reshape(W, ROWS, KEYS)
+        sums = tl.zeros((W, ROWS, 8), tl.float32)  # of weights, times the bias
+        if KIND == "16-bit":
+            of_scores = scale
+        else:
+            of_scores = 1.0
+        last = last[None, :, None]
+        for t0 in range(begin, end, TILES * STEP):
+            for tile in tl.static_range(TILES):
+                t = tl.multiple_of(t0, 16) + tile * STEP
+                following = t + TILES * STEP
+                products = tl.dot(q, _keys(k_tile, W, X, KEYS, KIND, DTYPE, K_ASM), unbiased)
+                if KIND != "16-bit":
+                    products *= _per_key(k_scale, scale / (UNIT * OF_Q), W, ROWS, KEYS)
+                    k_scale = _scaled(k_pairs, following, key_of_s, at_s, end)
+                k_tile = _cached(k_words, following, key_of_k, word_of_k, at_k, first, end, DW, DPW, SW)
+                scores, seen = _seen(softmax.scores(products, of_scores, cap), t + key_of_p, end, last, window)
+                p, l_i, m_i, alpha = _softmax_step(scores, l_i, m_i)
+                if KIND != "16-bit":
+                    p = tl.where(seen, p * _per_key(v_scale, LIFT, W, ROWS, KEYS), 0.0)
+                    v_scale = _scaled(v_pairs, following, key_of_s, at_s, end)
+                p = p.to(DTYPE).reshape(W, ROWS, Y // 2, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).reshape(W, ROWS, KEYS)
+                acc = tl.dot(p, _values(v_tile, W, Z, KEYS, KIND, DTYPE, V_ASM), acc * alpha)
+                if BIAS > 0.0:
+                    sums = tl.dot(p, tl.full((W, KEYS, 8), BIAS * UNIT, tl.float32).to(DTYPE), sums * alpha)
+                v_tile = _cached(v_words, following, key_of_v, word_of_v, at_v, first, end, DW, DPW, SW)
+                if TILES == 2:
+                    k_tile, k_next = k_next, k_tile
+                    v_tile, v_next = v_next, v_tile
+                    if KIND != "16-bit":
+                        k_scale, k_scale_next = k_scale_next, k_scale
+                        v_scale, v_scale_next = v_scale_next, v_scale
+        if BIAS > 0.0:
+            acc = (acc.reshape(W, ROWS, DP // 8, 8) - sums[:, :, None, :]).reshape(W, ROWS, DP)
+        if KIND != "16-bit":
+            acc *= 1.0 / (UNIT * LIFT)
+        m, share = _shares(m_i)
+        l = tl.sum(l_i * share, 0)
+        y = (acc * share[:, :, None]).permute(1, 2, 0)  # (ROWS, DP, W)
+        for part in tl.static_range(HALVINGS):  # splitting brings what warps hold together: a sum over axis 0 is slower
+            even, odd = tl.split(y.reshape(ROWS, DP, W >> (part + 1), 2))
+            y = even + odd
+        y = y.reshape(ROWS, DP)
+
+        of_row = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G) * D
+        mask = (row < S * G)[:, None] & (in_order < D)[None, :]
+        if SPLITS > 1 and splits > 1:
+            # The program that comes last finds what all have left, and combines it in the order of the splits.
+            group = head * tl.num_programs(2) + block
+            place = partial + group.to(tl.int64) * (SPLITS * ROWS * (DP + 2))
+            own = place + (split * ROWS + tl.arange(0, ROWS)) * (DP + 2)
+            tl.store(own[:, None] + n[None, :], y, mask=mask)
+            tl.store(own + DP, m, mask=row < S * G)
+            tl.store(own + DP + 1, l, mask=row < S * G)
+            tl.debug_barrier()
+            if tl.atomic_add(counts + group, 1, sem="acq_rel") < splits - 1:
+                return
+            tl.store(counts + group, 0)
+            base = out + b.to(tl.int64) * S * (Hkv * G) * D
+            _combine(
+                base, sinks, place, splits, block, in_order, S, Hkv, h, G, D, DP, ROWS, REAL, SPLITS, SPLITS2, PARTS
+            )
+        else:
+            l = softmax.with_sink(l, m, sinks, h * G + row % G, row < S * G)
+            tl.store(out + of_row[:, None] + in_order[None, :], (y / l[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+# Bytes of the following weights to prefetch: a third of what exceeds those that the next kernels' first programs ask
+# for by themselves, and at most so many. Measured on an H100, where more, or before the wait, was slower.
+PREFETCH, EARLY = 2**21, 14 * 2**20
+WARPS, SPLIT_KEYS = 4, 128  # of a program; the fewest keys of a KV split
+
+
+def _tiles(kind: str, DP: int, S: int, many: bool) -> tuple[int, int]:
+    """Keys of a warp in a step, and how many steps' tiles are on their way, as far as registers allow: with `many`
+    programs, those of three a multiprocessor."""
+    if kind == "16-bit":
+        return 16, 2 if S == 1 and DP <= 128 and not many else 1
+    return (32 if DP <= 128 and not many else 16), 1
+
+
+MANY = 132  # programs without a split, from which three a multiprocessor are faster, measured on an H200
+PROGRAMS = {False: 264, True: 396}  # KV splits of all rows and heads: what the multiprocessors hold, two or three each
+
+
+@op("attention", mutates=("k_cache", "v_cache", "k_scales", "v_scales"))
+def attention_triton(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    rope: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    n_head: int,
+    window: int,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    prefetch: Tensor | None = None,
+    first_layer: bool = True,
+) -> Tensor:
+    """One launch of the attention kernel, S <= 16."""
+    qkv = qkv.contiguous()
+    B, S, _ = qkv.shape
+    _, Hkv, T, D = k_cache.shape
+    launch = pdl(qkv.device)
+    prefetch = prefetch if launch["PDL"] else None
+    G, DP = n_head // Hkv, max(64, triton.next_power_of_2(D))
+    rows = 8 if S * G <= 8 else 16
+    blocks = triton.cdiv(S * G, rows)
+    real = min(rows, triton.next_power_of_2(G)) if S == 1 else rows
+    many = B * Hkv * blocks > MANY and DP <= 128
+    splits = max(1, min(64, PROGRAMS[many] // (B * Hkv * blocks), triton.cdiv(T, SPLIT_KEYS)))
+    out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
+    partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
+    lines = 0 if prefetch is None else max(0, min((prefetch.nbytes - EARLY) // 3, PREFETCH)) // 128
+    # Those without a KV split help to prefetch, where one row leaves most multiprocessors idle.
+    programs = max(splits, 128 // (B * Hkv * blocks)) if lines and S == 1 else splits
+    kind = kv_cache.kind_of(k_cache)
+    how = kv_cache.widening(kind, qkv.dtype, launch["PDL"])
+    keys, tiles = _tiles(kind, DP, S, many)
+    _attention_kernel[(B * Hkv, programs, blocks)](
+        out, qkv, k_cache, v_cache, k_scales, v_scales, input_pos.contiguous(), rope, q_norm, k_norm, sinks, partial,
+        counters(qkv.device, B * Hkv * blocks), prefetch, lines,
+        int(first_layer), S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1,
+        *softmax.constants(D**-0.5 if scale is None else scale, soft_cap), eps,
+        *k_cache.stride()[:2], *(k_cache if k_scales is None else k_scales).stride()[:2], G=G, D=D, DP=DP,
+        ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows, NEW=1 if S == 1 else 16, STRIDE=k_cache.stride(2),
+        W=WARPS, HALVINGS=WARPS.bit_length() - 1, KEYS=keys, SPLITS=splits, SPLITS2=triton.next_power_of_2(splits),
+        SPLIT_KEYS=SPLIT_KEYS, PARTS=min(64 // real, triton.next_power_of_2(splits)), REAL=real, TILES=tiles, KIND=kind,
+        K_ASM=how.keys, V_ASM=how.values, BIAS=how.bias, UNIT=how.unit, LIFT=how.lift,
+        num_warps=WARPS, num_stages=1, maxnreg=168 if many else None, **launch,
+    )  # fmt: skip
+    return out
