@@ -167,11 +167,11 @@ else:
         y, x, w, s, bias, residual, partial, counts, M, N, K, steps,
         KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, PADDED: tl.constexpr,
         BM: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
-        AHEAD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+        ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W x [+ bias], or if SWIGLU `swiglu` of it (M, N / 2). x (M', K') is in the order of
         slots and, if PADDED, reaches to the end of its tiles; fp weights take it as it is. A program sums `steps` tiles
-        along K; where several share a tile of y (SPLIT), the last one to come sums their parts, in the same order."""
+        along K; where SPLIT share a tile of y, the last one to come sums their parts, in the same order."""
         P: tl.constexpr = 16 if KIND == "int4" else 8
         BN: tl.constexpr = 16 * W * R
         BK: tl.constexpr = C * 8 * P
@@ -181,16 +181,10 @@ else:
         if KIND == "fp":
             row = tl.minimum(tile * BN + tl.arange(0, BN), N - 1).to(tl.int64) * K
             at_w = w + row[:, None] + k[None, :]
-            words = row[:, None] + tl.arange(0, C)[None, :] * 64  # one in each 128 bytes
         else:
             words, pairs = places(tile, N, K, KIND, GROUP, R, C, W)
         first = part * steps
         last = tl.minimum(first + steps, tl.cdiv(K, BK))
-        for step in tl.static_range(AHEAD):  # the first weights come to the L2 cache while x is made
-            if first + step < last:
-                at = w + words + (first + step) * (C * (128 if KIND == "int4" else 64 if KIND == "fp" else 16))
-                fetch: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-                tl.inline_asm_elementwise(fetch, "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1)
         if PDL:
             tlx.gdc_wait()
         m = tile_m * BM + tl.arange(0, BM)
@@ -219,18 +213,18 @@ else:
                 acc = settled(acc)
         if PDL:  # not before: what follows would take the places that become free first, all on a few multiprocessors
             tlx.gdc_launch_dependents()
-        if SPLIT:
-            parts = tl.num_programs(2)
+        if SPLIT > 1:
             here = tile_m * tl.num_programs(1) + tile
             inner = tl.arange(0, BN)[:, None] + tl.arange(0, BM)[None, :] * BN
-            tl.store(partial + (here * parts + part).to(tl.int64) * (BN * BM) + inner, acc)
+            inner += here.to(tl.int64) * (SPLIT * BN * BM)
+            tl.store(partial + inner + part * (BN * BM), acc)
             tl.debug_barrier()
-            if tl.atomic_add(counts + here, 1, sem="acq_rel") < parts - 1:
+            if tl.atomic_add(counts + here, 1, sem="acq_rel") < SPLIT - 1:
                 return
             tl.store(counts + here, 0)
             acc = tl.zeros((BN, BM), tl.float32)
-            for part in range(parts):
-                acc += tl.load(partial + (here * parts + part).to(tl.int64) * (BN * BM) + inner, cache_modifier=".cg")
+            for part in tl.static_range(SPLIT):
+                acc += tl.load(partial + inner + part * (BN * BM), cache_modifier=".cg")
         n = tile * BN + tl.arange(0, BN)
         if KIND == "int8" and ASM is not None:
             acc *= 64.0
@@ -337,7 +331,7 @@ def gemm(
         y, ordered if padded else x, weight if kind == "fp" else weight.view(torch.int32), scales, bias, residual,
         partial, counts, M, N, K, steps,
         KIND=kind, GROUP=group, PAIRS=pairs, SWIGLU=swiglu, PADDED=padded, BM=BM, R=R, C=C, W=W,
-        SPLIT=grid[2] > 1, EVEN=K % BK == 0, AHEAD=how.ahead if launch["PDL"] else 0,
+        SPLIT=grid[2], EVEN=K % BK == 0,
         ASM=assembly(kind, scales.dtype if scales is not None else None, x.dtype, launch["PDL"]),
         num_warps=W, num_stages=how.num_stages, **launch,
     )  # fmt: skip

@@ -39,7 +39,6 @@ class Tile:
     num_warps: int
     num_stages: int  # tiles along K, of which one is in use and the others are on their way
     split: int  # programs that share a tile of the result, along K; 0: as many as the multiprocessors can run at once
-    ahead: int = 2  # tiles along K that come to the L2 cache before x is there
 
 
 Shape = tuple[int, int | None]  # (N, K), or of any K
