@@ -7,8 +7,8 @@
 
 Shapes are filled with random weights. Each figure is the median of --runs generations of --max_new_tokens tokens after
 a prompt of --prompt_length, prefill included, or with --context tokens in the cache already, which nothing has read.
---queue: so many prompts of 20 to
-2,000 tokens on --batch_size rows, beside what reading each and the decode steps take by themselves in the same run.
+--queue: so many prompts of 20 to 2,000 tokens on --batch_size rows, beside what reading each and the decode steps take
+by themselves in the same run.
 Fraction: bytes of the weights but the embedding, times tokens per second, over the read bandwidth measured in the same
 run.
 """
@@ -325,7 +325,7 @@ def never(row: int, token: int) -> bool:
 
 
 @torch.inference_mode()
-def step_time(model: Transformer, rows: int, length: int, kv_cache: str | None) -> float:
+def step_time(model: Transformer, rows: int, length: int, kv_cache: str | None = None) -> float:
     """Seconds of one forward pass of `rows` tokens of one sequence, all logits wanted, as a verification makes it."""
     device, cache = model.norm.weight.device, model.cache(1, length, kv_cache)
     tokens = torch.ones(1, rows, dtype=torch.int64, device=device)
@@ -494,10 +494,12 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
 
     if args.checkpoint_path:
         model = load_model(args.checkpoint_path, device=device, dtype=dtype, tp=tp)
+        release(device)
         measure_all(args.checkpoint_path.parent.name, args.checkpoint_path.stem, model)
     for shape, config in () if args.checkpoint_path else configs.items():
         for mode in args.modes:
             model = random_model(config, mode, device, dtype, tp)
+            release(device)
             measure_all(shape, mode, model)
             del model
             release(device)
