@@ -124,6 +124,42 @@ def rows() -> str:
     return paragraphs(*(part(results(name)) for name in ("h100", "h200")))
 
 
+def _of_run(name: str, header: str, cells: Callable[[dict], list]) -> str:
+    """A table of one run of bench.py."""
+    result = results(name)
+    title = f"{about(result)}. It reads {result['read_bandwidth'] / 1e9:.0f} GB/s and multiplies at "
+    title += f"{result['matmul_rate'] / 1e12:.0f} TFLOP/s."
+    return paragraphs(title, table(header, map(cells, result["rows"])), result.get("note", ""))
+
+
+def prompts() -> str:
+    def cells(r: dict) -> list:
+        tokens = r["prompt_length"] * r["batch_size"]
+        speed = f"{r['prefill_ms']:.1f} | {tokens / r['prefill_ms'] * 1e3:,.0f} | **{r['prefill_mfu']:.3f}**"
+        return [r["mode"], f"{r['prompt_length']:,}", speed, f"{r['memory_gigabytes']:.1f}"]
+
+    header = "weights | prompt | first token, ms | tok/s | MFU | GB in use"
+    return _of_run("prompts_h200", header, cells)
+
+
+def contexts() -> str:
+    def cells(r: dict) -> list:
+        rates = f"{r['step_ms']:.3f} | {1e3 / r['step_ms']:.1f} | **{r['decode_fraction']:.3f}**"
+        return [r["mode"], r.get("kv_cache") or "bf16", f"{r['context']:,}", rates]
+
+    header = "weights | KV cache | tokens in it | step, ms | tok/s | of read bandwidth"
+    return paragraphs(*(_of_run(name, header, cells) for name in ("contexts_h200", "contexts_fp8_h200")))
+
+
+def batches() -> str:
+    def cells(r: dict) -> list:
+        rates = f"{r['step_ms']:.3f} | {r['batch_size'] / r['step_ms'] * 1e3:,.0f} | **{r['decode_fraction']:.3f}**"
+        return [r["mode"], r["batch_size"], f"{r['context']:,}", rates]
+
+    header = "weights | rows | tokens in the cache of each | step, ms | tok/s in all | of read bandwidth"
+    return _of_run("batches_h200", header, cells)
+
+
 def first_token() -> str:
     result = results("h100")
     first = result["first_token"]
@@ -310,6 +346,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "speed": speed,
     "rows": rows,
+    "prompts": prompts,
+    "contexts": contexts,
+    "batches": batches,
     "first_token": first_token,
     "others": others,
     "speculation_step": speculation_step,
