@@ -18,12 +18,12 @@ from formats.quantised import affine
 from formats.source import Lazy
 
 SETTINGS = {"quant_algo": text(("NVFP4", "FP8"), default="NVFP4")}
-_TWICE = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
+TWICE = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
 
 
 def twice(packed: Tensor) -> Tensor:
     """Twice the values of bytes uint8 (..., n), int8 (..., 2 n)."""
-    return _TWICE[torch.stack((packed & 15, packed >> 4), -1).flatten(-2).int()]
+    return TWICE[torch.stack((packed & 15, packed >> 4), -1).flatten(-2).int()]
 
 
 def power(exponents: Tensor) -> Tensor:

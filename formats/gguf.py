@@ -104,6 +104,8 @@ def _dequantize(name: str, tensor: GGUFTensor) -> Tensor:
     import numpy as np
     from gguf.quants import dequantize
 
+    if tensor.kind.name == "F64":
+        return torch.frombuffer(tensor.data, dtype=torch.float64).view(tensor.shape)
     rows = np.frombuffer(tensor.data, np.uint8).reshape(*tensor.shape[:-1], -1)
     try:
         return torch.from_numpy(dequantize(rows, tensor.kind).reshape(tensor.shape).copy())
