@@ -14,7 +14,9 @@ from tiny import write_checkpoint
 
 import ops
 from checkpoint import load_model, torch_load
+from engine import Engine
 from errors import UserError
+from eval import LanguageModel, perplexity
 from formats.bnb import MARKERS
 from formats.convert import convert
 from formats.gguf import _lazy
@@ -23,7 +25,10 @@ from formats.gguf_file import GGUFTensor
 from formats.quantised import dense_of
 from formats.quantization_config import dequantisable
 from formats.source import Lazy
+from generate import generate
 from linear import FP8, Grouped, Int4, Int8, Linear, Plain
+from sampling import Sampler
+from tokenizer import load_tokenizer
 from tp import TensorParallel
 
 DATA = Path(__file__).parent / "data" / "quantised"
@@ -328,6 +333,8 @@ PACKED = {
     "weight_scale": torch.ones(16, 2),
 }
 FP8_TENSORS = {"weight": torch.zeros(16, 64).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 2)}
+AWQ = {"qweight": torch.zeros(64, 2, dtype=torch.int32), "qzeros": GOOD["qzeros"], "scales": GOOD["scales"]}
+INT8 = torch.zeros(16, 64, dtype=torch.int8)
 GPTQ_SETTINGS = {"bits": 4, "group_size": 32}
 CT_SETTINGS = {
     "format": "pack-quantized",
@@ -387,6 +394,55 @@ BAD = {
     ),
     "blocks": ("fp8", {"weight_block_size": [16, 16]}, FP8_TENSORS, r"\[1, 2\]; fp8 needs \[1, 4\]"),
     "no blocks": ("fp8", {}, FP8_TENSORS, "m.weight_scale_inv has shape .* no weight_block_size of two"),
+    "fp8 of a damaged scale": (
+        "fp8",
+        {},
+        FP8_TENSORS | {"weight_scale_inv": torch.ones(16, 3)},
+        "has shape .16, 3., and",
+    ),
+    "fp8's dtype": (
+        "fp8",
+        {},
+        {"weight": torch.zeros(16, 64), "weight_scale": torch.ones(1)},
+        "weight is float32; fp8 ha",
+    ),
+    "a negative g_idx": (
+        "gptq",
+        GPTQ_SETTINGS,
+        GOOD | {"g_idx": GOOD["g_idx"] - 1},
+        "names groups -1 to 0; there are 2",
+    ),
+    "g_idx of another length": ("gptq", GPTQ_SETTINGS, GOOD | {"g_idx": GOOD["g_idx"][:32]}, r"g_idx has shape \[32\]"),
+    "ct's g_idx": (
+        "compressed-tensors",
+        CT_SETTINGS,
+        PACKED | {"weight_g_idx": torch.full((64,), 2)},
+        "m.weight_g_idx names group 2; there are 2",
+    ),
+    "awq without points": (
+        "awq",
+        {"group_size": 32},
+        {k: t for k, t in AWQ.items() if k != "qzeros"},
+        "m lacks qzeros, which a",
+    ),
+    "int8's factors": (
+        "bitsandbytes",
+        {},
+        {"weight": INT8, "SCB": torch.ones(3)},
+        r"SCB has shape \[3\]; .* needs \[16\]",
+    ),
+    "int8's dtype": (
+        "bitsandbytes",
+        {},
+        {"weight": INT8.float(), "SCB": torch.ones(16)},
+        "weight is float32; bitsandb",
+    ),
+    "nvfp4's group": (
+        "modelopt",
+        {},
+        {"weight": INT8.byte(), "weight_scale": torch.ones(16, 4), "weight_scale_2": torch.ones(())},
+        r"weight_scale has shape \[16, 4\]; modelopt needs \[16, 8\]",
+    ),
     "nf4's state": (
         "bitsandbytes",
         {},
@@ -400,7 +456,7 @@ BAD = {
 def test_bad_files_are_one_line(case):
     method, settings, tensors, words = BAD[case]
     with pytest.raises(UserError, match=words) as error:
-        read_module(method, settings, tensors)
+        read_module(method, settings, tensors).quantised.read()
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
@@ -474,3 +530,24 @@ def test_ranks_and_rows_give_what_one_process_does(case, plain, tmp_path):
     start = torch.zeros(1, dtype=torch.int32)
     got, want = (m(tokens, start, m.cache(1, 16).first(12), all_logits=True) for m in (ours, dense))
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_a_converted_model_speculates_and_is_evaluated(plain, tmp_path):
+    """Text with drafts is that without, and scores are those of the same weights in full precision."""
+    settings, pack, _ = CASES["gptq, asymmetric"]
+    write(plain, tmp_path, settings, pack)
+    shutil.copy(plain / "tokenizer.json", tmp_path)
+    model, dense = (load_model(convert(tmp_path, None), dtype=torch.float32) for _ in range(2))
+    texts = []
+    for draft in (None, "prompt_lookup", load_model(tmp_path / "model.pth", dtype=torch.float32)):
+        llm = Engine(model, batch_size=2, max_seq_length=64, sampler=Sampler(temperature=0), draft=draft, speculate_k=3)
+        texts.append(list(generate(llm, [[5, 6, 7, 5, 6], [9]], 40, is_stop=lambda row, token: False)))
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) > 0
+    for linear in (module for module in dense.modules() if isinstance(module, Linear)):
+        linear.assign({"weight": linear.dequantized(torch.float32)})
+        linear.backends = (ops.plain,)
+    tokenizer = load_tokenizer(tmp_path)
+    ours, theirs = (
+        perplexity(LanguageModel(m, tokenizer), "quantised " * 20, window=32)["nll"] for m in (model, dense)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-4)

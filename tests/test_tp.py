@@ -22,6 +22,7 @@ if not CUDA:
 from checkpoint import load_model  # noqa: E402
 from engine import Engine  # noqa: E402
 from errors import UserError  # noqa: E402
+from formats.quantised import layout_of, tensors_of  # noqa: E402
 from generate import generate, load  # noqa: E402
 from gptq import Hessian, gptq  # noqa: E402
 from linear import Int4, Linear, quantize_linear  # noqa: E402
@@ -34,6 +35,7 @@ from tp import TensorParallel  # noqa: E402
 
 REPO = Path(__file__).resolve().parent.parent
 KINDS = ["plain", "int8", "fp8", "int4:32", "int4:128"]
+CONVERTED = {"gptq file": ("int4", 32), "gguf file": ("int8", 16)}  # formats' layouts, with scales in fp16
 # What families bring: OLMo 2's norms over all heads, Gemma's block, Ministral 3's growing queries.
 SCALES = {"embedding_scale": 8.0, "attention_scale": 0.2, "soft_cap": 3.0, "output_soft_cap": 4.0}
 LOCAL = {"windows": (4, 0), "local_rope": {"rope_base": 100.0}}
@@ -66,6 +68,11 @@ def write_model(path, config, kind):
             hessian = Hessian(module.in_features)
             hessian.add(torch.randn(200, module.in_features))
             own |= Int4.tensors(*gptq(own["weight"], hessian.mean, 32))
+        elif kind in CONVERTED and isinstance(module, Linear):
+            bits, group = CONVERTED[kind]
+            layout, (N, K) = layout_of(bits, group, module.in_features, torch.float16, torch.float32), module.shape
+            q, n = torch.randint(-8, 8, (N, K)), -(-K // group)
+            own |= tensors_of(layout, q, torch.rand(N, n) / 16, torch.randn(N, n) / 16, group)
         elif kind != "plain" and isinstance(module, Linear):
             own = quantize_linear(kind, own, name)
         state |= {f"{name}.{key}": t for key, t in own.items()}
@@ -254,7 +261,7 @@ def _rank(directory: Path) -> None:
     torch.set_num_threads(1)
     with session() as tp:
         plain = tiny_config(tp.world)
-        cases = [(plain, kind, torch.float32) for kind in (*KINDS, "int4-gptq")]
+        cases = [(plain, kind, torch.float32) for kind in (*KINDS, *CONVERTED, "int4-gptq")]
         cases += [(plain, kind, torch.bfloat16) for kind in ("plain", "int8", "int4:32")]
         cases += [
             (tiny_config(tp.world, **more), "plain", torch.float32)
