@@ -29,7 +29,7 @@ from fuzz_seeds import write_seeds
 
 from checkpoint import load_model
 from formats.convert import convert
-from process.command import run_cli
+from process.command import LONGEST, run_cli
 from tokenizer import load_tokenizer
 
 HUGE = [1e18, 1e30, 2**31, 2**63, 10**400]
@@ -140,7 +140,7 @@ def attempt(folder: Path, kind: str) -> str:
     error = [line for line in lines if "%|" not in line]  # tqdm's
     if status == 0:
         return "ok"
-    if status == 2 and len(error) == 1 and error[0].startswith("error: ") and len(error[0]) <= 400:
+    if status == 2 and len(error) == 1 and error[0].startswith("error: ") and len(error[0]) <= LONGEST:
         return "refused"
     return f"FAULT status {status}, {len(error)} lines, the last {error[-1][:150] if error else ''!r}"
 

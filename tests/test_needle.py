@@ -12,7 +12,7 @@ from texts import read_text
 
 TOKENS = int(os.environ.get("NEEDLE_TOKENS", 2200))  # more than a chunk of a prefill; up to 8000
 FACTS = (  # a place in the text, what is said there, and how the answer to its question begins
-    (0.05, "The secret word of the castle is", " marigold"),
+    (0.1, "The secret word of the castle is", " marigold"),
     (0.3, "The capital of Zubrowka is the town of", " Lutz"),
     (0.5, "The name of the old fisherman is", " Barnaby"),
     (0.7, "The favourite colour of the dragon is", " purple"),
