@@ -11,6 +11,7 @@ floating weights meet fp32. What is summed is fp32.
 """
 
 import ctypes
+import functools
 import math
 
 import torch
@@ -20,7 +21,7 @@ from ops import cpu_library as native
 from ops.common import op
 from ops.packing import pack_rows
 
-MAX_ROWS = 64  # of x for floating weights and for attention; with more, BLAS and PyTorch's flash attention are faster
+MAX_ROWS = 64  # with more, PyTorch is faster where the processor multiplies bf16
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 
 
@@ -30,6 +31,13 @@ def ready() -> bool:
 
 
 ready._dynamo_marked_constant = True  # all that torch.compiler.assume_constant_result does, but it imports Dynamo: 3 s
+
+
+@functools.cache
+def most_rows(dtype: torch.dtype) -> float:
+    """Of x for floating weights, and of new tokens for attention and all layers."""
+    multiplies = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return MAX_ROWS if multiplies and dtype is torch.bfloat16 else math.inf
 
 
 def pack(layer, dtype: torch.dtype) -> bool:
@@ -116,7 +124,7 @@ def supports_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos:
         and dtype in (torch.float32, torch.bfloat16)
         and k_cache.dtype is v_cache.dtype is dtype
         and D % 8 == 0
-        and qkv.shape[1] <= MAX_ROWS
+        and qkv.shape[1] <= most_rows(dtype)
         and input_pos.dtype is torch.int64
         and k_cache.stride()[2:] == (D, 1)
         and k_cache.stride() == v_cache.stride()

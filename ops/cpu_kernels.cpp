@@ -3,7 +3,8 @@
 // A unit of work is 16 rows of W. Integer weights lie in tiles of LANES rows: a vector holds four neighbouring values of
 // each row, which meet four activations in every lane (maddubs + madd, vpdpbusd, sdot), so that no row needs a sum over
 // lanes. Activations become int8 with a scale for each 32 of them; a few such numbers stand for one where more precision
-// is wanted. Floating weights meet fp32 activations, row by row.
+// is wanted. Floating weights meet fp32 activations, row by row. Many rows of x meet panels: what a unit stands for in
+// fp32, so that widening is paid once for all of them.
 //
 // Only C headers: an inline function of the standard library, compiled for AVX-512, may be the one that the linker keeps
 // for all.
@@ -35,7 +36,14 @@ constexpr int OFFSET = 128;  // by which int8 weights are too large, as those in
 constexpr int OFFSET = 0;
 #endif
 constexpr int UNIT = 16, BLOCK = 32;
-constexpr int64_t ROWS = 64;  // of x that meet a unit of W while it is in the first cache
+constexpr int AHEAD = 1024;  // bytes of floating weights
+constexpr int64_t ROWS = 64;         // of x that meet a unit of W while it is in the first cache
+constexpr int64_t PANEL_ROWS = 192;  // as many that meet a panel, if they fit the second cache
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr bool FAST_INTEGERS = true;  // more products an instruction than of floats
+#else
+constexpr bool FAST_INTEGERS = false;
+#endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -130,9 +138,12 @@ struct Block {  // 32 activations: scale * q
 
 INLINE bool is_integer(const Linear& layer) { return layer.kind >= INT8; }
 
+INLINE bool by_panels(const Product& p) { return p.M >= 32 && !(FAST_INTEGERS && is_integer(*p.layer)); }
+
 // Bytes of a row of x as the kernels read it
-int64_t row_bytes(const Linear& layer) {
-  if (is_integer(layer)) return layer.parts * (layer.padded / BLOCK) * (int64_t)sizeof(Block);
+int64_t row_bytes(const Product& p) {
+  const Linear& layer = *p.layer;
+  if (is_integer(layer) && !by_panels(p)) return layer.parts * (layer.padded / BLOCK) * (int64_t)sizeof(Block);
   return 4 * up(layer.K, 2 * LANES);
 }
 
@@ -169,6 +180,7 @@ void quantize(float* x, int64_t blocks, int parts, int offset, Block* to) {
 // Row m of x, normalised if asked, as the kernels read it. row: fp32 of K, padded by 2 LANES
 void prepare(const Product& p, int64_t m, float* row, char* to) {
   const Linear& layer = *p.layer;
+  if (by_panels(p)) row = (float*)to;
   const int64_t K = layer.K, whole = K / 8 * 8, first = m * K;
   Floats8 squares = {};
   float rest = 0;
@@ -184,6 +196,7 @@ void prepare(const Product& p, int64_t m, float* row, char* to) {
       store(row + k, load<Floats8>(row + k) * gain * widen8(p.norm, k, layer.half));
     for (int64_t k = whole; k < K; k++) row[k] *= gain * widen(p.norm, k, layer.half);
   }
+  if (by_panels(p)) return;
   const int64_t end = is_integer(layer) ? layer.padded : up(K, 2 * LANES);
   for (int64_t k = K; k < end; k++) row[k] = 0;
   float* out = (float*)to;
@@ -328,14 +341,11 @@ void int8_tile(const Linear& layer, int64_t tile, const Block* x, int64_t stride
   for (int m = 0; m < M; m++) store(y + m * UNIT, acc[m]);
 }
 
-// Rows of x that registers hold
+// Rows of x, as many at a time as registers hold
 template <int M, template <int> class Run, class... Rest>
-INLINE void by_rows(int64_t rows, Rest... rest) {
-  int64_t m = 0;
+INLINE void by_rows(int64_t m, int64_t rows, Rest... rest) {
   for (; m + M <= rows; m += M) Run<M>::run(m, rest...);
-  if (M > 4 && m + 4 <= rows) Run<4>::run(m, rest...), m += 4;
-  if (m + 2 <= rows) Run<2>::run(m, rest...), m += 2;
-  if (m < rows) Run<1>::run(m, rest...);
+  if constexpr (M > 1) by_rows<M / 2, Run>(m, rows, rest...);
 }
 
 template <int M>
@@ -355,77 +365,186 @@ struct Int8Tiles {
 
 // --- floating weights ------------------------------------------------------------------------------------------------
 
-// y[m][r] = W[r] x[m] for R rows of W of `bytes` bytes and M of x, `stride` floats apart
-template <bool HALF, int R, int M>
+// y[m] = w x[m] for a row of W of `bytes` bytes and M of x, `stride` floats apart. One stream of memory, far ahead of
+// which is asked for: this is what reads fastest.
+template <bool HALF, int M>
 void dots(const char* w, int64_t bytes, const float* x, int64_t stride, float* y) {
-  Floats acc[M][R] = {};
-  auto step = [&](int64_t at, auto words) __attribute__((always_inline)) {
-    Words v[R];
-    for (int r = 0; r < R; r++) v[r] = words(w + r * bytes + at);
+  constexpr int WIDTH = HALF ? 2 : 1, STEPS = 64 / sizeof(Words), CHAINS = WIDTH * (M == 1 ? STEPS : 1);
+  Floats acc[M][CHAINS] = {};
+  auto step = [&](int64_t at, int chain, Words v) __attribute__((always_inline)) {
     for (int m = 0; m < M; m++) {
-      const float* own = x + m * stride + (HALF ? at / 2 : at / 4);
-      const Floats a = load<Floats>(own);
-      for (int r = 0; r < R; r++) acc[m][r] += (Floats)(HALF ? v[r] << 16 : v[r]) * a;
-      if (HALF) {
-        const Floats b = load<Floats>(own + LANES);
-        for (int r = 0; r < R; r++) acc[m][r] += (Floats)(v[r] & 0xffff0000) * b;
-      }
+      const float* own = x + m * stride + at * WIDTH / 4;
+      acc[m][chain] += (Floats)(HALF ? v << 16 : v) * load<Floats>(own);
+      if (HALF) acc[m][chain + WIDTH - 1] += (Floats)(v & 0xffff0000) * load<Floats>(own + LANES);
     }
   };
   int64_t at = 0;
   for (; at + 64 <= bytes; at += 64) {
-    for (int r = 0; r < R; r++) __builtin_prefetch(w + (r + R) * bytes + at);
-    for (int i = 0; i < 64; i += sizeof(Words)) step(at + i, [](const char* p) { return load<Words>(p); });
+    __builtin_prefetch(w + at + AHEAD);
+    for (int i = 0; i < STEPS; i++) step(at + i * sizeof(Words), i * WIDTH % CHAINS, load<Words>(w + at + i * sizeof(Words)));
   }
-  for (; at < bytes; at += sizeof(Words)) step(at, [&](const char* p) { return load<Words>(p, bytes - at); });
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) y[m * UNIT + r] = sum(acc[m][r]);
+  for (; at < bytes; at += sizeof(Words)) step(at, 0, load<Words>(w + at, bytes - at));
+  for (int m = 0; m < M; m++) {
+    for (int i = 1; i < CHAINS; i++) acc[m][0] += acc[m][i];
+    y[m * UNIT] = sum(acc[m][0]);
+  }
 }
 
-template <bool HALF, int M>
-INLINE void rows_of(const char* w, int64_t bytes, int64_t count, const float* x, int64_t stride, float* y) {
-  constexpr int R = M <= 2 ? 4 : 2;
-  int64_t r = 0;
-  for (; r + R <= count; r += R) dots<HALF, R, M>(w + r * bytes, bytes, x, stride, y + r);
-  for (; r < count; r++) dots<HALF, 1, M>(w + r * bytes, bytes, x, stride, y + r);
-}
-template <int M>
-struct HalfRows {
-  static INLINE void run(int64_t m, const char* w, int64_t bytes, int64_t count, const float* x, int64_t stride, float* y) {
-    rows_of<true, M>(w, bytes, count, x + m * stride, stride, y + m * UNIT);
-  }
+template <bool HALF>
+struct Rows {
+  template <int M>
+  struct Dots {
+    static INLINE void run(int64_t m, const char* w, int64_t bytes, int64_t count, const float* x, int64_t stride, float* y) {
+      for (int64_t r = 0; r < count; r++) dots<HALF, M>(w + r * bytes, bytes, x + m * stride, stride, y + m * UNIT + r);
+    }
+  };
 };
-template <int M>
-struct FloatRows {
-  static INLINE void run(int64_t m, const char* w, int64_t bytes, int64_t count, const float* x, int64_t stride, float* y) {
-    rows_of<false, M>(w, bytes, count, x + m * stride, stride, y + m * UNIT);
+
+// --- panels ----------------------------------------------------------------------------------------------------------
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words8{__VA_ARGS__})
+#endif
+
+INLINE void transpose(Words8 (&v)[8]) {
+  Words8 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = SHUFFLE(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    a[i + 1] = SHUFFLE(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
   }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      b[i + 2 * j] = SHUFFLE(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      b[i + 2 * j + 1] = SHUFFLE(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; i++) {
+    v[i] = SHUFFLE(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    v[i + 4] = SHUFFLE(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// `count` of 16 rows of `bytes` bytes, one behind the other, as a panel (values of a row, UNIT); zeros for the others
+template <bool HALF>
+void rows_panel(const char* rows, int64_t bytes, int64_t count, float* panel) {
+  for (int r = 0; r < UNIT; r += 8)
+    for (int64_t at = 0; at < bytes; at += 32) {
+      Words8 v[8] = {};
+      for (int i = 0; i < 8 && r + i < count; i++) {
+        const char* from = rows + (r + i) * bytes + at;
+        v[i] = at + 32 <= bytes ? load<Words8>(from) : load<Words8>(from, bytes - at);
+      }
+      transpose(v);
+      float* to = panel + (HALF ? at / 2 : at / 4) * UNIT + r;
+      for (int i = 0; i < 8; i++)
+        if (HALF)
+          store(to + 2 * i * UNIT, v[i] << 16), store(to + (2 * i + 1) * UNIT, v[i] & 0xffff0000);
+        else
+          store(to + i * UNIT, v[i]);
+    }
+}
+
+void int8_panel(const Linear& layer, int64_t unit, float* panel) {
+  const char* w = (const char*)layer.weight + unit * UNIT * layer.padded;
+  for (int t = 0; t < UNIT; t += LANES)
+    for (int64_t k = 0; k < layer.padded; k += 4, w += sizeof(Ints)) {
+      const Words v = load<Words>(w);
+      for (int i = 0; i < 4; i++)
+        store(panel + (k + i) * UNIT + t, __builtin_convertvector((Ints)(v << (24 - 8 * i)) >> 24, Floats));
+    }
+}
+
+void int4_panel(const Linear& layer, int64_t unit, float* panel) {
+  const int64_t groups = layer.padded / layer.group, first = unit * UNIT * groups;
+  const char* w = (const char*)layer.weight + unit * UNIT * layer.padded / 2;
+  const uint16_t *s = layer.scales + first, *z = layer.zeros + first;
+  for (int t = 0; t < UNIT; t += LANES)
+    for (int64_t g = 0; g < groups; g++, s += LANES, z += LANES) {
+      const Floats scale = widened(s), zero = widened(z) - 8 * scale;
+      for (int64_t k = g * layer.group; k < (g + 1) * layer.group; k += BLOCK)
+        for (int i = 0; i < 16; i += 4, w += sizeof(Ints)) {
+          const Words v = load<Words>(w);
+          for (int j = 0; j < 4; j++)
+            for (int high = 0; high < 2; high++) {
+              const Ints q = (Ints)(v >> (8 * j + 4 * high)) & 15;
+              store(panel + (k + 16 * high + i + j) * UNIT + t, __builtin_convertvector(q, Floats) * scale + zero);
+            }
+        }
+    }
+}
+
+void make_panel(const Linear& layer, int64_t unit, float* panel) {
+  if (layer.kind == INT8) return int8_panel(layer, unit, panel);
+  if (layer.kind == INT4) return int4_panel(layer, unit, panel);
+  const int64_t bytes = layer.K * (layer.kind == BF16 ? 2 : 4), count = least(UNIT, layer.N - unit * UNIT);
+  const char* w = (const char*)layer.weight + unit * UNIT * bytes;
+  layer.kind == BF16 ? rows_panel<true>(w, bytes, count, panel) : rows_panel<false>(w, bytes, count, panel);
+}
+
+constexpr int PANEL_M = LANES == 16 ? 12 : 6;  // rows of x whose products with a panel fit the registers
+constexpr int64_t PANEL_K = 256;               // values of each that meet a part of it that fits the first cache
+
+// y[m] = [y[m] +] x[m] panel, for M rows of x of K values
+template <bool ADD, int M>
+void panel_rows(const float* panel, int64_t K, const float* x, int64_t stride, float* y, int64_t y_stride) {
+  constexpr int PARTS = UNIT / LANES;
+  Floats acc[M][PARTS] = {};
+  for (int64_t k = 0; k < K; k++, panel += UNIT) {
+    Floats w[PARTS];
+    for (int i = 0; i < PARTS; i++) w[i] = load<Floats>(panel + i * LANES);
+    for (int m = 0; m < M; m++)
+      for (int i = 0; i < PARTS; i++) acc[m][i] += w[i] * x[m * stride + k];
+  }
+  for (int m = 0; m < M; m++)
+    for (int i = 0; i < PARTS; i++) {
+      float* to = y + m * y_stride + i * LANES;
+      store(to, ADD ? acc[m][i] + load<Floats>(to) : acc[m][i]);
+    }
+}
+
+template <bool ADD>
+struct Panel {
+  template <int M>
+  struct Rows {
+    static INLINE void run(int64_t m, const float* panel, int64_t K, const float* x, int64_t stride, float* y, int64_t y_stride) {
+      panel_rows<ADD, M>(panel, K, x + m * stride, stride, y + m * y_stride, y_stride);
+    }
+  };
 };
 
 // --- linear ----------------------------------------------------------------------------------------------------------
 
-// A unit of rows of W times `rows` rows of x: to y (rows, UNIT)
-void products(const Linear& layer, int64_t unit, int64_t rows, const char* x, float* y) {
-  if (is_integer(layer)) {
-    const int64_t stride = layer.padded / BLOCK;
+// A unit of rows of W times `rows` rows of x, as `prepare` made them: to y (rows, UNIT)
+void products(const Product& p, int64_t unit, int64_t rows, const char* x, float* panel, float* y) {
+  const Linear& layer = *p.layer;
+  const float* values = (const float*)x;
+  const int64_t stride = row_bytes(p) / 4;
+  if (by_panels(p)) {
+    make_panel(layer, unit, panel);
+    memset(y, 0, rows * UNIT * sizeof *y);
+    for (int64_t k = 0; k < layer.K; k += PANEL_K)
+      by_rows<PANEL_M, Panel<true>::Rows>(0, rows, panel + k * UNIT, least(PANEL_K, layer.K - k), values + k, stride, y, (int64_t)UNIT);
+  } else if (is_integer(layer)) {
+    const int64_t blocks = layer.padded / BLOCK;
     if (layer.kind == INT4)
-      by_rows<4, Int4Tiles>(rows * layer.parts, layer, unit, (const Block*)x, stride, y);
+      by_rows<4, Int4Tiles>(0, rows * layer.parts, layer, unit, (const Block*)x, blocks, y);
     else
-      by_rows<4, Int8Tiles>(rows * layer.parts, layer, unit, (const Block*)x, stride, y);
+      by_rows<4, Int8Tiles>(0, rows * layer.parts, layer, unit, (const Block*)x, blocks, y);
     for (int64_t m = 0; layer.parts > 1 && m < rows; m++)
       for (int i = 0; i < UNIT; i++) {
         float all = 0;
         for (int part = layer.parts; part--;) all += y[(m * layer.parts + part) * UNIT + i];
         y[m * UNIT + i] = all;
       }
-    return;
+  } else {
+    const int64_t bytes = layer.K * (layer.kind == BF16 ? 2 : 4), count = least(UNIT, layer.N - unit * UNIT);
+    const char* w = (const char*)layer.weight + unit * UNIT * bytes;
+    if (layer.kind == BF16)
+      by_rows<6, Rows<true>::Dots>(0, rows, w, bytes, count, values, stride, y);
+    else
+      by_rows<6, Rows<false>::Dots>(0, rows, w, bytes, count, values, stride, y);
   }
-  const int64_t bytes = layer.K * (layer.kind == BF16 ? 2 : 4), count = least(UNIT, layer.N - unit * UNIT);
-  const char* w = (const char*)layer.weight + unit * UNIT * bytes;
-  if (layer.kind == BF16)
-    by_rows<6, HalfRows>(rows, w, bytes, count, (const float*)x, row_bytes(layer) / 4, y);
-  else
-    by_rows<6, FloatRows>(rows, w, bytes, count, (const float*)x, row_bytes(layer) / 4, y);
 }
 
 // What becomes of a unit's products of a row
@@ -448,13 +567,22 @@ void finish(const Product& p, int64_t unit, int64_t m, float* y) {
 }
 
 int64_t linear_scratch(const Product& p, bool shared) {
-  const int64_t row = row_bytes(*p.layer);
-  return up(shared ? p.M * row : row + 4 * (p.layer->padded + 2 * LANES), 64);
+  const int64_t row = row_bytes(p), padded = p.layer->padded;
+  if (shared) return up(p.M * row, 64);
+  return up(by_panels(p) ? 4 * UNIT * up(padded, 64) : up(row, 64) + 4 * (padded + 2 * LANES), 64);
+}
+
+// How many rows of x meet a unit of W
+int64_t rows_at_once(const Product& p) {
+  if (!by_panels(p)) return most(1, ROWS / p.layer->parts);
+  const int64_t fit = most(PANEL_ROWS / 2, least(PANEL_ROWS, (384 << 10) / row_bytes(p)));
+  const int64_t blocks = (p.M + fit - 1) / fit;
+  return up((p.M + blocks - 1) / blocks, PANEL_M);
 }
 
 void linear(const Product& p, Team& team, Scratch scratch) {
   const Linear& layer = *p.layer;
-  const int64_t row = row_bytes(layer);
+  const int64_t row = row_bytes(p);
   char* rows = scratch.shared;
   float* wide = (float*)(scratch.own + up(row, 64));
   if (p.M == 1)  // sooner done by each thread than waited for
@@ -464,12 +592,12 @@ void linear(const Product& p, Team& team, Scratch scratch) {
     team.wait();
   }
   const int64_t units = (layer.N + UNIT - 1) / UNIT, chunk = most(1, units / (8 * team.threads));
-  const int64_t chunks = (units + chunk - 1) / chunk, few = most(1, ROWS / layer.parts);
-  float y[ROWS * UNIT];
+  const int64_t chunks = (units + chunk - 1) / chunk, few = rows_at_once(p);
+  float y[(PANEL_ROWS + PANEL_M) * UNIT];
   for (int64_t task; (task = team.take()) < chunks * ((p.M + few - 1) / few);) {
     const int64_t first = task / chunks * few, count = least(few, p.M - first), begin = task % chunks * chunk;
     for (int64_t unit = begin; unit < least(begin + chunk, units); unit++) {
-      products(layer, unit, count, rows + first * row, y);
+      products(p, unit, count, rows + first * row, (float*)scratch.own, y);
       for (int64_t m = 0; m < count; m++) finish(p, unit, first + m, y + m * UNIT);
     }
   }
@@ -508,7 +636,16 @@ void write_cache(const Attention& a, int64_t b, int64_t s, int64_t h, float* hea
   for (int64_t d = 0; d < a.D; d += 8) narrow8(widen8(a.qkv, from + a.Hkv * a.D + d, a.half_x), a.v, at + d, a.half);
 }
 
-int64_t attention_scratch(const Attention& a) { return up(4 * (up(a.T, 8) + 3 * a.D), 64); }
+constexpr int64_t KEYS = 64;  // that a block of queries meets at a time
+
+// New tokens whose queries of the heads that share a key make up a block; 0: each query goes by itself
+int64_t block_tokens(const Attention& a) { return a.S < 4 ? 0 : least(a.S, most(1, 96 / (a.H / a.Hkv))); }
+
+int64_t attention_scratch(const Attention& a) {
+  const int64_t rows = block_tokens(a) * (a.H / a.Hkv), wide = up(a.D, UNIT);
+  const int64_t block = rows * (a.D + wide + KEYS + 2) + UNIT * most(wide, KEYS);
+  return up(4 * most(block, up(a.T, 8) + 3 * a.D), 64);
+}
 
 // Query head h of row b's token s. D8: of D / 8, or 0
 template <bool HALF, int D8>
@@ -552,13 +689,93 @@ void attend(const Attention& a, int64_t b, int64_t s, int64_t h, float* scratch)
     }
 }
 
+// 2^(scores - top) of KEYS scores, of which those from `first` to `end` are seen, in their place. Returns by what earlier
+// sums must be multiplied, as they were made with an older top. (Milakov and Gimelshein, arXiv:1805.02867)
+float soften(float* scores, int64_t first, int64_t end, float* top, float* total) {
+  if (first > 0 || end < KEYS)
+    for (int64_t t = 0; t < KEYS; t++) scores[t] = t >= first && t < end ? scores[t] : -INFINITY;
+  Floats8 tops = load<Floats8>(scores), totals = {};
+  for (int64_t t = 8; t < KEYS; t += 8) {
+    Floats8 v = load<Floats8>(scores + t);
+    tops = v > tops ? v : tops;
+  }
+  const float before = *top;
+  for (int i = 0; i < 8; i++) *top = tops[i] > *top ? tops[i] : *top;
+  const float base = *top > -INFINITY ? *top : 0;
+  for (int64_t t = 0; t < KEYS; t += 8) {
+    Floats8 v = load<Floats8>(scores + t), e = exp2_of(v - base);
+    e = v > -INFINITY ? e : v != v ? v : e * 0;
+    store(scores + t, e);
+    totals += e;
+  }
+  const float factor = before > -INFINITY ? exp2f(before - base) : 0;
+  *total = *total * factor + sum(totals);
+  return factor;
+}
+
+// Values of `count` tokens from feature d on, as a panel (KEYS, UNIT)
+template <bool HALF>
+void values_panel(const char* values, int64_t D, int64_t d, int64_t count, float* panel) {
+  for (int64_t t = 0; t < KEYS; t++, panel += UNIT)
+    for (int i = 0; i < UNIT; i += 8)
+      store(panel + i, t < count && d + i < D ? widen8(values, t * D + d + i, HALF) : Floats8{});
+}
+
+// The queries of new tokens s..s + tokens of row b that share key head h: flash attention (Dao, arXiv:2307.08691)
+template <bool HALF>
+void attend_block(const Attention& a, int64_t b, int64_t h, int64_t s, int64_t tokens, float* scratch) {
+  const int64_t G = a.H / a.Hkv, D = a.D, wide = up(D, UNIT), rows = tokens * G, bytes = D * (HALF ? 2 : 4);
+  const int64_t position = a.pos[b] + s, end = least(position + tokens, a.T);
+  const int64_t at = (b * a.of_row + h * a.of_head) * (HALF ? 2 : 4);
+  float *q = scratch, *y = q + rows * D, *scores = y + rows * wide, *tops = scores + rows * KEYS, *totals = tops + rows;
+  float* panel = totals + rows;
+  const float scale = (float)(1 / (sqrt((double)D) * 0.6931471805599453));
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t token = b * a.S + s + row / G;
+    turned(a, (token * (a.H + 2 * a.Hkv) + h * G + row % G) * D, a.q_norm, position + row / G, q + row * D);
+    for (int64_t d = 0; d < D; d++) q[row * D + d] *= scale;
+    tops[row] = -INFINITY, totals[row] = 0;
+  }
+  memset(y, 0, rows * wide * sizeof *y);
+  for (int64_t t = a.window > 0 ? most(0, position - a.window + 1) : 0; t < end; t += KEYS) {
+    const int64_t count = least(KEYS, end - t);
+    for (int64_t i = 0; i < KEYS; i += UNIT) {
+      rows_panel<HALF>((const char*)a.k + at + (t + i) * bytes, bytes, count - i, panel);
+      by_rows<PANEL_M, Panel<false>::Rows>(0, rows, panel, D, q, D, scores + i, KEYS);
+    }
+    for (int64_t row = 0; row < rows; row++) {
+      const int64_t last = position + row / G, first = a.window > 0 ? last - a.window + 1 - t : 0;
+      const float factor = soften(scores + row * KEYS, first, least(count, last + 1 - t), tops + row, totals + row);
+      if (factor != 1)
+        for (int64_t d = 0; d < wide; d++) y[row * wide + d] *= factor;
+    }
+    for (int64_t d = 0; d < D; d += UNIT) {
+      values_panel<HALF>((const char*)a.v + at + t * bytes, D, d, count, panel);
+      by_rows<PANEL_M, Panel<true>::Rows>(0, rows, panel, KEYS, scores, KEYS, y + d, wide);
+    }
+  }
+  for (int64_t row = 0; row < rows; row++) {
+    const float total = totals[row] > 0 || totals[row] != totals[row] ? totals[row] : 1;  // as in `attend`
+    const int64_t out = ((b * a.S + s + row / G) * a.H + h * G + row % G) * D;
+    for (int64_t d = 0; d < D; d += 8) narrow8(load<Floats8>(y + row * wide + d) / total, a.y, out + d, a.half_x);
+  }
+}
+
 void attention(const Attention& a, Team& team, Scratch scratch) {
   float* own = (float*)scratch.own;
   for (int64_t task; (task = team.take()) < a.B * a.S * a.Hkv;)
     write_cache(a, task / a.Hkv / a.S, task / a.Hkv % a.S, task % a.Hkv, own);
   team.wait();
-  auto run = a.D == 64 ? a.half ? attend<true, 8> : attend<false, 8> : a.half ? attend<true, 0> : attend<false, 0>;
-  for (int64_t task; (task = team.take()) < a.B * a.H * a.S;) run(a, task / a.H / a.S, task / a.H % a.S, task % a.H, own);
+  if (const int64_t tokens = block_tokens(a)) {
+    const int64_t blocks = (a.S + tokens - 1) / tokens;
+    for (int64_t task; (task = team.take()) < a.B * a.Hkv * blocks;) {
+      const int64_t s = (blocks - 1 - task / (a.B * a.Hkv)) * tokens, pair = task % (a.B * a.Hkv);  // the longest first
+      (a.half ? attend_block<true> : attend_block<false>)(a, pair / a.Hkv, pair % a.Hkv, s, least(tokens, a.S - s), own);
+    }
+  } else {
+    auto run = a.D == 64 ? a.half ? attend<true, 8> : attend<false, 8> : a.half ? attend<true, 0> : attend<false, 0>;
+    for (int64_t task; (task = team.take()) < a.B * a.H * a.S;) run(a, task / a.H / a.S, task / a.H % a.S, task % a.H, own);
+  }
   team.wait();
 }
 

@@ -1,4 +1,4 @@
-"""All layers of a model in one call, on a CPU: from hidden states to hidden states of up to MAX_ROWS tokens.
+"""All layers of a model in one call, on a CPU: from hidden states to hidden states of any number of tokens.
 
 prepare(model, dtype)         once, after loading: for models that this file knows every feature of
 layers(model, x, pos, cache)  the hidden states, or None where this does not serve; model.py's `hidden` is the reference
@@ -64,7 +64,7 @@ class LayersCall:
     def __call__(self, x: Tensor, input_pos: Tensor, cache) -> Tensor | None:
         B, S, _ = x.shape
         k = cache.k[0]
-        if B * S > cpu.MAX_ROWS or x.dtype is not self.dtype or k.dtype is not self.dtype:
+        if B * S > cpu.most_rows(self.dtype) or x.dtype is not self.dtype or k.dtype is not self.dtype:
             return None
         ropes = {id(rope): rope for rope in cache.rope if rope is not None}  # layers share them
         if input_pos.dtype is not torch.int64 or k.stride()[2:] != (k.shape[3], 1) or len(ropes) > 1:

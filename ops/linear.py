@@ -87,7 +87,7 @@ def _over_ranks(run: Callable) -> Callable:
 
 @_over_ranks
 def _cpu(layer, x, norm, residual):
-    if layer.scales is None and x.numel() > cpu.MAX_ROWS * x.shape[-1]:
+    if layer.scales is None and x.numel() > cpu.most_rows(x.dtype) * x.shape[-1]:
         return None
     gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     weight = (layer.weight, layer.scales, layer.zeros, layer.bias)

@@ -41,7 +41,7 @@ def test_linear_agrees_with_float64(kind, dtype, N, K):
     layer, weight = packed(kind, N, K, dtype)
     norm = RMSNorm(K, 1e-5)
     norm.weight.data = (torch.rand(K) + 0.5).to(dtype)
-    for rows in (1, 2, 3, 5, 8, 15, 16, 37, 64):
+    for rows in (1, 2, 3, 5, 8, 15, 16, 37, 64, 200):
         x, residual = torch.randn(1, rows, K).to(dtype), torch.randn(1, rows, N).to(dtype)
         layer.fp32, layer.swiglu = True, False
         y = layer(x)
@@ -101,6 +101,8 @@ def test_columns_of_a_result_do_not_depend_on_the_threads():
         (1, 1, 4, 4, 80, 300, 0, 0, False),
         (2, 16, 4, 2, 64, 17, 0, 64, False),
         (2, 64, 2, 1, 16, 70, 9, 16, False),
+        (2, 65, 6, 2, 40, 200, 0, 40, True),
+        (1, 150, 3, 1, 64, 300, 70, 32, False),
     ],
 )
 def test_attention_agrees_with_the_reference(B, S, H, Hkv, D, T, window, rotary, norms, dtype):
