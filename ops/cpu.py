@@ -34,10 +34,17 @@ ready._dynamo_marked_constant = True  # all that torch.compiler.assume_constant_
 
 
 @functools.cache
-def most_rows(dtype: torch.dtype) -> float:
+def multiplies_half() -> bool:
+    """Whether PyTorch multiplies bf16 by instructions for that, or as good as that."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def most_rows(dtype: torch.dtype) -> int:
     """Of x for floating weights, and of new tokens for attention and all layers."""
-    multiplies = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return MAX_ROWS if multiplies and dtype is torch.bfloat16 else math.inf
+    return MAX_ROWS if dtype is torch.bfloat16 and multiplies_half() else 1 << 32
+
+
+most_rows._dynamo_marked_constant = True
 
 
 def pack(layer, dtype: torch.dtype) -> bool:

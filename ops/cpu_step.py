@@ -64,7 +64,7 @@ class LayersCall:
     def __call__(self, x: Tensor, input_pos: Tensor, cache) -> Tensor | None:
         B, S, _ = x.shape
         k = cache.k[0]
-        if B * S > cpu.most_rows(self.dtype) or x.dtype is not self.dtype or k.dtype is not self.dtype:
+        if cpu.most_rows(self.dtype) < B * S or x.dtype is not self.dtype or k.dtype is not self.dtype:
             return None
         ropes = {id(rope): rope for rope in cache.rope if rope is not None}  # layers share them
         if input_pos.dtype is not torch.int64 or k.stride()[2:] != (k.shape[3], 1) or len(ropes) > 1:
