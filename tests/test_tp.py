@@ -19,6 +19,7 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # has to be set before Triton is imported
 
 
+from batches import serve  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from engine import Engine  # noqa: E402
 from errors import UserError  # noqa: E402
@@ -299,9 +300,9 @@ def _compare(path, config, dtype, quantize, tp):
     whole, part = load_model(path, **options), load_model(path, tp=tp, **options)
     tokens = torch.randint(0, 259, (3, 9), generator=torch.Generator().manual_seed(1)).to(device)
     at = torch.tensor([0, 0, 0], device=device)
-    logits = []
+    logits, cache_kind = [], "int8" if quantize else None
     for model in (whole, part):
-        cache = model.cache(3, 16)
+        cache = model.cache(3, 16, cache_kind)
         with torch.inference_mode():
             first = model(tokens, at, cache, all_logits=True)
             logits.append(torch.cat((first, model(tokens[:, :1], at + 9, cache)), 1))
@@ -331,6 +332,12 @@ def _same_tokens(path, config, tp):
             for draft in (model, whole, "prompt_lookup"):
                 llm = Engine(model, batch_size=3, max_seq_length=40, sampler=sampler, draft=draft, speculate_k=3)
                 assert texts[0] == list(generate(llm, prompts, 20, is_stop=never)), draft
+            llm = Engine(model, batch_size=2, max_seq_length=40, sampler=sampler, draft=model, speculate_k=3)
+            queue = [*prompts, [11, 12], [13]]  # answered on two rows as they become free
+            answers = [[] for _ in queue]
+            for index, token, _ in serve(llm, queue, 20, is_stop=never):
+                answers[index].append(token)
+            assert answers[:3] == [list(text) for text in zip(*texts[0])], answers
         assert texts[0] == texts[1], f"rank {tp.rank}, {sampler}: {texts}"
     if place(tp) != "cpu":  # the kernels' path, in a CUDA graph and not
         model = load_model(path, config=config, device=place(tp), tp=tp)
