@@ -1,6 +1,6 @@
 """Rewrite a checkpoint to int8, fp8 or int4 weights: `python quantize.py --checkpoint_path .../model.pth --mode int8`.
 
-int8, fp8 and int4 stream tensor by tensor from the mapped source to the mapped target; int4-gptq goes layer by layer.
+int8, fp8 and int4 stream tensor by tensor from the mapped source to the mapped target; GPTQ goes layer by layer.
 """
 
 if __name__ == "__main__":  # first: what follows takes seconds to import
@@ -24,12 +24,13 @@ from checkpoint import load_model, new_state_dict, torch_load, unchanged
 from cli import DEFAULT_CHECKPOINT, peak_memory, pick_device, positive
 from errors import UserError
 from gptq import Hessian, gptq
-from linear import GROUPS, Int4, Linear, Plain, quantize_linear, quantizer
-from model import KVCache, Mixture, ModelConfig, RMSNorm, Transformer, TransformerBlock, rope_tables
+from linear import GROUPS, Linear, Plain, quantize_linear, quantizer
+from model import KVCache, Mixture, ModelConfig, RMSNorm, Transformer, TransformerBlock, add, rope_tables
 from process.command import Parser
 from texts import read_text, task_documents
 from tokenizer import load_tokenizer
 
+MODES = ("int8", "fp8", "fp8-gptq", "int4", "int4-gptq")
 SHORTEST = 32  # tokens of a calibration sequence
 FEW = 32  # tokens of an expert with fewer of which GPTQ would fit these alone
 
@@ -81,18 +82,21 @@ def quantize_checkpoint(source: Path, target: Path, mode: str, device: torch.dev
 
 # --- GPTQ -------------------------------------------------------------------------------------------------------------
 
+Target = tuple[str, int, Linear, Hessian, Tensor | None]  # a layer's name, of experts how many, itself, and gptq's rest
+
 
 def gptq_checkpoint(
     source: Path,
     target: Path,
-    group: int,
+    mode: str,
     sequences: list[Tensor],
     device: torch.device,
     *,
     offload: bool = False,
     **options,
 ) -> int:
-    """Quantise a checkpoint by GPTQ, layer by layer, each calibrated on the output of the quantised ones before it.
+    """Quantise a checkpoint by GPTQ to `mode` (linear.quantizer's), layer by layer, each calibrated on the output of
+    the quantised ones before it, and aimed at what the exact ones make.
 
     sequences: calibration tokens, int64 (B, S) each; offload: keep activations in host memory; options: gptq.gptq's.
     Returns how many experts' matrices met too few tokens to calibrate on, and were rounded to nearest.
@@ -105,36 +109,37 @@ def gptq_checkpoint(
     home = torch.device("cpu") if offload else device
     model.config.check_tokens(tokens.flatten().tolist() for tokens in sequences)
     table, scaled = state["tok_embeddings.weight"], model.tok_embeddings.scaled
-    activations = [scaled(table[tokens].to(home, dtype)) for tokens in sequences]
+    activations = [(scaled(table[tokens].to(home, dtype)),) * 2 for tokens in sequences]
 
     def results() -> Iterator[tuple[str, dict[str, Tensor]]]:
         made: dict[str, list[dict[str, Tensor]]] = {}
-        for name, experts, linear, hessian in calibrated(model, state, activations, device):
+        for name, experts, linear, hessian, aim in calibrated(model, state, activations, device):
             if not linear.weight.isfinite().all():
                 raise UserError(f"{source}: {name} holds NaN or infinite weights")
             if experts and hessian.tokens < FEW:
                 few.append(name)
-                own = Int4.quantize(linear.weight, group)
+                own = quantizer(mode)(linear.weight)
             else:
-                own = Int4.tensors(*gptq(linear.weight, hessian.mean, group, **options))
-            linear.weight.data = ops.dequantize(*own.values(), linear.weight.dtype)[:, : linear.in_features]
+                own = gptq(linear.weight, hessian.mean, mode, aim=aim, **options)
+            whole = ops.dequantize(own["weight"], own["scales"], own.get("zeros"), linear.weight.dtype)
+            linear.weight.data = whole[:, : linear.in_features]
             made.setdefault(name, []).append(own)
             if len(made[name]) == max(1, experts):
                 parts = made.pop(name)
                 yield name, {key: torch.stack([part[key] for part in parts]) for key in own} if experts else own
 
-    write_checkpoint(source, target, state, linears, f"int4:{group}", results())
+    write_checkpoint(source, target, state, linears, mode, results())
     return len(few)
 
 
 def calibrated(
-    model: Transformer, state: dict[str, Tensor], activations: list[Tensor], device: torch.device
-) -> Iterator[tuple[str, int, Linear, Hessian]]:
-    """The name of each linear layer, 0, the layer, and the Hessian of its inputs, in the order in which they run; of
-    experts, each one by itself, and how many there are. What the caller makes of a layer's weight counts for the next
-    ones. Only a block is resident; `activations` are consumed."""
+    model: Transformer, state: dict[str, Tensor], activations: list[tuple[Tensor, Tensor]], device: torch.device
+) -> Iterator[Target]:
+    """Each linear layer with the Hessian of its inputs and what it should make of them, in the order in which they run;
+    of experts, each one by itself. What the caller makes of a layer's weight counts for the next ones. Only a block is
+    resident; `activations`, each with what it would be if nothing was quantised, are consumed."""
 
-    def load(name: str, dtype: torch.dtype | None = activations[0].dtype) -> nn.Module:
+    def load(name: str, dtype: torch.dtype | None = activations[0][0].dtype) -> nn.Module:
         names = [n for n in state if n.startswith(f"{name}.")]
         module = model.get_submodule(name)
         module.load_state_dict({n.removeprefix(f"{name}."): state[n].to(device, dtype) for n in names}, assign=True)
@@ -145,12 +150,12 @@ def calibrated(
         for name, *rest in calibrated_block(model.config, i, block, activations, device):
             yield f"layers.{i}.{name}", *rest
         block.to("meta")
-    yield "output", 0, load("output", None), input_hessian(activations, load("norm"), device)
+    yield from calibrated_inputs(activations, load("norm"), device, {"output": load("output", None)})
 
 
 def calibrated_block(
-    config: ModelConfig, layer: int, block: TransformerBlock, activations: list[Tensor], device: torch.device
-) -> Iterator[tuple[str, int, Linear, Hessian]]:
+    config: ModelConfig, layer: int, block: TransformerBlock, activations: list[tuple[Tensor, Tensor]], device
+) -> Iterator[Target]:
     """`calibrated` for a block, whose output replaces its input in `activations`."""
 
     def attention(x: Tensor) -> Tensor:
@@ -164,32 +169,37 @@ def calibrated_block(
 
     mixture = block.block_sparse_moe
     own = "block_sparse_moe.shared_expert" if mixture else "feed_forward"
-    for part, norm, first, last in (
-        (attention, block.attention_norm, ("attention.wqkv",), "attention.wo"),
-        (feed_forward, block.ffn_norm, (f"{own}.w1", f"{own}.w3"), f"{own}.w2"),
+    for part, norms, first, last in (
+        (attention, (block.attention_norm, block.post_attention_norm), ("attention.wqkv",), "attention.wo"),
+        (feed_forward, (block.ffn_norm, block.post_ffn_norm), (f"{own}.w1", f"{own}.w3"), f"{own}.w2"),
     ):
-        experts = mixture if part is feed_forward else None
+        (norm, post_norm), experts = norms, mixture if part is feed_forward else None
+        after, inputs = [part(exact.to(device)).to(exact.device) for _, exact in activations], []
         if experts:
-            for name, *rest in calibrated_experts(experts, norm, activations, device):
-                yield f"block_sparse_moe.cond_ffn.{name}", *rest
+            for name, *rest in calibrated_experts(experts, norm, [x for x, _ in activations], device):
+                yield f"block_sparse_moe.cond_ffn.{name}", *rest, None
         if not experts or experts.shared_expert:
-            hessian = input_hessian(activations, norm, device)
-            for name in first:
-                yield name, 0, block.get_submodule(name), hessian
+            yield from calibrated_inputs(activations, norm, device, {name: block.get_submodule(name) for name in first})
             linear = block.get_submodule(last)
-            hessian = Hessian(linear.in_features, device)
-            recorder = linear.register_forward_pre_hook(lambda _, inputs, hessian=hessian: hessian.add(inputs[0]))
-            for x in activations:
+            alone = not experts and not post_norm  # in adding to x, and can make good what x lacks
+            hessian = Hessian(linear.in_features, device, linear.out_features if alone else 0)
+            recorder = linear.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
+            for (x, _), exact in zip(activations, after):
                 part(x.to(device))
+                y = exact.to(device) - x.to(device)
+                hessian.add(inputs[-1], y if linear.bias is None else y - linear.bias)
+                inputs[-1] = inputs[-1].to(x.device)
             recorder.remove()
-            yield last, 0, linear, hessian
-        for i, x in enumerate(activations):
-            activations[i] = part(x.to(device)).to(x.device)
+            yield last, 0, linear, hessian, hessian.products
+        for i, (x, _) in enumerate(activations):
+            x = x.to(device)
+            made = part(x) if experts else add(x, linear, inputs[i].to(device), post_norm)
+            activations[i] = made.to(after[i].device), after[i]
 
 
 def calibrated_experts(
     mixture: Mixture, norm: RMSNorm, activations: list[Tensor], device: torch.device
-) -> Iterator[tuple[str, int, Linear, Hessian]]:
+) -> Iterator[tuple]:
     """`calibrated` for experts, each on the tokens that are sent to it."""
     inputs = [norm(x.to(device)).flatten(0, -2) for x in activations]
     met = [ops.route(mixture, h)[0].to(x.device) for h, x in zip(inputs, activations)]
@@ -213,13 +223,15 @@ def calibrated_experts(
             layer.weight.data[e] = own.weight
 
 
-def input_hessian(activations: list[Tensor], norm: RMSNorm | None, device: torch.device) -> Hessian:
-    """The Hessian of the linear layers that read norm(x), or x."""
-    hessian = Hessian(activations[0].shape[-1], device)
-    for x in activations:
-        x = x.to(device)
-        hessian.add(norm(x) if norm else x)
-    return hessian
+def calibrated_inputs(
+    activations: list[tuple[Tensor, Tensor]], norm: RMSNorm | None, device: torch.device, linears: dict[str, Linear]
+) -> Iterator[Target]:
+    """`calibrated` for linear layers that read norm(x), or x."""
+    hessian = Hessian(activations[0][0].shape[-1], device, activations[0][0].shape[-1])
+    for pair in activations:
+        hessian.add(*(norm(x.to(device)) if norm else x.to(device) for x in pair))
+    for name, linear in linears.items():
+        yield name, 0, linear, hessian, linear.weight.float() @ hessian.products
 
 
 # --- calibration text -------------------------------------------------------------------------------------------------
@@ -256,11 +268,14 @@ def calibration_sequences(
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="a full-precision model.pth")
-    parser.add_argument("--mode", "-q", default="int8", choices=("int8", "fp8", "int4", "int4-gptq"))
+    parser.add_argument("--mode", "-q", default="int8", choices=MODES)
     parser.add_argument("--groupsize", type=int, default=32, choices=GROUPS, help="int4: weights that share a scale")
     parser.add_argument("--label", default="_", help="what stands between the source's name and the mode's")
+    parser.add_argument(
+        "--export", choices=("gptq",), help="write an int4 checkpoint in this format, for other programs"
+    )
     parser.add_argument("--device", help="where to compute: cpu, cuda, ...; by default a GPU where there is one")
-    group = parser.add_argument_group("int4-gptq")
+    group = parser.add_argument_group("int4-gptq and fp8-gptq")
     group.add_argument("--calibration_tasks", nargs="+", default=["wikitext"], help="lm-eval tasks to calibrate on")
     group.add_argument("--calibration_file", type=Path, help="a text to calibrate on instead")
     group.add_argument("--include_path", type=Path, help="directory of further lm-eval tasks")
@@ -285,19 +300,21 @@ def main(argv: list[str] | None = None) -> None:
     suffix = f"{args.mode}.g{args.groupsize}" if args.mode.startswith("int4") else args.mode
     target = source.parent / f"{source.stem}{args.label}{suffix}.pth"
     try:
-        if args.mode == "int4-gptq":
+        mode, _, calibrate = args.mode.partition("-")
+        mode += f":{args.groupsize}" * (mode == "int4")
+        if calibrate:
             file, length, limit = args.calibration_file, args.calibration_seq_length, args.calibration_limit
             documents = [read_text(file)] if file else task_documents(args.calibration_tasks, args.include_path)
             encode = load_tokenizer(source.parent).encode
             sequences = calibration_sequences(documents, encode, length, limit, pad=args.pad_calibration_inputs)
             options = {name: getattr(args, name) for name in ("percdamp", "blocksize", "mse", "offload")}
-            few = gptq_checkpoint(source, target, args.groupsize, sequences, device, **options)
+            few = gptq_checkpoint(source, target, mode, sequences, device, **options)
             if few:
                 print(f"rounded {few} matrices of experts that met fewer than {FEW} calibration tokens to nearest")
         else:
-            quantize_checkpoint(source, target, f"int4:{args.groupsize}" if args.mode == "int4" else args.mode, device)
+            quantize_checkpoint(source, target, mode, device)
     except torch.OutOfMemoryError:
-        raise UserError(f"out of memory on {device}; try --offload (of int4-gptq) or --device cpu") from None
+        raise UserError(f"out of memory on {device}; try --offload (of GPTQ) or --device cpu") from None
     if args.mode.startswith("int4"):
         _, state, linears = open_model(source)
         widths = [state[f"{name}.weight"].shape[-1] for name in linears]

@@ -30,6 +30,7 @@ from ops.packing import dequantize, group_size
 from ops.prefill_cudnn import plan as plan_prefill
 from ops.read_bandwidth import free_memory, read_bandwidth
 from ops.rms_norm import add_norm
+from ops.rounding import int4_grid, inverse_factor, round_columns
 from ops.sampling import logit_threshold, sample
 from ops.symmetric import all_reduce
 from ops.verify import verify
@@ -49,6 +50,8 @@ __all__ = [
     "glu",
     "group_size",
     "has_kernels",
+    "int4_grid",
+    "inverse_factor",
     "layers",
     "linear",
     "logit_threshold",
@@ -63,6 +66,7 @@ __all__ = [
     "prepare_linear",
     "prepare_mixture",
     "read_bandwidth",
+    "round_columns",
     "route",
     "row_limits",
     "sample",

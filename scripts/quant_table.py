@@ -48,7 +48,14 @@ from tokenizer import load_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 512  # tokens that perplexity sees at once, and of a calibration sequence
 CACHES = {f"kv-{kind}": kind for kind in ops.CACHE_KINDS}  # bf16 weights, keys and values in 8 bits
-KINDS = ["bf16", *CACHES, "int8", "fp8", *(f"{kind}.g{G}" for G in GROUPS for kind in ("int4", "int4-gptq"))]
+KINDS = [
+    "bf16",
+    *CACHES,
+    "int8",
+    "fp8",
+    "fp8-gptq",
+    *(f"{kind}.g{G}" for G in GROUPS for kind in ("int4", "int4-gptq")),
+]
 
 
 def texts() -> tuple[str, str]:

@@ -378,7 +378,11 @@ def test_tokens_that_the_model_does_not_have_are_named(tiny, tmp_path):
         ours(tiny.directory)._padded([(1, 9999)])
     with pytest.raises(UserError, match="token id 9999 is outside the vocabulary"):
         gptq_checkpoint(
-            tiny.directory / "model.pth", tmp_path / "x.pth", 32, [torch.tensor([[1, 9999]])], torch.device("cpu")
+            tiny.directory / "model.pth",
+            tmp_path / "x.pth",
+            "int4:32",
+            [torch.tensor([[1, 9999]])],
+            torch.device("cpu"),
         )
     assert not list(tmp_path.iterdir())
 

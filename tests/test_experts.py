@@ -197,13 +197,13 @@ def test_gptq_of_experts(tmp_path):
         if mode == "rtn":
             quantize_checkpoint(tmp_path / "model.pth", target, "int4:32", torch.device("cpu"))
         else:
-            few = gptq_checkpoint(tmp_path / "model.pth", target, 32, tokens, torch.device("cpu"))
+            few = gptq_checkpoint(tmp_path / "model.pth", target, "int4:32", tokens, torch.device("cpu"))
         found = load_model(target, dtype=torch.float32)
         errors[mode] = sum((logits(found, t) - logits(plain, t)).square().mean() for t in tokens)
     assert few < 15 and errors["gptq"] < 0.8 * errors["rtn"], errors
     assert torch.equal(torch_load(tmp_path / "gptq.pth")["layers.0.block_sparse_moe.gate.weight"], gate)
     short = [tokens[0][:1, :20]]
-    assert gptq_checkpoint(tmp_path / "model.pth", tmp_path / "few.pth", 32, short, torch.device("cpu")) == 30
+    assert gptq_checkpoint(tmp_path / "model.pth", tmp_path / "few.pth", "int4:32", short, torch.device("cpu")) == 30
     found, rounded = (torch_load(tmp_path / f"{name}.pth") for name in ("few", "rtn"))
     assert torch.equal(*(t["layers.0.block_sparse_moe.cond_ffn.w1.weight"] for t in (found, rounded)))
 

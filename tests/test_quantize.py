@@ -144,6 +144,30 @@ def test_gptq_beats_rounding_on_what_it_was_calibrated_for(folder, options):
     assert layouts[0] == layouts[1]
 
 
+def test_gptq_in_fp8_beats_rounding(folder):
+    run(folder, "--mode", "fp8-gptq", *GPTQ[2:], str(folder / "calibration.txt"))
+    run(folder, "--mode", "fp8")
+    ids = quantize.load_tokenizer(folder).encode(TEXT)[:200]
+    names = ("model.pth", "model_fp8.pth", "model_fp8-gptq.pth")
+    exact, rounded, gptq = (F.log_softmax(logits(folder / name, torch.tensor([ids])), -1) for name in names)
+    loss = [F.kl_div(found, exact, log_target=True, reduction="batchmean").item() for found in (rounded, gptq)]
+    assert loss[1] < 0.5 * loss[0]
+    kinds = [{n: (t.dtype, t.shape) for n, t in torch.load(folder / name).items()} for name in names[1:]]
+    assert kinds[0] == kinds[1]
+
+
+def test_layers_that_add_to_the_stream_make_good_what_it_lacks(folder, monkeypatch):
+    """Aimed at what the full-precision model makes, GPTQ's model is nearer to it."""
+    ids, losses = quantize.load_tokenizer(folder).encode(TEXT)[:200], []
+    exact = F.log_softmax(logits(folder / "model.pth", torch.tensor([ids])), -1)
+    for share in (0.0, 0.5):
+        monkeypatch.setattr("gptq.SHARE", share)
+        run(folder, *GPTQ, str(folder / "calibration.txt"), "--groupsize", "128", "--label", f"_{share}_")
+        found = F.log_softmax(logits(folder / f"model_{share}_int4-gptq.g128.pth", torch.tensor([ids])), -1)
+        losses.append(F.kl_div(found, exact, log_target=True, reduction="batchmean").item())
+    assert losses[1] < 0.8 * losses[0], losses
+
+
 def test_padded_layers_are_reported(folder, capsys):
     run(folder, "--mode", "int4", "--groupsize", "64")  # w2 has 96 inputs
     assert "padded 2 of 11 layers, whose inputs the group does not divide: 96 to 128" in capsys.readouterr().out

@@ -26,7 +26,7 @@ from errors import UserError  # noqa: E402
 from formats.quantised import layout_of, tensors_of  # noqa: E402
 from generate import generate, load  # noqa: E402
 from gptq import Hessian, gptq  # noqa: E402
-from linear import Int4, Linear, quantize_linear  # noqa: E402
+from linear import Linear, quantize_linear  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from ops import linear_triton, packing, symmetric, tuning  # noqa: E402
 from ops.common import MAX_ROWS  # noqa: E402
@@ -68,7 +68,7 @@ def write_model(path, config, kind):
         if kind == "int4-gptq" and isinstance(module, Linear):
             hessian = Hessian(module.in_features)
             hessian.add(torch.randn(200, module.in_features))
-            own |= Int4.tensors(*gptq(own["weight"], hessian.mean, 32))
+            own |= gptq(own["weight"], hessian.mean, "int4:32")
         elif kind in CONVERTED and isinstance(module, Linear):
             bits, group = CONVERTED[kind]
             layout, (N, K) = layout_of(bits, group, module.in_features, torch.float16, torch.float32), module.shape
