@@ -23,6 +23,7 @@ import ops
 from checkpoint import load_model, new_state_dict, torch_load, unchanged
 from cli import DEFAULT_CHECKPOINT, peak_memory, pick_device, positive
 from errors import UserError
+from formats.gptq_writer import export
 from gptq import Hessian, gptq
 from linear import GROUPS, Linear, Plain, quantize_linear, quantizer
 from model import KVCache, Mixture, ModelConfig, RMSNorm, Transformer, TransformerBlock, add, rope_tables
@@ -297,6 +298,9 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 <= args.percdamp < 1:
         raise UserError(f"--percdamp {args.percdamp} is not within 0 and 1")
     source, device = args.checkpoint_path, pick_device(args.device)
+    if args.export:
+        print(f"wrote {export(source)}")
+        return
     suffix = f"{args.mode}.g{args.groupsize}" if args.mode.startswith("int4") else args.mode
     target = source.parent / f"{source.stem}{args.label}{suffix}.pth"
     try:

@@ -88,7 +88,7 @@ def convert(directory: Path, dtype: torch.dtype | None = torch.bfloat16, model_n
             else:
                 values = {name: source.read(name).view(target[name].shape)}
             for key, value in values.items():
-                value = value if source.interleaved else _interleave(value, config, name)
+                value = value if source.interleaved else interleave(value, config, name)
                 if source.norm_offset and name.endswith("norm.weight"):
                     value = value.float() + source.norm_offset
                 if factor := factors.get(_kind(name)):
@@ -171,7 +171,7 @@ def _check(source: Source, config: ModelConfig, blank: dict[str, Tensor]) -> Non
             raise UserError(f"wrongly shaped tensor: {detail}; {name} needs {list(shape)}")
 
 
-def _interleave(value: Tensor, config: ModelConfig, name: str) -> Tensor:
+def interleave(value: Tensor, config: ModelConfig, name: str) -> Tensor:
     """Hugging Face rotates (i, i + rotary/2), gpt-fast (2i, 2i+1): reorder the rows of each query and key head."""
     D, rotary = config.head_dim, config.rotary_dim or config.head_dim
     if ".wqkv." in name:

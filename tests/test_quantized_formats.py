@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import write_checkpoint
 
 import ops
+import quantize
 from checkpoint import load_model, torch_load
 from engine import Engine
 from errors import UserError
@@ -22,6 +23,7 @@ from formats.convert import convert
 from formats.gguf import _lazy
 from formats.gguf_blocks import BLOCKS
 from formats.gguf_file import GGUFTensor
+from formats.gptq_writer import export
 from formats.quantised import dense_of
 from formats.quantization_config import dequantisable
 from formats.source import Lazy
@@ -551,3 +553,60 @@ def test_a_converted_model_speculates_and_is_evaluated(plain, tmp_path):
         perplexity(LanguageModel(m, tokenizer), "quantised " * 20, window=32)["nll"] for m in (model, dense)
     )
     assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_export_writes_what_gptqs_readers_read(plain, tmp_path, capsys):
+    """Quantised, exported, and read again by our reader, and by one in float64 that knows the format alone."""
+    source = tmp_path / "ours"
+    shutil.copytree(plain, source)
+    (source / "text.txt").write_text("".join(chr(97 + i * i % 23) for i in range(4000)))
+    how = ["--mode", "int4-gptq", "--groupsize", "64", "--calibration_file", str(source / "text.txt")]
+    quantize.main(["--checkpoint_path", str(source / "model.pth"), "--device", "cpu", *how])
+    path = source / "model_int4-gptq.g64.pth"
+    quantize.main(["--checkpoint_path", str(path), "--export", "gptq"])
+    folder = Path(capsys.readouterr().out.split()[-1])
+    ours, tensors = linears(path), load_file(folder / "model.safetensors")
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == "gptq" and settings["group_size"] == 64 and (folder / "tokenizer.json").exists()
+
+    state = {}
+    for name, words in tensors.items():
+        module = name.rpartition(".")[0]
+        if not name.endswith(("qweight", "qzeros", "scales", "g_idx")):
+            state[name] = words.float()
+        elif name.endswith("qweight"):
+            q, points = (np.asarray(t).view(np.uint32) for t in (words, tensors[f"{module}.qzeros"]))
+            K, N = 8 * q.shape[0], q.shape[1]
+            q = np.array([[q[k // 8, n] >> 4 * (k % 8) & 15 for k in range(K)] for n in range(N)], np.float64)
+            group = np.asarray(tensors[f"{module}.g_idx"])
+            points = np.array([[(points[g, n // 8] >> 4 * (n % 8) & 15) + 1 for g in group] for n in range(N)])
+            scales = np.asarray(tensors[f"{module}.scales"], np.float64).T[:, group]
+            state[f"{module}.weight"] = torch.from_numpy((q - points) * scales).float()
+    assert sum(name.endswith("proj.weight") for name in state) == 14
+    (tmp_path / "dense").mkdir()
+    save_file(state, tmp_path / "dense" / "model.safetensors")
+    shutil.copy(plain / "config.json", tmp_path / "dense")
+    independent = linears(convert(tmp_path / "dense", torch.float32))
+    again = linears(convert(folder, None))
+    for name, linear in ours.items():
+        expected = linear.dequantized(torch.float32)
+        expected = expected.bfloat16().float() if name == "output" else expected
+        assert torch.equal(independent[name].weight, expected), name
+        assert torch.equal(again[name].dequantized(torch.float32), expected), name
+        assert again[name].kind is (Plain if name == "output" else Int4)
+
+
+def test_what_cannot_be_exported_is_one_line(plain, tmp_path):
+    shutil.copytree(plain, tmp_path, dirs_exist_ok=True)
+    quantize.main(["--checkpoint_path", str(tmp_path / "model.pth"), "--mode", "int4", "--device", "cpu"])
+    for name, words in {
+        "model.pth": "model.pth is no int4 checkpoint; make one with --mode int4-gptq",
+        "model_int4.g32.pth": "proj has zeros or scales that GPTQ's files cannot hold; --mode int4-gptq makes others",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            export(tmp_path / name)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "olmo2"}))
+    with pytest.raises(UserError, match="cannot export model_type 'olmo2'; supported: llama, mistral"):
+        export(tmp_path / "model_int4.g32.pth")
+    assert not list(tmp_path.glob("*-gptq"))
