@@ -44,13 +44,12 @@ def serve(
     queue = deque(enumerate(prompts))
     rows: list[Request | None] = [None] * llm.batch_size
     pending: deque[tuple[list[Request | None], Callable[[], list[list[int]]]]] = deque()
-    idle = max(start, 1)  # where a row without a prompt disturbs no one; a draft reads a token before
-    llm.state.pos.fill_(idle)
+    llm.park(slice(None), start)
     while queue or pending or any(rows):
         for row, request in enumerate(rows):
             if request and (request.ended or request.to_come <= 0):
                 rows[row] = None
-                llm.state.pos[row] = idle
+                llm.park(row, start)
             if rows[row] is None and queue:
                 index, prompt = queue.popleft()
                 finite = llm.fill(row, prompt, start)

@@ -252,6 +252,12 @@ class Engine:
             self.speculator.begin(row, self.state.cache.length)
         return self.reader._finite
 
+    def park(self, rows: int | slice, start: int) -> None:
+        """Let rows without a prompt wait behind position `start`, before which all share what they hold."""
+        self.state.pos[rows] = place = max(start, 1)  # a draft looks back by one
+        if self.speculator:
+            self.speculator.limit[rows] = place
+
     def _copy(self, rows: slice, start: int, end: int) -> None:
         """Copy the reader's keys and values at positions start..end to rows, the draft's too."""
         ours, read = (

@@ -87,6 +87,7 @@ def test_a_queue_speculates(tiny, draft, k, quantize):
     draft = load_model(tiny, dtype=torch.float32, quantize=quantize) if draft == "model" else draft
     llm = engine_of(tiny, 2, draft=draft, speculate_k=k, quantize=quantize)
     assert answers(llm, prompts, 10, is_stop=never) == expected
+    assert answers(llm, prompts[:1], 10, is_stop=never) == expected[:1]  # the other row never has a prompt
 
 
 def test_rows_end_at_stops_at_the_budget_and_where_the_cache_does(tiny):
