@@ -83,7 +83,8 @@ def quantize_checkpoint(source: Path, target: Path, mode: str, device: torch.dev
 
 # --- GPTQ -------------------------------------------------------------------------------------------------------------
 
-Target = tuple[str, int, Linear, Hessian, Tensor | None]  # a layer's name, of experts how many, itself, and gptq's rest
+# A linear layer: name, how many experts it is one of, itself, its inputs' Hessian, gptq's aim.
+Calibrated = tuple[str, int, Linear, Hessian, Tensor | None]
 
 
 def gptq_checkpoint(
@@ -135,7 +136,7 @@ def gptq_checkpoint(
 
 def calibrated(
     model: Transformer, state: dict[str, Tensor], activations: list[tuple[Tensor, Tensor]], device: torch.device
-) -> Iterator[Target]:
+) -> Iterator[Calibrated]:
     """Each linear layer with the Hessian of its inputs and what it should make of them, in the order in which they run;
     of experts, each one by itself. What the caller makes of a layer's weight counts for the next ones. Only a block is
     resident; `activations`, each with what it would be if nothing was quantised, are consumed."""
@@ -156,7 +157,7 @@ def calibrated(
 
 def calibrated_block(
     config: ModelConfig, layer: int, block: TransformerBlock, activations: list[tuple[Tensor, Tensor]], device
-) -> Iterator[Target]:
+) -> Iterator[Calibrated]:
     """`calibrated` for a block, whose output replaces its input in `activations`."""
 
     def attention(x: Tensor) -> Tensor:
@@ -226,7 +227,7 @@ def calibrated_experts(
 
 def calibrated_inputs(
     activations: list[tuple[Tensor, Tensor]], norm: RMSNorm | None, device: torch.device, linears: dict[str, Linear]
-) -> Iterator[Target]:
+) -> Iterator[Calibrated]:
     """`calibrated` for linear layers that read norm(x), or x."""
     hessian = Hessian(activations[0][0].shape[-1], device, activations[0][0].shape[-1])
     for pair in activations:
