@@ -288,7 +288,9 @@ def _rope_layers(family: Family, values: dict, windows: tuple[int, ...]) -> tupl
     """Whether each layer rotates, () where all do."""
     if "no_rope_layers" in values:
         return tuple(rotates(layer, values) for layer in range(values["num_hidden_layers"]))
-    return tuple(map(bool, windows)) if family.window_rope else ()
+    if not family.window_rope or not values.get("sliding_window"):
+        return ()
+    return tuple(map(bool, windows or (0,) * values["num_hidden_layers"]))
 
 
 def _windows(where: object, family: Family, values: dict) -> tuple[int, ...]:

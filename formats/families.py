@@ -24,7 +24,7 @@ class Family:
     rope_types: Mapping[str, str] = field(default_factory=dict)  # other names of them
     sliding: Callable[[int, Mapping], bool] = lambda layer, keys: True  # the layers with a window, without layer_types
     local_rope: bool = False  # layers with a window have a RoPE of their own, and rope_scaling is the others'
-    window_rope: bool = False  # where some layers have a window, only they rotate
+    window_rope: bool = False  # where a window is given, only layers that have it rotate, perhaps none
     sqrt_embedding: bool = False  # embeddings are times sqrt(hidden_size)
     interleaved: bool = False  # RoPE pairs are (2i, 2i+1) already
 

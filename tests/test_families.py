@@ -129,6 +129,14 @@ def test_logits_equal_transformers(tmp_path, family):
         assert any(type(m) is Linear and m.kind.__name__ != "Plain" for m in stored.modules())
 
 
+@pytest.mark.parametrize("window", [5, None])
+@torch.inference_mode()
+def test_exaone4_without_sliding_layers(tmp_path, window):
+    """Where a window is given, no layer rotates; elsewhere all do."""
+    options = {"sliding_window": window, "layer_types": ["full_attention"] * 2}
+    check_logits(tmp_path, save(tmp_path, transformers.AutoConfig.for_model("exaone4", **TINY, **options)))
+
+
 @pytest.mark.parametrize("wrapper", WRAPPED)
 @torch.inference_mode()
 def test_the_text_model_of_a_wrapper_is_converted(tmp_path, wrapper, capsys):
