@@ -6,9 +6,10 @@
     grouped  weight int8 or float8_e4m3fn (N, K), scales and perhaps zeros (N, ceil(K/G)): w = q * scale [+ zero]
     int4     weight uint8 (N, K'/2), low nibble first, scales and zeros (N, K'/G): w = (q - 8) * scale + zero, where K'
              is K padded up to a multiple of the group G
+    mxfp4    weight uint8 (N, K'/2), low nibble first, scales uint8 (N, K'/32): w = q * 2^(scale - 127), q being e2m1
 
-Scales and zeros are bf16 in files that quantize.py makes, and bf16, fp16 or fp32 in those that formats/ makes of other
-programs' files. E experts, linear layers of one shape, have an axis E before N. How a layer is computed is ops'
+Other scales and zeros are bf16 in files that quantize.py makes, and bf16, fp16 or fp32 in those that formats/ makes of
+other programs' files. E experts, linear layers of one shape, have an axis E before N. How a layer is computed is ops'
 business.
 """
 
@@ -48,34 +49,27 @@ class Plain:
 class Int8(Plain):
     """Symmetric int8, one scale per output row."""
 
-    @staticmethod
-    def matches(weight: Tensor, shapes: dict[str, tuple], rows: tuple[int, ...], K: int) -> bool:
-        return weight.dtype is torch.int8 and shapes == {"weight": (*rows, K), "scales": rows}
+    dtype, top = torch.int8, 127  # gpt-fast, whose format this is, makes a row's largest magnitude 127.5
 
-    @staticmethod
-    def quantize(weight: Tensor) -> dict[str, Tensor]:
-        """Round to nearest, the largest magnitude of a row being 127. (gpt-fast, whose format this is, makes it 127.5:
-        that clips it, and doubles the perplexity that int8 costs SmolLM2.)"""
+    @classmethod
+    def matches(cls, weight: Tensor, shapes: dict[str, tuple], rows: tuple[int, ...], K: int) -> bool:
+        return weight.dtype is cls.dtype and shapes == {"weight": (*rows, K), "scales": rows}
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> dict[str, Tensor]:
+        """Round to nearest, the largest magnitude of a row being the dtype's. (More clips it: 127.5 doubles the
+        perplexity that int8 costs SmolLM2.)"""
         weight = weight.float()
-        scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).eps).bfloat16()
-        q = (weight / scales.float()[:, None]).round().clamp(-128, 127)  # the scale may have been rounded down
-        return {"weight": q.to(torch.int8), "scales": scales}
+        scales = (weight.abs().amax(1) / cls.top).clamp(min=torch.finfo(torch.float32).eps).bfloat16()
+        q = weight / scales.float()[:, None]  # a scale may have been rounded down
+        q = q.clamp(-cls.top, cls.top) if cls.dtype.is_floating_point else q.round().clamp(-128, 127)
+        return {"weight": q.to(cls.dtype), "scales": scales}
 
 
-class FP8(Plain):
+class FP8(Int8):
     """8-bit floating point (e4m3, arXiv 2209.05433), one scale per output row."""
 
-    @staticmethod
-    def matches(weight: Tensor, shapes: dict[str, tuple], rows: tuple[int, ...], K: int) -> bool:
-        return weight.dtype is torch.float8_e4m3fn and shapes == {"weight": (*rows, K), "scales": rows}
-
-    @staticmethod
-    def quantize(weight: Tensor) -> dict[str, Tensor]:
-        """Round to nearest, the largest magnitude of a row being e4m3's largest, 448."""
-        weight, top = weight.float(), torch.finfo(torch.float8_e4m3fn).max
-        scales = (weight.abs().amax(1) / top).clamp(min=torch.finfo(torch.float32).eps).bfloat16()
-        q = (weight / scales.float()[:, None]).clamp(-top, top)  # the scale may have been rounded down
-        return {"weight": q.to(torch.float8_e4m3fn), "scales": scales}
+    dtype, top = torch.float8_e4m3fn, 448
 
 
 class Grouped(Plain):
@@ -91,24 +85,21 @@ class Grouped(Plain):
 
     @staticmethod
     def columns(tensors: dict[str, Tensor], part: range) -> dict[str, Tensor]:
-        """As Int4's."""
-        weight, scales, zeros = tensors["weight"], tensors["scales"], tensors.get("zeros")
-        old = ops.group_size(weight.shape[1], scales.shape[1])
+        """A group that straddles two ranks becomes smaller ones of the same scale, on both of them."""
+        weight, scales, four = tensors["weight"], tensors["scales"], tensors["weight"].dtype is torch.uint8
+        old = 2 * weight.shape[1] // scales.shape[1] if four else ops.group_size(weight.shape[1], scales.shape[1])
         new = math.gcd(old, part.start)
-        if new not in GROUPS8:
-            plain = ops.dequantize(weight, scales, zeros, torch.float32)
+        if new not in (GROUPS if four else GROUPS8):  # heads of an odd size: keep the values, give up the format
+            plain = ops.dequantize(weight, scales, tensors.get("zeros"), torch.float32)
             return {k: t for k, t in tensors.items() if k == "bias"} | {"weight": cut(plain, 1, part)}
-        group = regrouped(part, old, new, scales.shape[1])
+        count = math.ceil(len(part) / new)
+        group = ((part.start + torch.arange(count) * new) // old).clamp(max=scales.shape[1] - 1)  # of each new one
         own = {key: t[:, group] for key, t in tensors.items() if key in ("scales", "zeros")}
-        return {**tensors, "weight": cut(weight, 1, part), **own}
+        piece = range(part.start // 2, (part.start + count * new) // 2) if four else part
+        return {**tensors, "weight": cut(weight, 1, piece), **own}
 
 
-def regrouped(part: range, old: int, new: int, count: int) -> Tensor:
-    """Of `count` groups of `old` columns, the one that each group of `new` columns from part.start on lies in."""
-    return ((part.start + torch.arange(math.ceil(len(part) / new)) * new) // old).clamp(max=count - 1)
-
-
-class Int4(Plain):
+class Int4(Grouped):
     """Asymmetric int4 in groups of G = 32, 64, 128 or 256 along K (padded to K'): w = (q - 8) * scale + zero."""
 
     @staticmethod
@@ -116,19 +107,6 @@ class Int4(Plain):
         groups = ((G, math.ceil(K / G)) for G in GROUPS)
         fitting = ({"weight": (*rows, n * G // 2)} | dict.fromkeys(("scales", "zeros"), (*rows, n)) for G, n in groups)
         return weight.dtype is torch.uint8 and shapes in fitting
-
-    @staticmethod
-    def columns(tensors: dict[str, Tensor], part: range) -> dict[str, Tensor]:
-        """A group that straddles two ranks becomes smaller ones of the same scale, on both of them."""
-        weight, scales = tensors["weight"], tensors["scales"]
-        old = 2 * weight.shape[1] // scales.shape[1]
-        new = math.gcd(old, part.start)
-        if new not in GROUPS:  # heads of an odd size: keep the values, give up the format
-            plain = ops.dequantize(weight, scales, tensors["zeros"], torch.float32)
-            return {k: t for k, t in tensors.items() if k == "bias"} | {"weight": cut(plain, 1, part)}
-        group = regrouped(part, old, new, scales.shape[1])
-        piece = cut(weight, 1, range(part.start // 2, (part.start + len(group) * new) // 2))
-        return {**tensors, "weight": piece, "scales": scales[:, group], "zeros": tensors["zeros"][:, group]}
 
     @staticmethod
     def grid(groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +135,15 @@ class Int4(Plain):
         return {"weight": q[:, ::2] | q[:, 1::2] << 4, "scales": scales.bfloat16(), "zeros": zeros.bfloat16()}
 
 
+class MXFP4(Int4):
+    """4-bit floating point (e2m1) in groups of 32 that share a power of two (OCP Microscaling Formats 1.0)."""
+
+    @staticmethod
+    def matches(weight: Tensor, shapes: dict[str, tuple], rows: tuple[int, ...], K: int) -> bool:
+        n = math.ceil(K / 32)
+        return weight.dtype is torch.uint8 and shapes == {"weight": (*rows, 16 * n), "scales": (*rows, n)}
+
+
 KINDS = (Plain, Int8, FP8, Grouped, Int4)
 
 
@@ -165,14 +152,16 @@ def kind_of(shape: tuple[int, ...], tensors: dict[str, Tensor], name: str) -> ty
     or experts' (E, N, K)."""
     *rows, K = shape
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    floats = all(t.dtype in FLOATS for key, t in tensors.items() if key != "weight")
-    if floats and shapes.pop("bias", tuple(rows)) == tuple(rows) and "weight" in shapes:
-        for kind in KINDS:
+    others = [key for key, t in tensors.items() if key != "weight" and t.dtype not in FLOATS]
+    exponents = others == ["scales"] and tensors["scales"].dtype is torch.uint8
+    if (exponents or not others) and shapes.pop("bias", tuple(rows)) == tuple(rows) and "weight" in shapes:
+        for kind in (MXFP4,) if exponents else KINDS:
             if kind.matches(tensors["weight"], shapes, tuple(rows), K):
                 return kind
     found = ", ".join(f"{key} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for key, t in tensors.items())
     raise UserError(
-        f"{name or 'a linear layer'} needs a plain, int8, fp8 or int4 weight for {list(shape)}; found {found or 'none'}"
+        f"{name or 'a linear layer'} needs a plain, int8, fp8, int4 or mxfp4 weight for {list(shape)}; "
+        f"found {found or 'none'}"
     )
 
 

@@ -23,7 +23,7 @@ from ops import cpu, experts_gemm, experts_triton, symmetric
 from ops.common import op, triton
 from ops.linear import BACKENDS, LinearLayer, linear, plain
 from ops.linear import _cpu as on_cpu
-from ops.packing import dequantize, pack_int4
+from ops.packing import dequantize, pack_4_bits
 
 
 class Experts(Protocol):
@@ -110,7 +110,7 @@ def pack(layer: MixtureLayer, dtype: torch.dtype) -> bool:
     for own in experts:
         weight, scales = own.weight.flatten(0, 1), None if own.scales is None else own.scales.flatten(0, 1)
         if weight.dtype is torch.uint8:
-            weight, scales = pack_int4(weight, scales, own.zeros.flatten(0, 1))
+            weight, scales = pack_4_bits(weight, scales, None if own.zeros is None else own.zeros.flatten(0, 1))
         own.weight, own.zeros = nn.Parameter(weight, requires_grad=False), None
         own.scales = None if scales is None else nn.Parameter(scales, requires_grad=False)
     return True

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ops import tuning
 from ops.common import on_triton, op, pdl, tl, triton
 from ops.experts_triton import glu
-from ops.linear_gemm import assembly, places, rms_norm, settled, values, weights
+from ops.linear_gemm import ORDER, assembly, places, rms_norm, settled, values, weights
 from ops.linear_triton import group_of, kind_of, out_features
 
 FEATURES = 1024  # of a row, that a program sums
@@ -114,7 +114,8 @@ if triton is not None:
         """Up: y (P, width of the next x) = SwiGLU of W x [+ bias], times scores (P,), a row for each place in `order`,
         in the order of slots O wants. DOWN: y (P, N) = W x [+ scores * bias], a row for each token and choice.
         tiles int32 (T, 3): the expert, the first place, and the end of that expert's places."""
-        P: tl.constexpr = 16 if KIND == "int4" else 8
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        P: tl.constexpr = 16 if FOUR else 8
         BN: tl.constexpr = 16 * W * R
         BK: tl.constexpr = C * (32 if KIND == "fp" else 8 * P)
         S: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None
@@ -132,10 +133,13 @@ if triton is not None:
             at_w = (expert * N + tl.minimum(n, N - 1))[:, None] * K + tl.arange(0, BK)[None, :]
         else:
             words, pairs = places(tile, N, K, KIND, GROUP, R, C, W)
-            if KIND == "int4":
+            if FOUR:
                 blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
                 words += expert * (N // 8) * (blocks * 128)
-                pairs += expert * (N // 8) * (tl.cdiv(K, 256) * (8 * 256 // GROUP))
+                if KIND == "int4":
+                    pairs += expert * (N // 8) * (tl.cdiv(K, 256) * (8 * 256 // GROUP))
+                else:
+                    pairs += expert * (N // 8) * (blocks * 32)
             else:
                 words += expert * N * (K // 4)
         acc = tl.zeros((BN, BM), tl.float32)
@@ -147,8 +151,8 @@ if triton is not None:
                 else:
                     a = tl.load(w + at_w + step * BK, (within < K)[None, :], other=0.0)
             else:
-                found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, GROUP > 0, R, C, W, EVEN)
-                a = values(found, own, KIND, GROUP, GROUP > 0, S, x.dtype.element_ty, ASM)
+                found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, KIND == "int4", R, C, W, EVEN)
+                a = values(found, own, KIND, GROUP, KIND == "int4", S, x.dtype.element_ty, ASM)
                 a = a.reshape(C, R, 2, W, 8, 4, P, 2).permute(1, 3, 2, 4, 0, 6, 5, 7).reshape(BN, BK)
             if EVEN:
                 rows = tl.load(x + at_x + step * BK)
@@ -241,7 +245,7 @@ def product(
     """One product of n experts. Up: x (M, K') in the order of slots -> SwiGLU of W x [+ bias], times scores (M, k), in
     that order (P, K'). Down: of these -> W x [+ scores * bias] (P, N). See `group`, whose tiles have how.rows rows."""
     P, N, kind = len(order), out_features(weight) // n, kind_of(weight)
-    K = weight.shape[1] if kind != "int4" else x.shape[1]
+    K = weight.shape[1] if weight.ndim == 2 else x.shape[1]
     R, C, W = how.row_repeat, how.k_repeat, how.num_warps
     BN, BK = 16 * W * R, C * tuning.CHUNK[kind]
     width = N if down else triton.cdiv(N // 2, 64) * 64
@@ -251,7 +255,7 @@ def product(
         y, x, weight if kind == "fp" else weight.view(torch.int32), scales, bias, scores, order, tiles,
         N, K, x.shape[1], scores.shape[1],
         KIND=kind, GROUP=group_of(K, kind, scales)[0], DOWN=down,
-        LIMIT=limit, ALPHA=alpha, O={"fp": 0, "int4": 4}.get(kind, 8), BM=how.rows, R=R, C=C, W=W,
+        LIMIT=limit, ALPHA=alpha, O=ORDER.get(kind, 8), BM=how.rows, R=R, C=C, W=W,
         EVEN=K % BK == 0, ASM=assembly(kind, scales.dtype, x.dtype, hopper) if kind != "fp" else None,
         HOPPER=hopper, num_warps=W, num_stages=how.num_stages,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from ops.linear_triton import group_of, kind_of, out_features
 if triton is None:
     glu = None
 else:
-    from ops.linear_triton import _axes
+    from ops.linear_triton import _axes, bytes_of
 
     @triton.jit
     def glu(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
@@ -111,17 +111,23 @@ else:
     ):  # fmt: skip
         """The words of a tile at a step of W units and, for int4, its scales and zeros; for kinds of 8 bits going down,
         each warp's scales of rows (W, 8 R)."""
-        PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if FOUR else 4  # 4 bits' words lie 8 rows together
         j, i, warp, r, u = _axes(W, R)
         _, unit, expert, _ = _unit(used, count, S, tile, step, T, U, DOWN, warp)
         chunk = unit * C + tl.arange(0, C)[None, None, None, None, :, None]
         here = tile if DOWN else tile % T
         pair = 0.0
-        if KIND == "int4":
+        if FOUR:
             blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
             row8 = expert.to(tl.int64) * (N // 8) + tl.minimum(here * R + r, N // 8 - 1)
             words = row8 * (blocks * 128) + (chunk * 128 + i * 16 + j * 4 + u)
             inside = chunk < blocks
+        if KIND == "mxfp4":
+            pair = products.load(
+                s, row8 * (blocks * 32) + bytes_of(chunk, i, j, W, C, COLS), 0, inside, EVEN, False, wanted
+            )
+        elif KIND == "int4":
             pairs = i * (256 // GROUP) + chunk // 2 * (8 * 256 // GROUP)
             if GROUP < 256:
                 pairs += chunk % 2 * (128 // GROUP)
@@ -134,7 +140,7 @@ else:
             pairs = row8 * (tl.cdiv(K, 256) * (8 * 256 // GROUP)) + pairs
             s = s.to(tl.pointer_type(tl.int32))
             pair = products.load(s, pairs, 0, inside, EVEN, False, wanted)
-        else:
+        if not FOUR:
             row = expert.to(tl.int64) * N + tl.minimum((here * R + r) * 8 + i, N - 1)
             words = row * (K // PER_WORD) + (chunk * 16 + j * 4 + u)
             inside = (chunk * 16 + j * 4) * PER_WORD < K
@@ -177,7 +183,7 @@ else:
             s = tl.broadcast_to(s[None, :, :], (D, W, R * 8)).reshape(D * W, R * 8)
             acc += own * s[:, :, None]
         else:
-            acc = products.multiply(acc, w, s, b, scale, KIND, GROUP, GROUP > 0, S, R, C, W, COLS, ASM)
+            acc = products.multiply(acc, w, s, b, scale, KIND, GROUP, KIND == "int4", S, R, C, W, COLS, ASM)
         return acc
 
     @triton.jit
@@ -193,15 +199,16 @@ else:
         Up, kernels that depend on this one may start when its wait is over, so that going down may look for the used
         experts, and ask for its first weights, before it waits itself.
         """
-        P: tl.constexpr = 2 if KIND == "fp" else 8 if KIND == "int4" else 4  # values in a word
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        P: tl.constexpr = 2 if KIND == "fp" else 8 if FOUR else 4  # values in a word
         CHUNK: tl.constexpr = 16 * P
         X: tl.constexpr = C * CHUNK // 32
         B: tl.constexpr = (COLS + 7) // 8
         DTYPE: tl.constexpr = x.dtype.element_ty
         PAIR: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None  # int4's scales and zeros are of it
-        SMALL: tl.constexpr = KIND == "int4" and COLS > 1 and ASM is not None
-        UNIT: tl.constexpr = 2.0**69 if SMALL else 64.0 if KIND == "int8" and COLS > 1 and ASM is not None else 1.0
-        IN_INT8: tl.constexpr = COLS == 1 and (KIND == "int8" or KIND == "int4")
+        SMALL: tl.constexpr = FOUR and COLS > 1 and ASM is not None
+        IN_INT8: tl.constexpr = COLS == 1 and (KIND == "int8" or FOUR)
+        UNIT: tl.constexpr = products.unit(KIND, SMALL, IN_INT8, ASM)
         D: tl.constexpr = (C if C < 8 // R else 8 // R) if P == 4 and COLS == 8 else 1
         SPAN: tl.constexpr = C * CHUNK // 2
         j, i, _, _, u = _axes(W, R)

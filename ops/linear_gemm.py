@@ -26,6 +26,7 @@ from ops import tuning
 from ops.common import counters, pdl, tl, tlx, triton
 from ops.linear_triton import group_of, kind_of, out_features
 
+ORDER = {"": 0, "fp": 0, "int4": 4, "mxfp4": 4}  # a kind's O, see above, if not 8
 FEATURES = 2048  # of a row, that a program of the norm writes
 TILES = 2**14  # of a result whose parts along K are summed
 
@@ -65,13 +66,16 @@ else:
         j, i, chunk = f % 4, f // 4 % 8, f // (64 * W * R)
         row = tile * (16 * W * R) + f // (64 * W) % R * (16 * W) + f // 32 % W * 16 + f // (32 * W) % 2 * 8 + i
         pairs = 0
-        if KIND == "int4":
+        if KIND == "int4" or KIND == "mxfp4":
             blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
             words = tl.minimum(row // 8, N // 8 - 1).to(tl.int64) * (blocks * 128) + (chunk * 128 + i * 16 + j * 4)
             g = tl.arange(0, 16 * W * R * C)  # without lanes j, which share pairs
             row8 = (tile * (16 * W * R) + g // (16 * W) % R * (16 * W) + g // 8 % W * 16 + g // (8 * W) % 2 * 8) // 8
-            pairs = tl.minimum(row8, N // 8 - 1).to(tl.int64) * (tl.cdiv(K, 256) * (8 * 256 // GROUP))
-            pairs += g % 8 * (256 // GROUP)
+            pairs = tl.minimum(row8, N // 8 - 1).to(tl.int64)
+            if KIND == "int4":
+                pairs = pairs * (tl.cdiv(K, 256) * (8 * 256 // GROUP)) + g % 8 * (256 // GROUP)
+            else:
+                pairs = pairs * (blocks * 32) + g % 8 * 4
         else:
             words = tl.minimum(row, N - 1).to(tl.int64) * (K // 4) + (chunk * 16 + j * 4)
             if GROUP > 0:
@@ -83,15 +87,16 @@ else:
         w, s, words, pairs, step, K, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, R: tl.constexpr,
         C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
     ):  # fmt: skip
-        """The words of a tile at step, and the pairs or scales of groups: int4's one for each word, others (F,)."""
+        """The words of a tile at step, and the pairs or scales of groups: of 4 bits one for each word, others (F,)."""
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         F: tl.constexpr = 64 * W * R * C
         f = tl.arange(0, F)
         blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
         words = words[:, None] + tl.arange(0, 4)[None, :]
-        at = w + tl.max_contiguous(tl.multiple_of(words, (1, 4)), (1, 4)) + step * (C * (128 if KIND == "int4" else 16))
+        at = w + tl.max_contiguous(tl.multiple_of(words, (1, 4)), (1, 4)) + step * (C * (128 if FOUR else 16))
         if EVEN:
             found = tl.load(at)
-        elif KIND == "int4":
+        elif FOUR:
             found = tl.load(at, (step * C + f // (64 * W * R) < blocks)[:, None], other=0)
         else:
             k = (step * C + f // (64 * W * R)) * 64 + f % 4 * 16
@@ -99,23 +104,28 @@ else:
         own = 0
         if PAIRS:
             s = s.to(tl.pointer_type(tl.int32))
-        if KIND != "int4" and GROUP > 0:
+        if not FOUR and GROUP > 0:
             k = (step * C + f // (64 * W * R)) * 64 + f % 4 * 16
             if EVEN:
                 own = tl.load(s + pairs + k // GROUP)
             else:
                 own = tl.load(s + pairs + k // GROUP, k < K, other=0)
-        if KIND == "int4":
+        if FOUR:
             G: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
             block = step * C + tl.arange(0, F // 4) // (16 * W * R)
-            pairs += block // 2 * (8 * 256 // GROUP)
-            if GROUP < 256:
-                pairs += block % 2 * (128 // GROUP)
+            if KIND == "mxfp4":
+                pairs += block * 32
+            else:
+                pairs += block // 2 * (8 * 256 // GROUP)
+                if GROUP < 256:
+                    pairs += block % 2 * (128 // GROUP)
             at = s + tl.max_contiguous(tl.multiple_of(pairs[:, None] + tl.arange(0, G)[None, :], (1, G)), (1, G))
             if EVEN:
                 own = tl.load(at)
             else:
                 own = tl.load(at, (block < blocks)[:, None], other=0)
+            if KIND == "mxfp4":  # 2^(e - 121) twice, in bf16
+                own = (own.to(tl.int32) + 6) * 0x00800080
             own = tl.broadcast_to(own[:, None, :, None], (F // 4, 4, G, 4 // G)).reshape(F, 4)
         return found, own
 
@@ -127,7 +137,8 @@ else:
         """Words int32 (F, 4), and of groups their pairs in halves of S or their scales, as values (F, p, e) in DTYPE:
         what they stand for, or without groups int8 and fp8 without their scale; int8 with ASM divided by 64."""
         F: tl.constexpr = w.shape[0]
-        P: tl.constexpr = 16 if KIND == "int4" else 8
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        P: tl.constexpr = 16 if FOUR else 8
         if ASM is None:
             e = tl.arange(0, 2)[None, None, None, :]
             q = tl.arange(0, P // 4)[None, None, :, None]
@@ -136,12 +147,15 @@ else:
                 scale, zero = products._halves(s, S)
                 out = ((w >> (4 * q + 16 * e) & 15) - 8).to(tl.float32) * scale[:, :, None, None]
                 out = (out + zero[:, :, None, None]).to(DTYPE)
+            elif KIND == "mxfp4":
+                scale = ((s & 0xFFFF) << 16).to(tl.float32, bitcast=True) * 2.0**-6
+                out = (products.twice(w >> (4 * q + 16 * e) & 15) * (scale * 0.5)[:, :, None, None]).to(DTYPE)
             else:
                 byte = (w >> (16 * q + 8 * e)).to(tl.int8)
                 out = byte.to(DTYPE) if KIND == "int8" else byte.to(tl.float8e4nv, bitcast=True).to(DTYPE)
             out = out.reshape(F, P, 2)
         else:  # two neighbouring words at once: a register has two values of one of them; (F, uh e, ul, q) comes out
-            if KIND == "int4":
+            if FOUR:
                 a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
                     ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [w, s], (tl.bfloat16,) * 8, is_pure=True, pack=2
                 )
@@ -152,7 +166,7 @@ else:
                 )
                 out = products.join4(a, b, c, d)
             out = out.reshape(F, 2, 2, 2, P // 4).permute(0, 1, 3, 4, 2).reshape(F, P, 2)
-        if KIND != "int4" and GROUP > 0:
+        if not FOUR and GROUP > 0:
             out = products.scaled(out, s[:, None, None], KIND, PAIRS, S, DTYPE, ASM)
         return out
 
@@ -172,7 +186,8 @@ else:
         """y (M, N) = [residual +] W x [+ bias], or if SWIGLU `swiglu` of it (M, N / 2). x (M', K') is in the order of
         slots and, if PADDED, reaches to the end of its tiles; fp weights take it as it is. A program sums `steps` tiles
         along K; where SPLIT share a tile of y, the last one to come sums their parts, in the same order."""
-        P: tl.constexpr = 16 if KIND == "int4" else 8
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        P: tl.constexpr = 16 if FOUR else 8
         BN: tl.constexpr = 16 * W * R
         BK: tl.constexpr = C * 8 * P
         S: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None
@@ -247,12 +262,15 @@ else:
 
 @functools.cache
 def assembly(kind: str, scales: torch.dtype, dtype: torch.dtype, hopper: bool) -> str | None:
-    """PTX that turns two int32 words, and for int4 their pairs, into values as pairs of bf16, in order; None where the
-    GPU or another dtype of values does not allow it. Of int4, nibbles a and a + 4 where they are, as the low bits of
-    bf16, are so many times 2^-133; an FMA makes that exactly (q - 8) / 64, another one the value, rounded once. With
-    scales in fp16 they are the low bits of 1024 + q or 1024 + 16 q, and what an FMA makes of them is rounded twice."""
+    """PTX that turns two int32 words, and of 4 bits their pairs or scales, into values as pairs of bf16, in order; None
+    where the GPU or another dtype of values does not allow it. Of int4, nibbles a and a + 4 where they are, as the low
+    bits of bf16, are so many times 2^-133; an FMA makes that exactly (q - 8) / 64, another one the value, rounded once.
+    With scales in fp16 they are the low bits of 1024 + q or 1024 + 16 q, and what an FMA makes of them is rounded
+    twice."""
     if not hopper or dtype != torch.bfloat16 or kind == "fp":
         return None
+    if kind == "mxfp4":
+        return _assembly_mxfp4()
     if kind != "int4":
         return products.assembly(kind)
     if scales is torch.float16:
@@ -269,6 +287,21 @@ def assembly(kind: str, scales: torch.dtype, dtype: torch.dtype, hopper: bool) -
     constants = {"a": "0x7f007f00", "b": "0x7d007d00", "c": "0xbe00be00", "d": "0x42804280"}  # 2^127, 2^123, -1/8, 64
     moves = [f"mov.b32 {name}, {value};" for name, value in constants.items()]
     return "{ .reg .b32 t, s, z, a, b, c, d; " + " ".join(moves + lines) + " }"
+
+
+def _assembly_mxfp4() -> str:
+    """As products.assembly's, times 2^120 and then the scale, which are exact."""
+    lines = []
+    for word in range(2):
+        for i, (sign, rest) in enumerate((("shl", "shl"), ("shl", "shl"), ("shl", "shr"), ("shl", "shr"))):
+            o, w = f"${4 * word + i}", f"${8 + word}"
+            lines.append(
+                f"{sign}.b32 t, {w}, {12 - 4 * i}; and.b32 t, t, 0x80008000; {rest}.b32 s, {w}, {abs(6 - 4 * i)};"
+            )
+            lines.append(
+                f"lop3.b32 t, t, s, 0x01c001c0, 0xf8; mul.rn.bf16x2 t, t, a; mul.rn.bf16x2 {o}, t, ${10 + word};"
+            )
+    return "{ .reg .b32 t, s, a; mov.b32 a, 0x7b807b80; " + " ".join(lines) + " }"
 
 
 def _assembly_fp16() -> str:
@@ -293,7 +326,7 @@ def rms_norm(x: Tensor, norm: Tensor | None, eps: float, kind: str = "", out: Te
     that it wants, into the first rows of `out` (M', K'), which get zeros past K."""
     (M, K), out = x.shape, torch.empty_like(x) if out is None else out
     grid = (M, triton.cdiv(out.shape[1], FEATURES))
-    order = {"": 0, "fp": 0, "int4": 4}.get(kind, 8)
+    order = ORDER.get(kind, 8)
     _norm_kernel[grid](out, x, norm, K, out.shape[1], eps, O=order, BLOCK=FEATURES, num_warps=8, **pdl(x.device))
     return out
 

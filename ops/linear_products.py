@@ -38,6 +38,13 @@ if triton is not None:
                 for shift, word in (("", "{w}"), ("shr.b32 t, {w}, 8;", "t"))
                 for mask in ("0x000f000f", "0x00f000f0")
             ],
+            # e2m1's bits, moved into bf16's, are the value times 2^-126, subnormal or not
+            "mxfp4": [
+                f"{sign} t, {{w}}, {abs(12 - a)}; and.b32 t, t, 0x80008000; {rest} s, {{w}}, {abs(6 - a)};"
+                "lop3.b32 {o}, t, s, 0x01c001c0, 0xf8;"
+                for a, sign, rest in ((0, "shl.b32", "shl.b32"), (4, "shl.b32", "shl.b32"), (8, "shl.b32", "shr.b32"))
+            ]
+            + ["and.b32 t, {w}, 0x80008000; shr.b32 s, {w}, 6; lop3.b32 {o}, t, s, 0x01c001c0, 0xf8;"],
         }
         body = bodies.get(kind, [])
         n = 2 * len(body)
@@ -46,12 +53,19 @@ if triton is not None:
         moves = [f"mov.b32 {name}, {value};" for name, value in constants.items()]
         return "{ .reg .b32 t, s, a, b, c; " + " ".join(moves + lines) + " }"
 
+    @triton.constexpr_function
+    def unit(kind, small, in_int8, asm):
+        """What products of a kind are to be multiplied with: 4 bits for several rows with assembly are `small`."""
+        if kind == "mxfp4":
+            return 2.0**62 if small else 0.5 if in_int8 else 1.0
+        return 2.0**69 if small else 64.0 if kind == "int8" and not in_int8 and asm is not None else 1.0
+
     @triton.jit
     def _unpack(w, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
         """Words int32 (..., 4) -> their values, DTYPE (..., 4, 2 [, 2, 2]), whose axes are the word's high bit and the
         value's low bit e, then the word's low bit and the rest of the value's index. int4 comes as q, with ASM as
         2^-133 q where the value's second bit is 0 and as 2^-129 q where it is 1: subnormal, which tensor cores take.
-        int8 comes with ASM as 2^-6 q.
+        int8 comes with ASM as 2^-6 q, mxfp4 as 2^-126 times its value.
 
         Two neighbouring words go through each piece of assembly (pack=2), and a register of two 16-bit results is one
         output's value for both of them: what was the word's low bit is e afterwards.
@@ -60,9 +74,9 @@ if triton is not None:
             low, high = tl.split(w.reshape(w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4], 2, 2))
             e = tl.arange(0, 2)[None, None, None, None, None, None, :]
             low, high = tl.expand_dims(low, 6), tl.expand_dims(high, 6)
-            if KIND == "int4":
-                l0, l1, l2, l3 = _nibbles(low >> (16 * e), DTYPE)
-                h0, h1, h2, h3 = _nibbles(high >> (16 * e), DTYPE)
+            if KIND == "int4" or KIND == "mxfp4":
+                l0, l1, l2, l3 = _nibbles(low >> (16 * e), KIND, DTYPE)
+                h0, h1, h2, h3 = _nibbles(high >> (16 * e), KIND, DTYPE)
                 out = tl.join(join4(l0, l2, h0, h2), join4(l1, l3, h1, h3))
             elif KIND == "fp":
                 low, high = (low >> (16 * e)).to(tl.int16), (high >> (16 * e)).to(tl.int16)
@@ -74,7 +88,7 @@ if triton is not None:
                     _byte(high >> (8 * e), KIND, DTYPE),
                     _byte(high >> (8 * e + 16), KIND, DTYPE),
                 )
-        elif KIND == "int4":
+        elif KIND == "int4" or KIND == "mxfp4":
             a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
                 ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 8, is_pure=True, pack=2
             )
@@ -119,8 +133,24 @@ if triton is not None:
         return w.to(DTYPE) if KIND == "int8" else w.to(tl.float8e4nv, bitcast=True).to(DTYPE)
 
     @triton.jit
-    def _nibbles(w, DTYPE: tl.constexpr):
-        return (w & 15).to(DTYPE), (w >> 4 & 15).to(DTYPE), (w >> 8 & 15).to(DTYPE), (w >> 12 & 15).to(DTYPE)
+    def _nibbles(w, KIND: tl.constexpr, DTYPE: tl.constexpr):
+        """The values of a word's four lowest nibbles: q, or e2m1's."""
+        a, b, c, d = w & 15, w >> 4 & 15, w >> 8 & 15, w >> 12 & 15
+        if KIND == "mxfp4":
+            a, b, c, d = twice(a) * 0.5, twice(b) * 0.5, twice(c) * 0.5, twice(d) * 0.5
+        return a.to(DTYPE), b.to(DTYPE), c.to(DTYPE), d.to(DTYPE)
+
+    @triton.jit
+    def twice(q):
+        """Twice the values of e2m1's bits q in 0..15, as integers."""
+        exponent = q >> 1 & 3
+        magnitude = tl.where(exponent == 0, q & 1, (q & 1) + 2 << tl.maximum(exponent, 1) - 1)
+        return tl.where(q > 7, -magnitude, magnitude)
+
+    @triton.jit
+    def power(exponent):
+        """2^(e - 127) of e8m0's bytes, fp32."""
+        return tl.maximum(exponent.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
 
     @triton.jit
     def load(base, at, k, inside, EVEN: tl.constexpr, ONCE: tl.constexpr = False, wanted=None):
@@ -150,17 +180,22 @@ if triton is not None:
 
         int4: the sum of ((q - 8) scale + zero) x over a group is scale * (the sum of q x), where each group is a
         product of its own in the batch, plus (scale, zero) * (-8, 1) * (the sum of x), whose latter part is `_sums`.
-        With ASM all of it is 2^-69 times as much. Other weights in groups become what they stand for, rounded once.
+        With ASM all of it is 2^-69 times as much. mxfp4 has scales alone, and with ASM is 2^-62 times as much. Other
+        weights in groups become what they stand for, rounded once.
         """
         a = _unpack(w, KIND, b.dtype, ASM)
-        if KIND != "int4" and GROUP > 0:
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        if not FOUR and GROUP > 0:
             a = scaled(a.reshape(4, 8, W, R, C, 16), s, KIND, PAIRS, S, b.dtype, ASM)
-        if KIND == "int4":
+        if FOUR:
             # (j i W R C, uh e ul ah al), word u being a group of 32 -> (j i W R C, uh ul ah al e)
             GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
             a = a.reshape(4, 8, W, R, C, 2, 2, 2, 2, 2).permute(0, 1, 2, 3, 4, 5, 7, 8, 9, 6)
             a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
             products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b)
+        if KIND == "mxfp4":
+            acc = _add_products(acc, products, _per_row(power(s), 4, R, C, W, COLS), C * 4)
+        elif KIND == "int4":
             scale, _ = _halves(s, S)
             j = tl.arange(0, 4)[:, None, None, None, None]
             own = s  # of the groups, the one of lane j's part
@@ -221,17 +256,18 @@ if triton is not None:
     ):  # fmt: skip
         """What the step at k multiplies weights with, from words t of x and, if there is a norm, its gains: the
         operand, of 16 bits in D parts along K; its scale where products are of int8 or for several rows and int4 its
-        `_sums`; and with a norm and several rows, sums of squares so far, for int4 with ASM in other units: of the 16
-        rows, 2^64 and 2^60."""
+        `_sums`; and with a norm and several rows, sums of squares so far, for 4 bits with ASM in other units: of the 16
+        rows, 2^64 and, of int4, 2^60."""
         if gains is not None:
             gain = load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
             if COLS == 1:
                 t = _times(t, gain, DTYPE, ASM)
         scale = 0.0
-        if COLS == 1 and ((KIND == "int8" and GROUP == 0) or KIND == "int4"):
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        if COLS == 1 and ((KIND == "int8" and GROUP == 0) or FOUR):
             b, scale = _operand_in_int8(t, KIND, R, C, W, ASM, DTYPE)
         else:
-            X: tl.constexpr = C * (1 if KIND == "fp" else 4 if KIND == "int4" else 2)
+            X: tl.constexpr = C * (1 if KIND == "fp" else 4 if FOUR else 2)
             B: tl.constexpr = (COLS + 7) // 8
             if COLS == 1:
                 i = tl.arange(0, 8)[None, :, None, None, None, None]
@@ -243,6 +279,8 @@ if triton is not None:
                 # 2^64 times as much for all, which keeps products away from 0, and as `_unpack` has the weights
                 ul = tl.arange(0, 2)[None, None, None, None, None, None, None, :]
                 t *= tl.where(ul == 0, 2.0**64, 2.0**60).to(DTYPE)
+            elif KIND == "mxfp4" and ASM is not None:
+                t *= 2.0**64
             if gains is not None and COLS > 1:
                 # The sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing; here of two
                 # halves of each row, which as the 16 rows of a fragment need the fewest moves.
@@ -252,11 +290,12 @@ if triton is not None:
                 squares = tl.dot(rows.reshape(B * W, 16, X * 16), cols.reshape(B * W, X * 16, 16), squares)
                 t *= _unpack(gain, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
             # The two halves of a fragment's K are a word's neighbours, which a load of 16 bytes leaves side by side.
-            if KIND == "int4":  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
+            if FOUR:  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
                 GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
                 b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 6, 9, 0, 7, 8, 3, 1)
                 b = b.reshape(C * GROUPS * W, 128 // GROUPS, B * 8)
-                scale = _sums(t.reshape(4, 8, W, B, C, 4, 2, 2, 2), ASM)
+                if KIND == "int4":
+                    scale = _sums(t.reshape(4, 8, W, B, C, 4, 2, 2, 2), ASM)
             else:
                 t = t.reshape(4, 8, W, B, D, X // D, 2, 2, 2)
                 b = t.permute(4, 2, 5, 8, 0, 6, 7, 3, 1).reshape(D * W, X // D * 32, B * 8)
@@ -299,7 +338,7 @@ if triton is not None:
         R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
         """acc and a tile of weights, words w and their groups' scales s, times an `operand`."""
-        if COLS == 1 and ((KIND == "int8" and GROUP == 0) or KIND == "int4"):
+        if COLS == 1 and ((KIND == "int8" and GROUP == 0) or KIND == "int4" or KIND == "mxfp4"):
             acc = _multiply_in_int8(acc, w, s, b, scale, KIND, S, R, C, W, ASM)
         else:
             acc = _multiply(acc, w, s, b, scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
@@ -357,7 +396,7 @@ if triton is not None:
         exact unless it is 2^6 times smaller. Of the 8 columns of a fragment of x, columns 2 p and 2 p + 1 are the high
         and the low bytes of group p, with zeros for the others' K, and the products of 4 groups stay apart.
         """
-        X: tl.constexpr = C * (4 if KIND == "int4" else 2)  # groups in a warp's step
+        X: tl.constexpr = C * (2 if KIND == "int8" else 4)  # groups in a warp's step
         PARTS: tl.constexpr = 4 if X > 4 else X  # in a fragment
         D: tl.constexpr = X // PARTS
         i = tl.arange(0, 8)[None, :, None, None, None, None]
@@ -373,6 +412,11 @@ if triton is not None:
             low0, low1 = tl.split(low.permute(0, 1, 2, 3, 4, 6, 5))
             high0, high1 = tl.split(high.permute(0, 1, 2, 3, 4, 6, 5))
             word = _pick(low0, low1, high0, high1, odd, ASM)
+        elif KIND == "mxfp4":  # in the order of a word's nibbles
+            low0, low2, low1, low3 = _four(low)
+            high0, high2, high1, high3 = _four(high)
+            odd = i.reshape(1, 8, 1, 1, 1) % 2 == 1
+            word = tl.join(_pick(low0, low1, low2, low3, odd, ASM), _pick(high0, high1, high2, high3, odd, ASM))
         else:
             low0, low1 = tl.split(low)
             high0, high1 = tl.split(high)
@@ -386,22 +430,59 @@ if triton is not None:
         return b, scale
 
     @triton.jit
+    def _four(t):
+        """The parts of t (..., 2, 2), of which the last axis comes first."""
+        even, odd = tl.split(t)
+        a, b = tl.split(even)
+        c, d = tl.split(odd)
+        return a, b, c, d
+
+    @triton.jit
+    def _e2m1(w, ASM: tl.constexpr):
+        """16 plus twice the values of words of e2m1, in bytes: those of the lowest four nibbles, and of the others."""
+        if ASM is None:
+            low, high = w * 0, w * 0
+            for i in tl.static_range(4):
+                low |= twice(w >> (4 * i) & 15) + 16 << (8 * i)
+                high |= twice(w >> (4 * i + 16) & 15) + 16 << (8 * i)
+        else:
+            # prmt takes a byte of a table by each nibble's lower three bits or, where the highest one is set, its sign,
+            # which is 0: of two tables, for positive values and for negative ones, one gives the value.
+            table: tl.constexpr = (
+                "{ .reg .b32 p, n, t; mov.b32 t, $2; "
+                "prmt.b32 p, 0x13121110, 0x1c181614, t; xor.b32 t, t, 0x88888888; "
+                "prmt.b32 n, 0x0d0e0f10, 0x04080a0c, t; or.b32 $0, p, n; "
+                "shr.b32 t, t, 16; prmt.b32 n, 0x0d0e0f10, 0x04080a0c, t; xor.b32 t, t, 0x8888; "
+                "prmt.b32 p, 0x13121110, 0x1c181614, t; or.b32 $1, p, n; }"
+            )
+            low, high = tl.inline_asm_elementwise(table, "=&r,=&r,r", [w], (tl.int32, tl.int32), is_pure=True, pack=1)
+        return low, high
+
+    @triton.jit
     def _multiply_in_int8(
         acc, w, s, b, scale, KIND: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
         ASM: tl.constexpr,
     ):  # fmt: skip
-        X: tl.constexpr = C * (4 if KIND == "int4" else 2)
+        X: tl.constexpr = C * (2 if KIND == "int8" else 4)
         PARTS: tl.constexpr = 4 if X > 4 else X
         D: tl.constexpr = X // PARTS
-        if KIND == "int4":  # (j i W R C, 4 groups, bytes) twice -> (C W, R i, group j half byte)
-            a = tl.join(_bytes(w & 0x0F0F0F0F, ASM), _bytes(w >> 4 & 0x0F0F0F0F, ASM))
+        if KIND != "int8":  # (j i W R C, 4 groups, bytes) twice -> (C W, R i, group j half byte)
+            if KIND == "int4":
+                low, high = w & 0x0F0F0F0F, w >> 4 & 0x0F0F0F0F
+            else:
+                low, high = _e2m1(w, ASM)
+            a = tl.join(_bytes(low, ASM), _bytes(high, ASM))
             a = a.permute(4, 2, 3, 1, 5, 0, 7, 6).reshape(D * W, R * 8, 128)
-            sums = tl.dot(tl.full((D * W, R * 8, 128), -8, tl.int8), b, out_dtype=tl.int32)
-            y = _whole(tl.dot(a, b, sums, out_dtype=tl.int32))  # of q - 8
-            gain, zero = _halves(s, S)
-            gain = gain.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
-            zero = zero.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4) * (-1 / 8)
-            y = gain * y + zero * _whole(sums)
+            OFFSET: tl.constexpr = -8 if KIND == "int4" else -16
+            sums = tl.dot(tl.full((D * W, R * 8, 128), OFFSET, tl.int8), b, out_dtype=tl.int32)
+            y = _whole(tl.dot(a, b, sums, out_dtype=tl.int32))  # of q - 8, or twice the values
+            if KIND == "int4":
+                gain, zero = _halves(s, S)
+                zero = zero.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4) * (-1 / 8)
+                gain = gain.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
+                y = gain * y + zero * _whole(sums)
+            else:
+                y *= power(s).permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
         else:  # (j i W R D c, 2 groups, halves, bytes)
             a = _bytes(w, ASM).reshape(4, 8, W, R, D, C // D, 2, 2, 4)
             a = a.permute(4, 2, 3, 1, 5, 6, 0, 7, 8).reshape(D * W, R * 8, PARTS * 32)

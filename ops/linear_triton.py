@@ -5,7 +5,8 @@
     pack(layer, dtype)              lay a weight out for it
 
 Weights: (N, K) bf16 or fp16; (N, K) int8 or float8_e4m3fn with `scales` (N,), or in groups with what `pack_grouped`
-makes of theirs; int32, what `pack_int4` makes of the portable int4 of disk, with its packed scales.
+makes of theirs; int32, what `pack_int4` makes of the portable int4 of disk, with its packed scales; and
+float4_e2m1fn_x2, what `pack_mxfp4` makes of that of disk.
 
 How the kernel works: at 1 to 16 rows it is a stream of weights, so everything serves keeping DRAM busy. A
 program owns a few rows of W and all of K, split among its warps. Each lane loads 16 bytes of one row of W, and the K
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from ops import linear_products as products
 from ops import symmetric, tuning
 from ops.common import MAX_ROWS, few_rows_on_triton, op, pdl, tl, tlx, triton
-from ops.packing import group_size, pack_grouped, pack_int4
+from ops.packing import group_size, pack_4_bits, pack_grouped
 
 # Kernels. ASM and PDL are off in the interpreter and on GPUs before Hopper, where plain Triton does the same.
 
@@ -39,18 +40,24 @@ if triton is not None:
         R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, PERSIST: tl.constexpr,
     ):  # fmt: skip
         """The words of a tile of W at k and, of groups, int32 pairs of scale and zero or, without zeros, scales."""
-        PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if KIND == "int4" else 4  # int4 words lie 8 rows together
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if FOUR else 4  # 4 bits' words lie 8 rows together
         j, i, warp, r, u = _axes(W, R)
         chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
         wanted = None
         if PERSIST:
             wanted = tile * (8 * R) < N
         pair = 0
-        if KIND == "int4":
+        if FOUR:
             blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
             row8 = tl.minimum(tile * R + r, N // 8 - 1).to(tl.int64)
             words = row8 * (blocks * 128) + (chunk * 128 + i * 16 + j * 4 + u)
             inside = chunk * 128 < K - k
+        if KIND == "mxfp4":
+            pair = products.load(
+                s, row8 * (blocks * 32) + bytes_of(chunk, i, j, W, C, COLS), k // 4, inside, EVEN, False, wanted
+            )
+        elif KIND == "int4":
             pairs = i * (256 // GROUP) + chunk // 2 * (8 * 256 // GROUP)
             if GROUP < 256:
                 pairs += chunk % 2 * (128 // GROUP)
@@ -74,6 +81,16 @@ if triton is not None:
                 pair = products.load(s, group, 0, inside, EVEN, False, wanted)
         # Weights leave the L2 cache first, which gains up to 10 %, but not in 16 bits.
         return products.load(w, words, k // PER_WORD, inside, EVEN, KIND != "fp", wanted), pair
+
+    @triton.jit
+    def bytes_of(chunk, i, j, W: tl.constexpr, C: tl.constexpr, COLS: tl.constexpr):
+        """Where `pack_mxfp4` has the scales of chunks in 8 rows: of lane j's group or, for several rows, of all 4."""
+        at = chunk * 32 + i * 4
+        if COLS == 1:
+            at = at + j
+        else:
+            at = tl.broadcast_to(at, (1, 8, W, 1, C, 4)) + tl.arange(0, 4)[None, None, None, None, None, :]
+        return at
 
     @triton.jit
     def _axes(W: tl.constexpr, R: tl.constexpr):
@@ -104,15 +121,16 @@ if triton is not None:
         COLS is 8 or 16, or 1: then the 8 columns of a fragment of x take parts of 32 values along K, each with zeros
         for the others, so that a lane loads x once and each part's products stay apart.
         """
-        P: tl.constexpr = 2 if KIND == "fp" else 8 if KIND == "int4" else 4  # values in a word
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        P: tl.constexpr = 2 if KIND == "fp" else 8 if FOUR else 4  # values in a word
         CHUNK: tl.constexpr = 16 * P  # values along K that 4 lanes hold
         STEP: tl.constexpr = W * C * CHUNK
         X: tl.constexpr = C * CHUNK // 32  # parts of x in a warp's step, of which a lane holds 8 values each
         B: tl.constexpr = (COLS + 7) // 8
         DTYPE: tl.constexpr = x.dtype.element_ty
-        SMALL: tl.constexpr = KIND == "int4" and COLS > 1 and ASM is not None
-        IN_INT8: tl.constexpr = COLS == 1 and ((KIND == "int8" and GROUP == 0) or KIND == "int4")
-        UNIT: tl.constexpr = 2.0**69 if SMALL else 64.0 if KIND == "int8" and not IN_INT8 and ASM is not None else 1.0
+        SMALL: tl.constexpr = FOUR and COLS > 1 and ASM is not None
+        IN_INT8: tl.constexpr = COLS == 1 and ((KIND == "int8" and GROUP == 0) or FOUR)
+        UNIT: tl.constexpr = products.unit(KIND, SMALL, IN_INT8, ASM)
         # Of groups, the dtype of a pair's halves, or of scales alone.
         S: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None
         # Products that add up in the same registers wait for each other: 4 sums, where they are the longest.
@@ -212,7 +230,7 @@ if triton is not None:
                     half = tl.arange(0, 16)
                     total = tl.sum(tl.where(half[:, None] == half[None, :], squares, 0.0), 1)
                     if SMALL:  # see products.operand
-                        total *= tl.where(half < 8, 2.0**-64, 2.0**-60)[None, :]
+                        total *= tl.where((half < 8) | (KIND == "mxfp4"), 2.0**-64, 2.0**-60)[None, :]
                     total = tl.sum(tl.sum(total.reshape(B, W, 2, 8), 2), 1).reshape(1, COLS)
                     factor = tl.rsqrt(total / K + eps)
                 elif IN_INT8 and turn == 0:  # warps meet when the next weights are on their way: faster in int8
@@ -244,21 +262,26 @@ if triton is not None:
                 tl.store(counts + n // 8, count, mask=n < N)
 
 
+KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4", torch.float4_e2m1fn_x2: "mxfp4"}
+
+
 def kind_of(weight: Tensor) -> str:
-    """fp, int8, fp8 or int4, of a weight as the kernel reads it."""
-    return {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4"}.get(weight.dtype, "fp")
+    """fp, int8, fp8, int4 or mxfp4, of a weight as the kernel reads it."""
+    return KINDS.get(weight.dtype, "fp")
 
 
 def group_of(K: int, kind: str, scales: Tensor | None) -> tuple[int, bool]:
     """A packed weight's group, 0 without any, and whether it has (scale, zero) pairs."""
     if kind == "int4":
         return 256 // scales.shape[3], True
+    if kind == "mxfp4":
+        return 32, False
     grouped = scales is not None and scales.ndim > 1
     return (group_size(K, scales.shape[1]), scales.ndim == 3) if grouped else (0, False)
 
 
 def out_features(weight: Tensor) -> int:
-    return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
+    return weight.shape[0] * (8 if weight.ndim > 2 else 1)
 
 
 @op("linear")
@@ -327,13 +350,13 @@ def pack(layer, dtype: torch.dtype) -> bool:
     if triton is None or not weight.is_cuda or dtype.itemsize != 2 or layer.in_features % 32:
         return False
     if weight.dtype is torch.uint8 and weight.shape[0] % 8 == 0:
-        weight, scales = pack_int4(weight, layer.scales, layer.zeros)
+        weight, scales = pack_4_bits(weight, layer.scales, layer.zeros)
         layer.weight, layer.scales = (nn.Parameter(t, requires_grad=False) for t in (weight, scales))
         layer.zeros = None
     if weight.dtype in (torch.int8, torch.float8_e4m3fn) and layer.scales.ndim == 2:  # of groups
         layer.scales = nn.Parameter(pack_grouped(layer.scales, layer.zeros), requires_grad=False)
         layer.zeros = None
-    return weight.dtype in (dtype, torch.int8, torch.float8_e4m3fn, torch.int32) and weight.is_contiguous()
+    return weight.dtype in (dtype, *KINDS) and weight.is_contiguous()
 
 
 def run(layer, x: Tensor, norm: nn.RMSNorm | None, residual: Tensor | None) -> Tensor | None:

@@ -36,7 +36,8 @@ if triton is not None:
         W: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """out (rows, K) = rows first to end of W; first is a multiple of a tile's 16 W rows."""
-        P: tl.constexpr = 16 if KIND == "int4" else 8
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        P: tl.constexpr = 16 if FOUR else 8
         BN: tl.constexpr = 16 * W
         BK: tl.constexpr = C * 8 * P
         DTYPE: tl.constexpr = out.dtype.element_ty
@@ -47,7 +48,7 @@ if triton is not None:
         words, pairs = places(tile, N, K, KIND, GROUP, 1, C, W)
         found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, PAIRS, 1, C, W, EVEN)
         a = values(found, own, KIND, GROUP, PAIRS, S, DTYPE, ASM)
-        if KIND == "int4":  # a lane's words are 8 of 32 values
+        if FOUR:  # a lane's words are 8 of 32 values
             a = a.reshape(C, 2, W, 8, 4, 4, 4, 2).permute(2, 1, 3, 0, 5, 4, 6, 7).reshape(BN, BK)
         else:
             a = a.reshape(C, 2, W, 8, 4, P, 2).permute(2, 1, 3, 0, 4, 5, 6).reshape(BN, BK)
@@ -105,7 +106,7 @@ def widen(weight: Tensor, scales: Tensor, first: int, end: int, out: Tensor) -> 
     """Rows first to end of a packed weight (N, K), as out (end - first, K) has them; first divides by 128."""
     N, K, kind = out_features(weight), out.shape[1], kind_of(weight)
     group, pairs = group_of(K, kind, scales)
-    W, C = (8, 1) if kind == "int4" else (4, 4)  # warps along rows, chunks along K: measured on an H200
+    W, C = (8, 1) if kind in ("int4", "mxfp4") else (4, 4)  # warps along rows, chunks along K: measured on an H200
     BN, BK = 16 * W, C * tuning.CHUNK[kind]
     _widen_kernel[(triton.cdiv(K, BK), triton.cdiv(end - first, BN))](
         out, weight.view(torch.int32), scales, first, end, N, K,

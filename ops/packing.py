@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # by its bits
+
 
 def nibbles(packed: Tensor) -> Tensor:
     """uint8 (..., N, K/2), low nibble first -> uint8 (..., N, K)."""
@@ -17,14 +19,20 @@ def group_size(K: int, count: int) -> int:
 
 def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The weight (N, K), or (E, N, K), that a stored or packed one stands for. int4: w = (q - 8) * scale + zero, as in
-    tinygemm."""
-    if weight.ndim == 5 and weight.dtype != torch.int32:  # experts packed for a CPU
+    tinygemm; mxfp4: w = q * 2^(scale - 127), see linear.py."""
+    if weight.ndim == 5 and weight.dtype in (torch.int8, torch.uint8):  # experts packed for a CPU
         rest = ([None] * len(weight) if t is None else t for t in (scales, zeros))
         return torch.stack([dequantize(*own, dtype) for own in zip(weight, *rest)])
+    if weight.dtype == torch.float4_e2m1fn_x2:
+        weight, scales = unpack_mxfp4(weight, scales)
     if weight.dtype == torch.int32:
         weight, scales, zeros = unpack_int4(weight, scales)
     elif weight.ndim == 4:
         weight, scales, zeros = unpack_rows(weight, scales, zeros)
+    if scales is not None and scales.dtype is torch.uint8:
+        values = E2M1.to(weight.device)[nibbles(weight).int()].unflatten(-1, (-1, 32))
+        powers = (scales.int() << 23).clamp(min=1 << 22).view(torch.float32)  # 2^(e - 127), by its bits
+        return (values * powers[..., None]).to(dtype).flatten(-2)
     if weight.dtype == torch.uint8:
         offsets = nibbles(weight).to(dtype).unflatten(-1, (scales.shape[-1], -1)) - 8
         wide = torch.addcmul(zeros[..., None], offsets, scales[..., None])  # one rounding, not two
@@ -68,19 +76,51 @@ def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Te
             f"int4 kernels support rows by 8 and groups of 32, 64, 128 or 256; got {N} rows, groups of {group}"
         )
     q = F.pad(nibbles(weight), (0, -2 * weight.shape[1] % max(128, group)), value=8)
-    q = q.view(N // 8, 8, -1, 4, 4, 4, 2).permute(0, 2, 1, 4, 3, 6, 5).flatten(-2).int()  # n8 b i j c (e a)
-    words = (q << torch.arange(0, 32, 4, device=q.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
     pairs = F.pad(pairs_of(scales, zeros), (0, 0, 0, -scales.shape[1] % (256 // group)))  # the scale in the low half
-    return words, pairs.view(N // 8, 8, -1, 256 // group, 2).transpose(1, 2).contiguous()
+    return _words(q), pairs.view(N // 8, 8, -1, 256 // group, 2).transpose(1, 2).contiguous()
+
+
+def _words(q: Tensor) -> Tensor:
+    """q uint8 (N, K') -> the words of pack_int4."""
+    q = q.view(len(q) // 8, 8, -1, 4, 4, 4, 2).permute(0, 2, 1, 4, 3, 6, 5).flatten(-2).int()  # n8 b i j c (e a)
+    return (q << torch.arange(0, 32, 4, device=q.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+
+
+def _unwords(words: Tensor) -> Tensor:
+    q = words[..., None] >> torch.arange(0, 32, 4, device=words.device) & 15  # n8 b i j c (e a)
+    return q.unflatten(-1, (2, 4)).permute(0, 2, 1, 4, 3, 6, 5).flatten(2).flatten(0, 1).to(torch.uint8)  # N, K'
 
 
 def unpack_int4(words: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of pack_int4, but for K, which stays padded (with q = 8, scale = zero = 0)."""
-    q = words[..., None] >> torch.arange(0, 32, 4, device=words.device) & 15  # n8 b i j c (e a)
-    q = q.unflatten(-1, (2, 4)).permute(0, 2, 1, 4, 3, 6, 5).flatten(2).flatten(0, 1).to(torch.uint8)  # N, K'
+    q = _unwords(words)
     pairs = pairs.transpose(1, 2).flatten(2, 3).flatten(0, 1)[:, : q.shape[1] * pairs.shape[3] // 256]  # N, K'/G, 2
     scales, zeros = pairs.unbind(-1)
     return q[:, ::2] | q[:, 1::2] << 4, scales.contiguous(), zeros.contiguous()
+
+
+def pack_mxfp4(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay portable mxfp4 (uint8 (N, K/2); scales uint8 (N, K/32)) out for the kernels; N must divide by 8.
+
+    Returns the words of pack_int4 as float4_e2m1fn_x2 (N/8, K'/128, 8, 4, 16), K' being K padded to a multiple of 128,
+    and scales uint8 (N/8, K'/128, 8, 4).
+    """
+    if len(weight) % 8:
+        raise ValueError(f"mxfp4 kernels support rows by 8; got {len(weight)}")
+    q = F.pad(nibbles(weight), (0, -2 * weight.shape[1] % 128))
+    scales = F.pad(scales, (0, -scales.shape[1] % 4)).view(len(weight) // 8, 8, -1, 4).transpose(1, 2).contiguous()
+    return _words(q).view(torch.float4_e2m1fn_x2), scales
+
+
+def unpack_mxfp4(words: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of pack_mxfp4, but for K, which stays padded, with zeros."""
+    q = _unwords(words.view(torch.int32))
+    return q[:, ::2] | q[:, 1::2] << 4, scales.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def pack_4_bits(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
+    """pack_int4, or pack_mxfp4 where there are no zeros."""
+    return pack_mxfp4(weight, scales) if zeros is None else pack_int4(weight, scales, zeros)
 
 
 def pack_rows(weight: Tensor, scales: Tensor, zeros: Tensor | None, lanes: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -18,7 +18,7 @@ from linear import Linear  # noqa: E402
 from ops import embedding, linear_triton, ngram, philox, sampling, tuning  # noqa: E402
 from ops.attention import _write_cache, attention_plain  # noqa: E402
 from ops.attention_triton import attention_triton  # noqa: E402
-from ops.packing import dequantize, pack_int4, unpack_int4  # noqa: E402
+from ops.packing import dequantize, pack_int4, pack_mxfp4, unpack_int4, unpack_mxfp4  # noqa: E402
 from ops.prefill import attention_prefill  # noqa: E402
 from ops.rms_norm import rms_norm  # noqa: E402
 from ops.verify import verify_plain, verify_triton  # noqa: E402
@@ -41,7 +41,7 @@ def scalars_index(monkeypatch):
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
-KINDS = ["16-bit", "int8", "fp8", "int4:32", "int4:64", "int4:128", "int4:256"]
+KINDS = ["16-bit", "int8", "fp8", "int4:32", "int4:64", "int4:128", "int4:256", "mxfp4"]
 DTYPES = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]  # the interpreter has no arithmetic in bf16
 
 
@@ -61,6 +61,9 @@ def make_weight(kind, N, K, dtype, generator):
         )  # +-0, subnormals, +-448
         scales = (torch.rand(N, generator=generator) / 64).bfloat16()
         return q, scales, q.float() * scales.float()[:, None]
+    if kind == "mxfp4":
+        q, scales = (torch.randint(*of, generator=generator, dtype=torch.uint8) for of in mxfp4_shapes(N, K))
+        return *pack_mxfp4(q, scales), dequantize(q, scales, None, torch.float32)
     group = int(kind[5:])
     K4 = -(-K // group) * group
     q = torch.randint(0, 256, (N, K4 // 2), generator=generator, dtype=torch.uint8)
@@ -68,6 +71,11 @@ def make_weight(kind, N, K, dtype, generator):
     zeros = (torch.randn(N, K4 // group, generator=generator) / K**0.5).bfloat16()
     words, pairs = pack_int4(q, scales, zeros)
     return words, pairs, dequantize(q, scales, zeros, torch.float32)[:, :K]
+
+
+def mxfp4_shapes(N, K):
+    """Bounds and shapes of random bytes, whose scales keep products near one."""
+    return (0, 256, (N, K // 2)), (118, 125, (N, K // 32))
 
 
 def plain(x, weight, bias=None, gain=None, residual=None, gate_up=False):
@@ -99,6 +107,12 @@ def test_pack_int4_is_invertible(group, K):
     for a, b in zip(back, (q, scales, zeros)):
         torch.testing.assert_close(a[:, : b.shape[1]], b, rtol=0, atol=0)
         assert not a[:, b.shape[1] :].float().sub(136 if a.dtype == torch.uint8 else 0).any()  # q = 8, scale = zero = 0
+
+
+def test_pack_mxfp4_is_invertible():
+    q, scales = (torch.randint(*of, dtype=torch.uint8) for of in mxfp4_shapes(16, 288))
+    back = unpack_mxfp4(*pack_mxfp4(q, scales))
+    assert torch.equal(back[0][:, :144], q) and torch.equal(back[1][:, :9], scales) and not back[0][:, 144:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -258,7 +258,7 @@ def test_wrong_missing_and_truncated_sources(folder, capsys):
     torch.save({**state, "norm.weight": torch.ones(65)}, path)
     assert "norm.weight needs shape [64] in bf16, fp16, fp32; found [65]" in fails(folder, capsys)
     torch.save({n: t for n, t in state.items() if n != "output.weight"}, path)
-    assert "output needs a plain, int8, fp8 or int4 weight for [259, 64]; found none" in fails(folder, capsys)
+    assert "output needs a plain, int8, fp8, int4 or mxfp4 weight for [259, 64]; found none" in fails(folder, capsys)
     path.write_bytes(path.read_bytes()[:5000])
     assert "truncated" in fails(folder, capsys)
     path.unlink()
