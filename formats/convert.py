@@ -118,8 +118,8 @@ def _quantised(source: Source, model: Transformer, config: ModelConfig, factors:
     """The weights of linear layers that stay in their bits, by name: their tensors' likes, and what reads them. Says in
     a line which of a quantised source's do not."""
     linears = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)]
-    held = [n for n in linears if n in source.names and _kind(n) not in factors and ".cond_ffn." not in n]
-    names = {name: source.names[name] for name in held}
+    held = [n for n in linears if n in source.names and _kind(n) not in factors]
+    names = {n: source.names[n] for n in held if ".cond_ffn." not in n or len(source.names[n]) == 1}
     if config.tied:
         names["output.weight"] = source.names["tok_embeddings.weight"]
     parts = {name: [source.tensors[theirs] for theirs in own] for name, own in names.items()}

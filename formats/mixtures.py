@@ -1,16 +1,15 @@
 """Mixtures of experts under Hugging Face's names: the experts' matrices one by one, as all families but two publish
-them; all in one tensor (E, N, K), w1's rows above w3's; or gpt-oss's, transposed, rows of w1 and w3 in turn, or in
-MXFP4 (OCP Microscaling Formats 1.0: blocks of 32 numbers of 4 bits, E2M1, that share a power of two), which bf16 holds
-exactly.
+them; all in one tensor (E, N, K), w1's rows above w3's; or gpt-oss's, rows of w1 and w3 in turn, transposed or MXFP4.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from errors import UserError
 from formats.config import config_fields
+from formats.quantised import MXFP4, stored
 from formats.source import Lazy, Source, dense
 
 _MODULES = {  # ours -> one or another of these
@@ -29,7 +28,7 @@ _TOGETHER = {  # gate and up -> down
     "mlp.experts.gate_up_proj": "mlp.experts.down_proj",
     "block_sparse_moe.input_linear.weight": "block_sparse_moe.output_linear.weight",
 }
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+LARGEST = 247  # of MXFP4's exponents, 127 more than they are: the kernels' bf16 holds what it makes; 255 is no number
 
 
 def name_experts(source: Source) -> Source:
@@ -57,7 +56,8 @@ def _usual(theirs: str, experts: int, tensors: dict[str, Lazy]) -> list[tuple[st
     names = [(ours, [present(other)]) for ours, other in _MODULES.items()]
     for gate_up, down in _TOGETHER.items():
         if f"{theirs}.{gate_up}" in tensors:
-            halves = {"w1": lambda t: t.chunk(2, 1)[0], "w3": lambda t: t.chunk(2, 1)[1]}
+            size = (*tensors[f"{theirs}.{gate_up}"].shape, 0, 0)[1] // 2
+            halves = {"w1": slice(size), "w3": slice(size, None)}
             found = _derive(f"{theirs}.{gate_up}", tensors, 3, halves) | {"w2": f"{theirs}.{down}"}
             return names + [(f"cond_ffn.{ours}.weight", [name]) for ours, name in found.items()]
     each = {ours: [present(other, e) for e in range(experts)] for ours, other in _EXPERT.items()}
@@ -69,50 +69,49 @@ def _gpt_oss(theirs: str, experts: int, tensors: dict[str, Lazy]) -> list[tuple[
         [(f"gate.{key}", [f"{theirs}.mlp.router.{key}"]) for key in ("weight", "bias")],
         f"{theirs}.mlp.experts",
     )
-    turn = {"w1": lambda t: t[:, ::2], "w3": lambda t: t[:, 1::2]}
-    for name, parts in (("gate_up_proj", turn), ("down_proj", {"w2": lambda t: t})):
+    every, turn = slice(None), {"w1": slice(0, None, 2), "w3": slice(1, None, 2)}
+    for name, parts in (("gate_up_proj", turn), ("down_proj", {"w2": every})):
         name = f"{prefix}.{name}"
         if f"{name}_blocks" in tensors:
-            _unpack(name, tensors)
-        else:
-            _derive(name, tensors, 3, {"T": lambda t: t.transpose(1, 2)})
-            tensors[name] = tensors.pop(f"{name}[T]", Lazy((0, 0, 0), lambda: torch.empty(0, 0, 0)))
+            tensors[name] = _mxfp4(name, tensors)
+        elif whole := tensors.get(name):
+            shape = (*whole.shape[:1], *whole.shape[:0:-1])
+            tensors[name] = Lazy(shape, lambda name=name, whole=whole: dense(name, whole.read()).transpose(1, 2))
         for key, dims in (("weight", 3), ("bias", 2)):
             found = _derive(name if key == "weight" else f"{name}_bias", tensors, dims, parts)
             names += [(f"cond_ffn.{ours}.{key}", [whole]) for ours, whole in found.items()]
     return names
 
 
-def _derive(name: str, tensors: dict[str, Lazy], dims: int, parts: Mapping[str, Callable[[Tensor], Tensor]]) -> dict:
-    """Put parts of a tensor of so many axes in its place. Returns their names. Raises UserError for another one."""
+def _derive(name: str, tensors: dict[str, Lazy], dims: int, parts: Mapping[str, slice]) -> dict[str, str]:
+    """Put a tensor of so many axes, by its rows of each expert, in parts. Returns their names. Raises UserError for
+    another one."""
     if (whole := tensors.pop(name, None)) is None or len(whole.shape) != dims:
         raise UserError(
             f"wrongly shaped tensor: {name} {list(whole.shape) if whole else 'is missing'}; {dims} axes are needed"
         )
     blank = torch.empty(whole.shape, device="meta")
-    for key, part in parts.items():
-        read = lambda part=part: part(dense(name, whole.read()))  # noqa: E731
-        tensors[f"{name}[{key}]"] = Lazy(tuple(part(blank).shape), read)
+    for key, rows in parts.items():
+        part = (slice(None), rows)
+        own = whole.quantised.rows(part) if whole.quantised else None
+        read = lambda part=part: dense(name, whole.read())[part]  # noqa: E731
+        tensors[f"{name}[{key}]"] = Lazy(tuple(blank[part].shape), read, own)
     return {key: f"{name}[{key}]" for key in parts}
 
 
-def _unpack(name: str, tensors: dict[str, Lazy]) -> None:
-    """Put matrices (E, N, K) in the place of MXFP4's `blocks` uint8 (E, N, K / 32, 16) and `scales` (E, N, K / 32)."""
+def _mxfp4(name: str, tensors: dict[str, Lazy]) -> Lazy:
+    """Matrices (E, N, K) of `blocks` uint8 (E, N, K / 32, 16) and `scales` (E, N, K / 32), whose bytes are linear.py's
+    mxfp4."""
     blocks, scales = (tensors.pop(f"{name}_{key}", None) for key in ("blocks", "scales"))
     if not scales or len(blocks.shape) != 4 or blocks.shape != (*scales.shape, 16):
         raise UserError(f"wrongly shaped tensor: {name}_blocks {list(blocks.shape)} and its scales are no MXFP4")
 
-    def read() -> Tensor:
-        packed = blocks.read(), scales.read()
-        if any(t.dtype is not torch.uint8 for t in packed):
-            raise UserError(f"{name}_blocks is {packed[0].dtype}; MXFP4 is uint8")
-        return torch.stack([mxfp4(*expert) for expert in zip(*packed)])
+    def read() -> dict[str, Tensor]:
+        packed = {"weight": blocks.read().flatten(2), "scales": scales.read()}
+        if odd := [t.dtype for t in packed.values() if t.dtype is not torch.uint8]:
+            raise UserError(f"{name}_blocks or its scales are {odd[0]}; MXFP4 is uint8")
+        if (largest := packed["scales"].max()) > LARGEST:
+            raise UserError(f"{name}_scales has {largest}; accepted: exponents up to {LARGEST}")
+        return packed
 
-    tensors[name] = Lazy((*scales.shape[:2], 32 * scales.shape[2]), read)
-
-
-def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Blocks uint8 (N, n, 16), low nibble first, and scales uint8 (N, n), 127 more than an exponent: bf16 (N, 32 n)."""
-    values = torch.tensor([*E2M1, *(-value for value in E2M1)])
-    values = values[torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).int()]  # (N, n, 32)
-    return torch.ldexp(values, scales[..., None].int() - 127).bfloat16().flatten(-2)
+    return stored((*scales.shape[:2], 32 * scales.shape[2]), MXFP4, read)

@@ -19,19 +19,22 @@ from linear import GROUPS, GROUPS8
 
 
 class Layout(NamedTuple):
-    """What linear.py's tensors of a weight (N, K) are: int4, or int8 or fp8 in groups or with a scale per row."""
+    """What linear.py's tensors of a weight (N, K) are: int4 or mxfp4, or int8 or fp8 in groups or with a scale per
+    row."""
 
-    bits: str  # int4, int8 or fp8
+    bits: str  # int4, mxfp4, int8 or fp8
     group: int  # 0: a scale per row
     scales: torch.dtype
     zeros: torch.dtype | None  # int4 always has some
 
-    def like(self, N: int, K: int) -> dict[str, Tensor]:
+    def like(self, *shape: int) -> dict[str, Tensor]:
         """The tensors, on the meta device."""
+        *rows, K = shape
         n = math.ceil(K / self.group) if self.group else 0
-        shape = (N, n) if self.group else (N,)
-        dtype = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[self.bits]
-        weight = torch.empty(N, n * self.group // 2 if self.bits == "int4" else K, dtype=dtype, device="meta")
+        shape = (*rows, n) if self.group else rows
+        dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(self.bits, torch.uint8)
+        width = n * self.group // 2 if dtype is torch.uint8 else K
+        weight = torch.empty(*rows, width, dtype=dtype, device="meta")
         out = {"weight": weight, "scales": torch.empty(shape, dtype=self.scales, device="meta")}
         return out if self.zeros is None else out | {"zeros": torch.empty(shape, dtype=self.zeros, device="meta")}
 
@@ -69,7 +72,10 @@ def tensors_of(layout: Layout, q: Tensor, scales: Tensor, zeros: Tensor | None, 
 
 def dense_of(tensors: dict[str, Tensor], K: int) -> Tensor:
     """The weight (N, K) that tensors stand for, in fp32."""
-    return ops.dequantize(tensors["weight"], tensors["scales"], tensors.get("zeros"), torch.float32)[:, :K]
+    return ops.dequantize(tensors["weight"], tensors["scales"], tensors.get("zeros"), torch.float32)[..., :K]
+
+
+MXFP4 = Layout("mxfp4", 32, torch.uint8, None)
 
 
 class Quantised(NamedTuple):
@@ -78,13 +84,13 @@ class Quantised(NamedTuple):
     layout: Layout
     read: Callable[[], dict[str, Tensor]]
 
-    def rows(self, rows: slice) -> "Quantised":
+    def rows(self, rows: slice | tuple[slice, ...]) -> "Quantised":
         return Quantised(self.layout, lambda: {key: t[rows] for key, t in self.read().items()})
 
 
-def stored(shape: tuple[int, int], layout: Layout, read: Callable[[], dict[str, Tensor]]) -> Lazy:
+def stored(shape: tuple[int, ...], layout: Layout, read: Callable[[], dict[str, Tensor]]) -> Lazy:
     """A weight of which `read` gives linear.py's tensors."""
-    return Lazy(shape, lambda: dense_of(read(), shape[1]), Quantised(layout, read))
+    return Lazy(shape, lambda: dense_of(read(), shape[-1]), Quantised(layout, read))
 
 
 def affine(
@@ -125,7 +131,8 @@ def merge(parts: list[Lazy]) -> tuple[dict[str, Tensor], Callable[[], dict[str, 
     """Weights whose rows are stacked: the tensors' like, and what reads them. None where no layout holds them all."""
     if not all(part.quantised for part in parts):
         return None
-    layout, K = reduce(_common, (part.quantised.layout for part in parts)), parts[0].shape[1]
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    layout, K = reduce(_common, (part.quantised.layout for part in parts)), shape[-1]
     if layout is None:
         return None
 
@@ -133,7 +140,7 @@ def merge(parts: list[Lazy]) -> tuple[dict[str, Tensor], Callable[[], dict[str, 
         own = [_widened(part.quantised.read(), part.quantised.layout, layout, K) for part in parts]
         return {key: torch.cat([_bytes(each[key]) for each in own]).view(own[0][key].dtype) for key in own[0]}
 
-    return layout.like(sum(part.shape[0] for part in parts), K), read
+    return layout.like(*shape), read
 
 
 def _bytes(t: Tensor) -> Tensor:
@@ -144,7 +151,7 @@ def _common(a: Layout | None, b: Layout) -> Layout | None:
     """The narrowest layout that holds both."""
     if a is None or a == b:
         return a
-    if a.bits != b.bits and "fp8" in (a.bits, b.bits):
+    if a.bits != b.bits and {a.bits, b.bits} & {"fp8", "mxfp4"}:
         return None
     zeros = [layout.zeros for layout in (a, b) if layout.zeros is not None]
     return Layout(

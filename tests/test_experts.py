@@ -16,7 +16,6 @@ from checkpoint import load_model, torch_load
 from errors import UserError
 from formats.config import config_fields
 from formats.convert import convert
-from formats.mixtures import mxfp4
 from linear import Linear
 from measure import prefill_flops, weight_bytes
 from ops import experts_gemm, experts_triton, tuning
@@ -117,26 +116,62 @@ def test_experts_in_one_tensor_are_those_apart(tmp_path):
     assert apart.keys() == one.keys() and all(torch.equal(apart[name], one[name]) for name in apart)
 
 
+def build_mxfp4(directory):
+    """A tiny gpt-oss as published in `packed`, and what transformers makes of it in `plain`."""
+    build(directory / "plain", "gpt_oss")
+    (directory / "packed").mkdir()
+    plain = load_file(directory / "plain/model.safetensors")
+    packed = dict(plain)
+    for name in [name for name in plain if name.endswith(("gate_up_proj", "down_proj"))]:
+        E, K, N = plain[name].shape
+        blocks = torch.randint(0, 256, (E, N, K // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 125, (E, N, K // 32), dtype=torch.uint8)
+        plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        del packed[name]
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(plain, directory / "plain/model.safetensors")
+    save_file(packed, directory / "packed/model.safetensors")
+    (directory / "packed/config.json").write_text((directory / "plain/config.json").read_text())
+    return directory / "plain", directory / "packed"
+
+
 @torch.inference_mode()
-def test_mxfp4(tmp_path):
-    """gpt-oss's published experts are what transformers makes of them."""
-    blocks = torch.randint(0, 256, (4, 2 * 96, 2, 16), dtype=torch.uint8)
-    scales = torch.randint(115, 128, (4, 2 * 96, 2), dtype=torch.uint8)
-    expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)  # (E, K, N)
-    found = torch.stack([mxfp4(*expert) for expert in zip(blocks, scales)])
-    assert torch.equal(found.float().transpose(1, 2), expected)
-    build(tmp_path / "plain", "gpt_oss")
-    tensors = load_file(tmp_path / "plain/model.safetensors")
-    name = "model.layers.1.mlp.experts.gate_up_proj"
-    assert tensors[name].shape == expected.shape
-    (tmp_path / "packed").mkdir()
-    config = (tmp_path / "plain/config.json").read_text()
-    for folder, own in (("plain", {name: expected}), ("packed", {f"{name}_blocks": blocks, f"{name}_scales": scales})):
-        rest = {key: t for key, t in tensors.items() if key != name}
-        save_file(rest | own, tmp_path / folder / "model.safetensors")
-        (tmp_path / folder / "config.json").write_text(config)
-    plain, packed = (torch_load(convert(tmp_path / folder, torch.float32)) for folder in ("plain", "packed"))
-    assert plain.keys() == packed.keys() and all(torch.equal(plain[key], packed[key]) for key in plain)
+def test_mxfp4(tmp_path, monkeypatch):
+    """gpt-oss's published experts stay as they are, and are what transformers makes of them; on ranks as well."""
+    plain, packed = build_mxfp4(tmp_path)
+    wide = [torch_load(convert(folder, torch.float32)) for folder in (plain, packed)]
+    assert wide[0].keys() == wide[1].keys() and all(torch.equal(wide[0][key], wide[1][key]) for key in wide[0])
+    reference = load(plain)
+    (packed / "model.pth").unlink()
+    state = torch_load(convert(packed, None))
+    w1 = {key: state[f"layers.1.block_sparse_moe.cond_ffn.w1.{key}"] for key in ("weight", "scales")}
+    assert {key: (t.dtype, list(t.shape)) for key, t in w1.items()} == {
+        "weight": (torch.uint8, [4, 96, 32]),
+        "scales": (torch.uint8, [4, 96, 2]),
+    }
+    for name, value in state.items():  # but for these, in fp32 for once
+        state[name] = wide[1].get(name, value) if value.is_floating_point() else value
+    (packed / "model.pth").unlink()  # it is mapped
+    torch.save(state, packed / "model.pth")
+    tokens = torch.randint(2, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(logits(load(packed), tokens), logits(reference, tokens), atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="quantised already"):
+        load(packed, quantize="int8")
+
+    monkeypatch.setattr("ops.symmetric.all_reduce", lambda y, *rest: y)
+    x, block = torch.randn(2, 3, 64), load(packed).layers[1]
+    expected, parts = block.block_sparse_moe(x, block.ffn_norm), []
+    for rank in range(2):  # of 96 inner features, 64 and 32
+        block = load(packed, tp=TensorParallel(rank, 2)).layers[1]
+        assert block.block_sparse_moe.cond_ffn.w2.weight.dtype is torch.uint8
+        parts.append(block.block_sparse_moe(x, block.ffn_norm))
+    torch.testing.assert_close(sum(parts), expected, atol=1e-5, rtol=0)
+
+    bad = load_file(packed / "model.safetensors")
+    bad["model.layers.0.mlp.experts.down_proj_scales"][0, 0, 0] = 255
+    save_file(bad, packed / "model.safetensors")
+    with pytest.raises(UserError, match="down_proj_scales has 255"):
+        convert(packed, None)
 
 
 def test_files_have_the_names_of_gpt_fast(tmp_path):
