@@ -13,6 +13,15 @@ from ops.common import tl, triton
 from ops.fragments import flat, unflat
 
 if triton is not None:
+    # prmt takes a byte of a table by each nibble's lower three bits or, where the highest one is set, its sign, here 0:
+    # of two tables, for positive values and for negative ones, one gives 16 plus twice the value.
+    E2M1_BYTES = tl.constexpr(
+        "{ .reg .b32 p, n, t; mov.b32 t, $2; "
+        "prmt.b32 p, 0x13121110, 0x1c181614, t; xor.b32 t, t, 0x88888888; "
+        "prmt.b32 n, 0x0d0e0f10, 0x04080a0c, t; or.b32 $0, p, n; "
+        "shr.b32 t, t, 16; prmt.b32 n, 0x0d0e0f10, 0x04080a0c, t; xor.b32 t, t, 0x8888; "
+        "prmt.b32 p, 0x13121110, 0x1c181614, t; or.b32 $1, p, n; }"
+    )
 
     @triton.jit
     def join4(a, b, c, d):  # (...,) x 4 -> (..., 2, 2), in order
@@ -446,16 +455,9 @@ if triton is not None:
                 low |= twice(w >> (4 * i) & 15) + 16 << (8 * i)
                 high |= twice(w >> (4 * i + 16) & 15) + 16 << (8 * i)
         else:
-            # prmt takes a byte of a table by each nibble's lower three bits or, where the highest one is set, its sign,
-            # which is 0: of two tables, for positive values and for negative ones, one gives the value.
-            table: tl.constexpr = (
-                "{ .reg .b32 p, n, t; mov.b32 t, $2; "
-                "prmt.b32 p, 0x13121110, 0x1c181614, t; xor.b32 t, t, 0x88888888; "
-                "prmt.b32 n, 0x0d0e0f10, 0x04080a0c, t; or.b32 $0, p, n; "
-                "shr.b32 t, t, 16; prmt.b32 n, 0x0d0e0f10, 0x04080a0c, t; xor.b32 t, t, 0x8888; "
-                "prmt.b32 p, 0x13121110, 0x1c181614, t; or.b32 $1, p, n; }"
+            low, high = tl.inline_asm_elementwise(
+                E2M1_BYTES, "=&r,=&r,r", [w], (tl.int32, tl.int32), is_pure=True, pack=1
             )
-            low, high = tl.inline_asm_elementwise(table, "=&r,=&r,r", [w], (tl.int32, tl.int32), is_pure=True, pack=1)
         return low, high
 
     @triton.jit

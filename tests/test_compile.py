@@ -140,8 +140,10 @@ def volatile_loads(ttgir: str) -> list[list[list[int]]]:
 
 def empty_weight(kind: str, N: int, K: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A weight and its scales as the kernels read them."""
-    from ops.packing import pack_int4
+    from ops.packing import pack_int4, pack_mxfp4
 
+    if kind == "mxfp4":
+        return pack_mxfp4(*(torch.zeros(N, K // of, dtype=torch.uint8) for of in (2, 32)))
     if kind.startswith("int4"):
         group = int(kind[5:])
         K4 = -(-K // group) * group
@@ -162,6 +164,7 @@ def grouped_weights(N: int, K: int) -> list[tuple[torch.Tensor, torch.Tensor, st
         (e4m3, torch.ones(N, K // 128), "fp8 in blocks"),
         (int8, torch.ones(N, K // 16, dtype=torch.float16), "int8 of 16"),
         (int8, pack_grouped(half, half), "int8 with zeros"),
+        (*empty_weight("mxfp4", N, K), "mxfp4"),
     ]
 
 
@@ -260,7 +263,7 @@ def main() -> None:
     linear_triton.linear(x[:, :2048], w[:, :2048].to(torch.int8).contiguous(), torch.empty(32000, dtype=dtype))
 
     C, size, E, k = 2048, 768, 8, 2
-    for kind, rows in (("16-bit", 1), ("int4:32", 6)):
+    for kind, rows in (("16-bit", 1), ("mxfp4", 1), ("mxfp4", 6), ("int4:32", 6)):
         case, slots = f"experts of {kind}, {rows} rows", min(E, rows * k)
         up, down = empty_weight(kind, E * 2 * size, C), empty_weight(kind, E * C, size)
         x, used, weights = torch.empty(rows, C, dtype=dtype), torch.zeros(1 + slots).int(), torch.zeros(slots, rows)
