@@ -18,11 +18,10 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose tensors are ours, but
 
 
 def export(path: Path) -> Path:
-    """Write an int4 model*.pth, and the tokenizer beside it, as a GPTQ checkpoint. Returns its directory.
+    """Write an int4 model*.pth, its output layer in bf16, and the tokenizer beside it as a GPTQ checkpoint. Returns
+    its directory. Raises UserError for what is not int4, a family that is not supported, or not on GPTQ's grid."""
+    from safetensors.torch import save_file
 
-    The output layer is bf16, as usual there. Raises UserError for files that are not int4, families that are not
-    supported, and zeros and scales that GPTQ's files cannot hold.
-    """
     settings = read_json(path.with_name("config.json"))
     if (family := settings.get("model_type")) not in FAMILIES:
         raise UserError(f"cannot export model_type {shown(family)}; supported: {', '.join(FAMILIES)}")
@@ -49,7 +48,15 @@ def export(path: Path) -> Path:
             out |= packed(theirs, *rows, linear.in_features) if is_int4 else {theirs: rows[0].contiguous()}
     how = {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": group, "sym": False}
     settings |= {"quantization_config": how | {"desc_act": False, "lm_head": False}, "tie_word_embeddings": False}
-    return write(path.with_name(f"{path.stem}-gptq"), out, settings | {"torch_dtype": "float16"})
+    folder = path.with_name(f"{path.stem}-gptq")
+    folder.mkdir(exist_ok=True)
+    for pattern in ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*"):
+        for file in path.parent.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    with replacing(folder / "model.safetensors") as partial:
+        save_file(out, partial, {"format": "pt"})
+    write_text(folder / "config.json", json.dumps(settings | {"torch_dtype": "float16"}, indent=2) + "\n")
+    return folder
 
 
 def packed(name: str, weight: Tensor, scales: Tensor, zeros: Tensor, K: int) -> dict[str, Tensor]:
@@ -69,16 +76,3 @@ def packed(name: str, weight: Tensor, scales: Tensor, zeros: Tensor, K: int) -> 
 def words(q: Tensor) -> Tensor:
     """Integers 0..15 (N, n), 8 of a row in an int32, the first one lowest: (N, n / 8)."""
     return (q.int().unflatten(1, (-1, 8)) << torch.arange(0, 32, 4, dtype=torch.int32)).sum(2, dtype=torch.int32)
-
-
-def write(folder: Path, tensors: dict[str, Tensor], config: dict) -> Path:
-    from safetensors.torch import save_file
-
-    folder.mkdir(exist_ok=True)
-    for pattern in ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*"):
-        for file in folder.parent.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
-    with replacing(folder / "model.safetensors") as partial:
-        save_file(tensors, partial, {"format": "pt"})
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    return folder
