@@ -331,7 +331,10 @@ _LLAMA3 = {"kv": 8, "vocab": 128256, "context": 8192, "base": 5e5}
 _LLAMA31 = {**_LLAMA3, "context": 131072, "rope_scaling": llama3_scaling(8.0)}
 _LLAMA32 = {**_LLAMA3, "context": 131072, "rope_scaling": llama3_scaling(32.0), "tie_word_embeddings": True}
 
-# The models that gpt-fast lists by name, llama2.c's and Llama 3.2's, in config.json's terms.
+_QWEN3_MOE = {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+_QWEN3_MOE |= {"rms_norm_eps": 1e-6, "moe_intermediate_size": 768}
+
+# The models that gpt-fast lists by name, llama2.c's, Llama 3.2's and two mixtures, in config.json's terms.
 BUILTIN: dict[str, dict] = {
     "CodeLlama-7b-Python-hf": _llama(4096, 32, 32, 11008, context=16384, base=1e6),
     "7B": _llama(4096, 32, 32, 11008),
@@ -351,4 +354,10 @@ BUILTIN: dict[str, dict] = {
     "Llama-3.1-405B": _llama(16384, 126, 128, 53248, **_LLAMA31),
     "Llama-3.2-1B": _llama(2048, 16, 32, 8192, **_LLAMA32),
     "Llama-3.2-3B": _llama(3072, 28, 24, 8192, **_LLAMA32),
+    "Qwen3-30B-A3B": _llama(
+        2048, 48, 32, 6144, kv=4, vocab=151936, context=40960, base=1e6, model_type="qwen3_moe", **_QWEN3_MOE
+    ),
+    "gpt-oss-20b": _llama(
+        2880, 24, 64, 2880, kv=8, vocab=201088, context=131072, base=1.5e5, model_type="gpt_oss", num_local_experts=32
+    ),
 }

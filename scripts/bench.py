@@ -57,7 +57,7 @@ from tp import TensorParallel
 
 MODELS = ("7B", "Llama-3.1-8B", "Llama-3.2-1B")
 MODES = ("bf16", "int8", "int4")
-KINDS = (*MODES, "fp8", *(f"int4:{group}" for group in GROUPS))  # what else a mode may be
+KINDS = (*MODES, "fp8", "mxfp4", *(f"int4:{group}" for group in GROUPS))  # what else a mode may be
 
 
 def random_tensors(mode: str, N: int, K: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -69,6 +69,10 @@ def random_tensors(mode: str, N: int, K: int, device: torch.device, dtype: torch
         packed = torch.randint(0, 256, (N, groups * int(group or 32) // 2), dtype=torch.uint8, device=device)
         scales = torch.full((N, groups), deviation / 4, dtype=torch.bfloat16, device=device)
         return {"weight": packed, "scales": scales, "zeros": torch.zeros_like(scales)}
+    if kind == "mxfp4":  # whose values deviate by 2.9
+        packed = torch.randint(0, 256, (N, -(-K // 32) * 16), dtype=torch.uint8, device=device)
+        exponent = round(math.log2(deviation / 2.9)) + 127
+        return {"weight": packed, "scales": torch.full((N, -(-K // 32)), exponent, dtype=torch.uint8, device=device)}
     if kind == "int8":
         weight = torch.randint(-128, 128, (N, K), dtype=torch.int8, device=device)
         return {"weight": weight, "scales": torch.full((N,), deviation / 64, dtype=torch.bfloat16, device=device)}
@@ -83,7 +87,7 @@ def random_model(
     config: ModelConfig, mode: str, device: torch.device, dtype: torch.dtype, tp: TensorParallel | None = None
 ) -> Transformer:
     """A model of the shape, or this rank's part of it, with random weights in `mode`: "bf16" (any full precision),
-    int8, fp8, int4, int4:GROUP."""
+    int8, fp8, int4, int4:GROUP; or mxfp4, of experts alone, as gpt-oss is published."""
     with torch.device("meta"):
         model = Transformer(config, tp)
     for name, module in list(model.named_modules()):
@@ -91,11 +95,15 @@ def random_model(
             if name == "output" and config.tied and mode == "bf16":
                 continue
             rows = (*module.experts, module.out_features)
-            tensors = random_tensors(mode, math.prod(rows), module.in_features, device, dtype)
+            own = "bf16" if mode == "mxfp4" and not module.experts else mode
+            tensors = random_tensors(own, math.prod(rows), module.in_features, device, dtype)
             module.assign({key: t.unflatten(0, rows) for key, t in tensors.items()}, name)
         elif isinstance(module, torch.nn.Linear):  # a router, which does not send all tokens to the same experts
             weight = torch.randn(module.weight.shape, dtype=dtype, device=device) * module.in_features**-0.5
             module.weight = torch.nn.Parameter(weight, requires_grad=False)
+            if module.bias is not None:
+                bias = torch.zeros(module.bias.shape, dtype=dtype, device=device)
+                module.bias = torch.nn.Parameter(bias, requires_grad=False)
         elif name == "tok_embeddings":
             module.weight = torch.nn.Parameter(
                 torch.randn(module.weight.shape, dtype=dtype, device=device) * config.dim**-0.5, requires_grad=False
@@ -402,7 +410,9 @@ def plot(rows: list[Row], path: Path) -> None:
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help=f"of {', '.join(BUILTIN)}")
-    parser.add_argument("--modes", nargs="+", default=MODES, choices=KINDS, metavar="MODE", help="also fp8, int4:GROUP")
+    parser.add_argument(
+        "--modes", nargs="+", default=MODES, choices=KINDS, metavar="MODE", help="also fp8, mxfp4, int4:GROUP"
+    )
     parser.add_argument("--checkpoint_path", type=Path, help="measure this model instead of random shapes")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--prompt_length", type=positive, nargs="+", help="tokens of a prompt, or several; 5")

@@ -1,6 +1,7 @@
 """Mixtures of experts: logits equal transformers', every kind of weight, ranks, GPTQ, and the kernels."""
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +17,9 @@ from checkpoint import load_model, torch_load
 from errors import UserError
 from formats.config import config_fields
 from formats.convert import convert
-from linear import Linear
+from linear import MXFP4, Linear, Plain
 from measure import prefill_flops, weight_bytes
+from model import ModelConfig
 from ops import experts_gemm, experts_triton, tuning
 from ops.common import counters
 from ops.experts import mixture_plain
@@ -172,6 +174,23 @@ def test_mxfp4(tmp_path, monkeypatch):
     save_file(bad, packed / "model.safetensors")
     with pytest.raises(UserError, match="down_proj_scales has 255"):
         convert(packed, None)
+
+
+@torch.inference_mode()
+def test_random_experts_in_mxfp4(monkeypatch):
+    """As bench.py measures gpt-oss: its experts' bytes count as they are, and nothing else is in 4 bits."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    import bench
+
+    config = ModelConfig.from_hf({"model_type": "gpt_oss", **TINY, "num_local_experts": 4, "head_dim": 16})
+    model = bench.random_model(config, "mxfp4", torch.device("cpu"), torch.float32)
+    kinds = {module.kind for module in model.modules() if isinstance(module, Linear) and module.experts}
+    assert kinds == {MXFP4} and model.output.kind is model.layers[0].attention.wo.kind is Plain
+    plain = bench.random_model(config, "bf16", torch.device("cpu"), torch.float32)
+    less = 2 * 2 * 3 * 64 * 96 * (4 - 17 / 32)  # of two layers, two experts each
+    assert weight_bytes(plain) - weight_bytes(model) == less
+    found = logits(model, torch.arange(9)[None])
+    assert found.isfinite().all() and 0.1 < found.std() < 10
 
 
 def test_files_have_the_names_of_gpt_fast(tmp_path):

@@ -166,7 +166,7 @@ def test_builtin_names():
     assert ModelConfig.from_name("7B").intermediate_size == 11008
     for name in BUILTIN:
         config = ModelConfig.from_name(name)
-        assert config.dim == config.n_head * config.head_dim
+        assert config.n_expert or config.dim == config.n_head * config.head_dim
         assert rope_table(config, 8).shape == (8, config.head_dim // 2, 2)
     with pytest.raises(UserError, match=r"'8B' is not supported; supported: 13B"):
         ModelConfig.from_name("8B")
