@@ -5,17 +5,22 @@ that another kernel writes, before it waits for the previous one. Weights must n
 """
 
 import functools
+import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.language.extra import cuda as tlx
-except ImportError:  # CPU-only builds of torch come without Triton: plain PyTorch serves
-    triton = tl = tlx = None
+triton = tl = tlx = None  # without it plain PyTorch serves
+# It takes a while to import, and a torch for CPUs alone uses it only to interpret kernels, or to compile them for a GPU
+# elsewhere (scripts/compile_only.py, which has imported it).
+if torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ or "triton" in sys.modules:
+    with suppress(ImportError):
+        import triton
+        import triton.language as tl  # noqa: F401  the others have it from here
+        from triton.language.extra import cuda as tlx  # noqa: F401
 
 MAX_ROWS = 16  # of the kernels of a decode step; with more a step is a prefill, and cuBLAS is the right tool
 

@@ -177,6 +177,10 @@ def pending(ptx: str) -> int:
 
 def main() -> None:
     """Compile each kernel for sm_90 by its own launcher, with a driver that only says so, and print what came out."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    import tune
+    from compile_only import compile_only  # first, as it imports Triton
+
     from ops import (
         experts_gemm,
         experts_triton,
@@ -195,10 +199,6 @@ def main() -> None:
     from ops.tuning import Configuration, Tile
     from ops.verify import verify_triton
     from tp import TensorParallel
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-    import tune
-    from compile_only import compile_only
 
     case, log = "", io.StringIO()  # what the assembler says of a kernel, which Triton prints
 
