@@ -6,8 +6,8 @@ sample(logits, ...)          as sampling.py says
 pack(layer, dtype)           lay a layer's weight out for them
 ready()                      whether they can be used: without a C++ compiler plain PyTorch serves
 
-Integer weights meet activations as int8 with a scale for each 32 of them (three such numbers for fp32's precision);
-floating weights meet fp32. What is summed is fp32.
+Integer weights meet activations as int8 with a scale for each 32 of them (three such numbers for fp32's precision),
+unless there are many rows and the processor multiplies floats as fast; other weights meet fp32. What is summed is fp32.
 """
 
 import ctypes

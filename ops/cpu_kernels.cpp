@@ -369,7 +369,7 @@ struct Int8Tiles {
 // which is asked for: this is what reads fastest.
 template <bool HALF, int M>
 void dots(const char* w, int64_t bytes, const float* x, int64_t stride, float* y) {
-  constexpr int WIDTH = HALF ? 2 : 1, STEPS = 64 / sizeof(Words), CHAINS = WIDTH * (M == 1 ? STEPS : 1);
+  constexpr int WIDTH = HALF ? 2 : 1, CHAINS = M == 1 ? 64 / sizeof(Words) * WIDTH : WIDTH;
   Floats acc[M][CHAINS] = {};
   auto step = [&](int64_t at, int chain, Words v) __attribute__((always_inline)) {
     for (int m = 0; m < M; m++) {
@@ -381,7 +381,8 @@ void dots(const char* w, int64_t bytes, const float* x, int64_t stride, float* y
   int64_t at = 0;
   for (; at + 64 <= bytes; at += 64) {
     __builtin_prefetch(w + at + AHEAD);
-    for (int i = 0; i < STEPS; i++) step(at + i * sizeof(Words), i * WIDTH % CHAINS, load<Words>(w + at + i * sizeof(Words)));
+    for (int64_t i = 0; i < 64; i += sizeof(Words))
+      step(at + i, i / sizeof(Words) * WIDTH % CHAINS, load<Words>(w + at + i));
   }
   for (; at < bytes; at += sizeof(Words)) step(at, 0, load<Words>(w + at, bytes - at));
   for (int m = 0; m < M; m++) {
@@ -394,7 +395,8 @@ template <bool HALF>
 struct Rows {
   template <int M>
   struct Dots {
-    static INLINE void run(int64_t m, const char* w, int64_t bytes, int64_t count, const float* x, int64_t stride, float* y) {
+    static INLINE void run(int64_t m, const char* w, int64_t bytes, int64_t count, const float* x, int64_t stride,
+                           float* y) {
       for (int64_t r = 0; r < count; r++) dots<HALF, M>(w + r * bytes, bytes, x + m * stride, stride, y + m * UNIT + r);
     }
   };
@@ -507,7 +509,8 @@ template <bool ADD>
 struct Panel {
   template <int M>
   struct Rows {
-    static INLINE void run(int64_t m, const float* panel, int64_t K, const float* x, int64_t stride, float* y, int64_t y_stride) {
+    static INLINE void run(int64_t m, const float* panel, int64_t K, const float* x, int64_t stride, float* y,
+                           int64_t y_stride) {
       panel_rows<ADD, M>(panel, K, x + m * stride, stride, y + m * y_stride, y_stride);
     }
   };
@@ -523,8 +526,10 @@ void products(const Product& p, int64_t unit, int64_t rows, const char* x, float
   if (by_panels(p)) {
     make_panel(layer, unit, panel);
     memset(y, 0, rows * UNIT * sizeof *y);
-    for (int64_t k = 0; k < layer.K; k += PANEL_K)
-      by_rows<PANEL_M, Panel<true>::Rows>(0, rows, panel + k * UNIT, least(PANEL_K, layer.K - k), values + k, stride, y, (int64_t)UNIT);
+    for (int64_t k = 0; k < layer.K; k += PANEL_K) {
+      const int64_t part = least(PANEL_K, layer.K - k);
+      by_rows<PANEL_M, Panel<true>::Rows>(0, rows, panel + k * UNIT, part, values + k, stride, y, (int64_t)UNIT);
+    }
   } else if (is_integer(layer)) {
     const int64_t blocks = layer.padded / BLOCK;
     if (layer.kind == INT4)
@@ -770,11 +775,13 @@ void attention(const Attention& a, Team& team, Scratch scratch) {
     const int64_t blocks = (a.S + tokens - 1) / tokens;
     for (int64_t task; (task = team.take()) < a.B * a.Hkv * blocks;) {
       const int64_t s = (blocks - 1 - task / (a.B * a.Hkv)) * tokens, pair = task % (a.B * a.Hkv);  // the longest first
-      (a.half ? attend_block<true> : attend_block<false>)(a, pair / a.Hkv, pair % a.Hkv, s, least(tokens, a.S - s), own);
+      const auto block = a.half ? attend_block<true> : attend_block<false>;
+      block(a, pair / a.Hkv, pair % a.Hkv, s, least(tokens, a.S - s), own);
     }
   } else {
     auto run = a.D == 64 ? a.half ? attend<true, 8> : attend<false, 8> : a.half ? attend<true, 0> : attend<false, 0>;
-    for (int64_t task; (task = team.take()) < a.B * a.H * a.S;) run(a, task / a.H / a.S, task / a.H % a.S, task % a.H, own);
+    for (int64_t task; (task = team.take()) < a.B * a.H * a.S;)
+      run(a, task / a.H / a.S, task / a.H % a.S, task % a.H, own);
   }
   team.wait();
 }

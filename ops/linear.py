@@ -4,8 +4,8 @@
     prepare(layer, dtype)              lay a weight out for its device, and choose the backends that support it
 
 Backends: the Triton kernel for up to 16 rows on an NVIDIA GPU; for more rows there linear_many, which reads a weight
-that is packed for that kernel; cpu.py's on a CPU, for up to 64 rows or integer weights; on a CPU that has no arithmetic
-in 16 bits, plain PyTorch in fp32; plain PyTorch, which runs everywhere and is the reference.
+that is packed for that kernel; cpu.py's on a CPU, but where PyTorch multiplies many rows of bf16 faster; on a CPU that
+has no arithmetic in 16 bits, plain PyTorch in fp32; plain PyTorch, which runs everywhere and is the reference.
 """
 
 from collections.abc import Callable

@@ -102,7 +102,7 @@ def real(args: argparse.Namespace) -> tuple[Transformer, dict[str, list[int]], f
     texts = json.loads((REPO / "benchmarks" / "prompts.json").read_text())
     prompts = {name: tokenizer.encode_chat([{"role": "user", "content": text}]) for name, text in texts.items()}
     args.length = max(map(len, prompts.values())) + args.tokens
-    model = load_model(args.checkpoint_path, device=args.device, dtype=args.dtype)
+    model = load_model(args.checkpoint_path, device=args.device, dtype=args.dtype, quantize=args.quantize)
     return model, prompts, tokenizer.stop_ids
 
 
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=MODES, choices=KINDS, metavar="MODE", help="weights in `steps`")
     parser.add_argument("--profile", type=float, nargs="+", default=[0.75], help="in `big`, each given the one before")
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT)
+    parser.add_argument("--quantize", help="its weights in `speed` on load, as generate.py does")
     parser.add_argument("--drafts", nargs="+", metavar="NAME@K", default=DRAFTS)
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=tasks, metavar="TASK", help="in `speed`")
     parser.add_argument("--runs", type=int, default=3, help="of each in `speed`")

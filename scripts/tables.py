@@ -330,16 +330,27 @@ def all_reduce() -> str:
 
 
 def cpu() -> str:
-    def cells(kind: str) -> list[str]:
-        found = [results(f"cpu_{kind}_{threads}")["rows"][0] for threads in (1, 2)]
-        return [f"this, {kind}", *map(rate, found), " / ".join(f"{r['fraction']:.2f}" for r in found)]
+    def spread(v: dict) -> str:
+        return f"{v['median']:.0f} ({v['min']:.0f}-{v['max']:.0f})"
 
-    result, llama = results("cpu_bf16_1"), results("others")["cpu"]
-    kinds = ("fp32", "bf16", "int8", "int4")
-    theirs = ([f"llama.cpp, {kind}", *rates, ""] for kind, rates in llama["rows"].items())
-    title = f"2 cores of an AMD EPYC (AVX2), torch {result['torch']}, commit {commit(result)}: `scripts/bench_cpu.sh`."
-    header = "program, weights | 1 thread, tok/s | 2 threads, tok/s | of read bandwidth"
-    return paragraphs(title, table(header, [*map(cells, kinds), *theirs]), f"{llama['what']}.")
+    def turns(row: dict, name: str) -> list[str]:
+        return [*(spread(row[of][name]) for of in ("ours", "llama.cpp")), f"**{row['ratio'][name]:.2f}**"]
+
+    result = results("cpu")
+    lengths = {row["prompt"] for row in result["rows"].values()}
+    speeds = ([*of.split(", "), *turns(r, "decode"), *turns(r, "prefill")] for of, r in result["rows"].items())
+    quality = ([kind, f"{r['ours']:.3f}", f"{r['llama.cpp']:.3f}"] for kind, r in result["perplexity"].items())
+    others = ([program, spread(r["prefill"]), spread(r["decode"])] for program, r in result["transformers"].items())
+    prompt = f"prompt of {', '.join(map(str, sorted(lengths)))}, tok/s | llama.cpp | ratio"
+    return paragraphs(
+        f"{result['processor']} ({result['instruction_set']}), torch {result['torch']}, commit {commit(result)}: "
+        "`scripts/bench_cpu.py`, median (least-most) of five rounds.",
+        table(f"weights | threads | decode, tok/s | llama.cpp | ratio | {prompt}", speeds),
+        "Perplexity as llama-perplexity measures it, in windows of 512 tokens of Python's language reference:",
+        table("weights | this | llama.cpp", quality),
+        "Beside plain transformers with 2 threads, tok/s:",
+        table("program, weights | prompt of 2,048 | 16 rows", others),
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {
