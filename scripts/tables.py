@@ -339,18 +339,21 @@ def cpu() -> str:
     result = results("cpu")
     lengths = {row["prompt"] for row in result["rows"].values()}
     speeds = ([*of.split(", "), *turns(r, "decode"), *turns(r, "prefill")] for of, r in result["rows"].items())
-    quality = ([kind, f"{r['ours']:.3f}", f"{r['llama.cpp']:.3f}"] for kind, r in result["perplexity"].items())
-    others = ([program, spread(r["prefill"]), spread(r["decode"])] for program, r in result["transformers"].items())
     prompt = f"prompt of {', '.join(map(str, sorted(lengths)))}, tok/s | llama.cpp | ratio"
-    return paragraphs(
+    parts = [
         f"{result['processor']} ({result['instruction_set']}), torch {result['torch']}, commit {commit(result)}: "
-        "`scripts/bench_cpu.py`, median (least-most) of five rounds.",
+        "`scripts/bench_cpu.py`, median (least-most).",
         table(f"weights | threads | decode, tok/s | llama.cpp | ratio | {prompt}", speeds),
-        "Perplexity as llama-perplexity measures it, in windows of 512 tokens of Python's language reference:",
-        table("weights | this | llama.cpp", quality),
-        "Beside plain transformers with 2 threads, tok/s:",
-        table("program, weights | prompt of 2,048 | 16 rows", others),
-    )
+    ]
+    if quality := result.get("perplexity"):
+        cells = ([kind, f"{r['ours']:.3f}", f"{r.get('llama.cpp', math.nan):.3f}"] for kind, r in quality.items())
+        parts.append("Perplexity of a text as llama-perplexity measures it, in windows of 512 tokens:")
+        parts.append(table("weights | this | llama.cpp", cells))
+    if others := result.get("transformers"):
+        cells = ([program, spread(r["prefill"]), spread(r["decode"])] for program, r in others.items())
+        parts.append("Beside plain transformers with 2 threads, tok/s:")
+        parts.append(table("program, weights | prompt of 2,048 | 16 rows", cells))
+    return paragraphs(*parts)
 
 
 TABLES: dict[str, Callable[[], str]] = {
