@@ -8,7 +8,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -17,10 +16,12 @@ triton = tl = tlx = None  # without it plain PyTorch serves
 # It takes a while to import, and a torch for CPUs alone uses it only to interpret kernels, or to compile them for a GPU
 # elsewhere (scripts/compile_only.py, which has imported it).
 if torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ or "triton" in sys.modules:
-    with suppress(ImportError):
+    try:
         import triton
-        import triton.language as tl  # noqa: F401  the others have it from here
-        from triton.language.extra import cuda as tlx  # noqa: F401
+        import triton.language as tl
+        from triton.language.extra import cuda as tlx
+    except ImportError:  # all of it or none
+        triton = tl = tlx = None
 
 MAX_ROWS = 16  # of the kernels of a decode step; with more a step is a prefill, and cuBLAS is the right tool
 

@@ -14,14 +14,9 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent / "tuned"
-CHUNK = {
-    "fp": 32,
-    "int8": 64,
-    "fp8": 64,
-    "int4": 128,
-    "mxfp4": 128,
-}  # values along K that 4 lanes of the linear kernel hold
-LIKE = {"mxfp4": "int4"}  # kinds that have no configurations of their own
+# Values along K that 4 lanes of the linear kernel hold.
+CHUNK = {"fp": 32, "int8": 64, "fp8": 64, "int4": 128, "mxfp4": 128}
+LIKE = {"fp8": "int8", "mxfp4": "int4"}  # kinds that have no configurations of their own, but fp8 for one row
 WAVES = 5  # default.json tells tiles that fill the multiprocessors once, twice, ... or so often and more apart
 
 
@@ -59,7 +54,7 @@ def columns(M: int) -> int:
 
 def key(kind: str, M: int) -> tuple[str, int]:
     """Where M rows of x look for a configuration: several meet fp8 as they meet int8, and mxfp4 is read as int4."""
-    return "int8" if kind == "fp8" and M > 1 else LIKE.get(kind, kind), columns(M)
+    return kind if kind == "fp8" and M == 1 else LIKE.get(kind, kind), columns(M)
 
 
 def device_name(device: torch.device) -> str:
@@ -142,7 +137,7 @@ def experts(kind: str, N: int, K: int, M: int, slots: int, down: bool, device: t
 def grouped(kind: str, N: int, rows: int, device: torch.device) -> Tile:
     """How to launch experts' GEMM for experts of this kind with N rows, and so many of x each."""
     own, default = tables(device, "grouped")
-    kind = "int8" if kind == "fp8" else LIKE.get(kind, kind)
+    kind = LIKE.get(kind, kind)
     sizes = sorted(most for of, most in default if of == kind)
     key = kind, next((most for most in sizes if most >= rows), sizes[-1])
     return own.get(key, {}).get((N, None)) or default[key][1, None]
@@ -152,7 +147,7 @@ def grouped(kind: str, N: int, rows: int, device: torch.device) -> Tile:
 def tile(kind: str, N: int, K: int, M: int, device: torch.device) -> Tile:
     """How to launch the GEMM for a weight (N, K) of this kind and M rows of x."""
     own, default = tables(device, "gemm")
-    kind, waves = "int8" if kind == "fp8" else LIKE.get(kind, kind), min(math.ceil(N / 128 / processors(device)), 2)
+    kind, waves = LIKE.get(kind, kind), min(math.ceil(N / 128 / processors(device)), 2)
     sizes = sorted(rows for of, rows in default if of == kind)
     key = kind, next((rows for rows in sizes if rows >= M), sizes[-1])
     found = own.get(key, {}).get((N, K)) or default[key][waves, None]
