@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--prompt_length", type=int, nargs="+", default=[5, 2048])
+    parser.add_argument("--kv_cache", choices=sorted(ops.CACHE_KINDS), help="keys and values in 8 bits")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for each number of GPUs")
     parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)  # fewer, to compile the kernels ahead
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)  # what torchrun starts
@@ -82,6 +83,7 @@ def _torchrun(args: argparse.Namespace, n: int, *more: str) -> subprocess.Popen:
     command += [f"--nproc_per_node={n}", __file__, args.json, "--rank", "--models", *models, "--modes", *args.modes]
     command += ["--prompt_length", *args.prompt_length, "--runs", args.runs]
     command += ["--max_new_tokens", args.max_new_tokens, *more]
+    command += ["--kv_cache", args.kv_cache] if args.kv_cache else []
     return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
