@@ -65,8 +65,10 @@ def main() -> None:
         return
     if torch.cuda.device_count() < max(args.gpus):
         raise UserError(f"--gpus {max(args.gpus)}: this machine has {torch.cuda.device_count()}")
-    # Every number of GPUs has kernels of its own, whose compilation none of the others need wait for.
-    for process in [_torchrun(args, n, "--layers", "1", "--runs", "1", "--max_new_tokens", "17") for n in args.gpus]:
+    # Kernels of every number of GPUs and kind of weight, whose compilation none of the others need wait for.
+    ahead = itertools.product(args.gpus, args.modes)
+    processes = [_torchrun(args, n, "--modes", mode, "--layers", "1", "--runs", "1") for n, mode in ahead]
+    for process in processes:
         _finish(process, args.timeout)
     results = {}
     about = bench.provenance()
