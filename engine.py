@@ -22,6 +22,7 @@ from state import RunState, feed, to_host
 # Tokens of all rows together that captured prefills feed at once: launching their kernels one by one takes longer than
 # running them, as far as some hundred tokens.
 CAPTURED = (8, 16, 32, 64, 128, 192, 256, 384, 512)
+AGAIN, STEP = 2048, 256  # so do prompts of up to AGAIN, captured in steps when their like is read for the second time
 SHARED = 512  # tokens that reading a common prefix once saves, from which it is worth its copy
 DECODE_BLOCK = 8  # steps a GPU takes at a time: the host reads the tokens of one block while the next runs
 MAX_DEFAULT_CONTEXT = 8192  # cache length of a chat when --max_seq_length does not say
@@ -93,6 +94,7 @@ class Engine:
         self.block = DECODE_BLOCK if self.device.type == "cuda" else 1  # steps between two looks at the tokens
         self._block: Callable | None = None  # so many in one CUDA graph, which saves the time between graphs
         self._captured: dict[int, Callable] = {}  # prefills, by the tokens of a row
+        self._again: dict[int, Callable | None] = {}  # those of whole prompts, None when met once
         self._long: Callable | None = None  # compile_blocks'
         self.speculator = None
         if draft is not None:
@@ -140,7 +142,7 @@ class Engine:
             self.speculator.compile(step, inductor, ops.capture if graphs else None)
 
     def _capture_prefill(self) -> None:
-        pool = torch.cuda.graph_pool_handle()  # one memory for all: each one's result is copied at once
+        self._pool = pool = torch.cuda.graph_pool_handle()  # one memory for all: each one's result is copied at once
         for size in sorted({max(1, size // self.batch_size) for size in CAPTURED}):
             if size <= self.state.cache.length:
                 tokens = torch.zeros(self.batch_size, size, dtype=torch.int64, device=self.device)
@@ -178,6 +180,17 @@ class Engine:
         S = tokens.shape[1]
         if size := min((size for size in self._captured if size >= S), default=0):
             return self._captured[size](F.pad(tokens, (0, size - S)), start).clone()
+        if self._captured and not self._long and tokens.numel() <= AGAIN and not start.is_cuda and not start.any():
+            step = max(1, STEP // self.batch_size)
+            size = min(-(-S // step) * step, self.state.cache.length)
+            if size in self._again:
+                tokens = F.pad(tokens, (0, size - S))
+                if not self._again[size]:
+                    model, cache = self.model, self.state.cache.first(size)
+                    read = lambda tokens: model.hidden(model.tok_embeddings(tokens), start, cache)  # noqa: E731
+                    self._again[size] = ops.capture(read, tokens, warm_up=1, pool=self._pool)
+                return self._again[size](tokens)
+            self._again[size] = None
         if self._long and tokens.numel() > self.few:
             return self._long(self.model.tok_embeddings(tokens), start, self.state.cache)
         if self.few >= S:  # kernels read what is used anyway, and are compiled for the cache's length

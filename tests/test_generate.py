@@ -14,6 +14,7 @@ from chance import chi_square, filtered
 from conftest import REPO, SMOLLM2, smollm2_parts
 from tiny import never, write_checkpoint
 
+import engine
 import ops
 import state
 from cli import peak_memory
@@ -49,6 +50,31 @@ def test_greedy_equals_transformers(tiny):
     prompt = list(range(10, 30))
     expected = reference_greedy(tiny[1], prompt, 30)
     assert list(generate(tiny_engine(tiny), prompt, 30, is_stop=never)) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_prompt_whose_like_was_read_before_is_captured_in_steps(tiny, rows, monkeypatch):
+    """Padded to a multiple of STEP, but not beyond the cache, up to AGAIN tokens of all rows."""
+    monkeypatch.setattr(engine, "AGAIN", 20 * rows)
+    monkeypatch.setattr(engine, "STEP", 8 * rows)
+    sizes = []
+
+    def capture(function, tokens, **options):
+        sizes.append(tokens.shape[1])
+        return function
+
+    monkeypatch.setattr(ops, "capture", capture)
+    plain, llm = (tiny_engine(tiny, batch_size=rows, max_seq_length=22) for _ in range(2))
+    llm._captured, llm._pool = {2: llm._few_tokens}, None
+    for length, captured in ((2, []), (7, []), (8, [8]), (8, [8]), (9, [8]), (16, [8, 16]), (17, [8, 16])):
+        prompts = [list(range(5 + row, 5 + row + length)) for row in range(rows)]
+        assert list(generate(llm, prompts, 4, is_stop=never)) == list(generate(plain, prompts, 4, is_stop=never))
+        assert sizes == captured
+    for length, captured in ((18, 3), (19, 3), (20, 3), (21, 3), (21, 3)):
+        prompts = [list(range(40 + row, 40 + row + length)) for row in range(rows)]
+        assert list(generate(llm, prompts, 1, is_stop=never)) == list(generate(plain, prompts, 1, is_stop=never))
+        assert len(sizes) == captured
+    assert sizes[2:] == [22]
 
 
 def test_ragged_batch_equals_single_rows(tiny, monkeypatch):
