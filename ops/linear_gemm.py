@@ -3,6 +3,7 @@ once and widens it in registers. (For plain weights cuBLAS is faster.)
 
     gemm(x, weight, ...)     [residual +] W rms_norm(x) [+ bias], or SwiGLU of it
     rms_norm(x, norm, ...)   RMSNorm by itself, in the order of features that `gemm` wants, or as it is
+    fixed_point(x, ...)      the same as two int8 rows for each row of x
     reference                linear.py's `plain`
 
 Weights are those of linear_triton.py, packed once for both: int8 and float8_e4m3fn (N, K), and packed int4. W is the
@@ -11,6 +12,10 @@ a lane's 16 bytes of a row of W are its part of a fragment if the K axis is perm
 beforehand, together with its norm: of each 8 O features, slot (p, j, e) holds feature (j, p, e). Between a load of
 weights and its MMA there are only the instructions that widen, and Triton's pipeline keeps both operands' next tiles
 in flight.
+
+int8 without groups needs not even those: x becomes fixed point of 16 bits, multiples of its row's largest value over
+32,639, as two int8 rows, a high byte and a low one, whose products with W are exact and cost what bf16's do. That is
+never further from x (by its norm) than rounding it to bf16 is.
 
 Axes: M rows of x, N rows of W, K what is summed; of a tile j and i a warp's 4 x 8 lanes, h a fragment's two halves of 8
 rows, W warps along rows, R and C repetitions along rows and K, u a lane's words, p of its P pairs, e their two values.
@@ -33,6 +38,7 @@ TILES = 2**14  # of a result whose parts along K are summed
 if triton is None:
     places = weights = values = settled = None
 else:
+    LARGEST = tl.constexpr(127 * 256 + 127.0)  # of two int8 parts
 
     @triton.jit
     def _norm_kernel(out, x, gain, K, width, eps, O: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
@@ -56,6 +62,42 @@ else:
             v = v.to(tl.float32) * tl.rsqrt(tl.sum(squares, 0) / K + eps)
             v *= tl.load(gain + k, k < K, other=0.0).to(tl.float32)
         tl.store(out + tl.program_id(0).to(tl.int64) * width + slot, v.to(out.dtype.element_ty), slot < width)
+
+    @triton.jit
+    def _fixed_point_kernel(out, scales, x, gain, K, width, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+        """out int8 (rows, 2, width) and scales (rows,), of which 256 out[:, 0] + out[:, 1] times the scale are x
+        (rows, K) or, with a gain, its RMSNorm; zeros past K."""
+        if PDL:  # see _norm_kernel
+            tlx.gdc_wait()
+            tlx.gdc_launch_dependents()
+        row = tl.program_id(0).to(tl.int64)
+        x += row * K
+        squares = tl.zeros((BLOCK,), tl.float32)
+        most = tl.zeros((BLOCK,), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, K, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            v = tl.load(x + at, at < K, other=0.0).to(tl.float32)
+            if gain is not None:
+                squares += v * v
+                v *= tl.load(gain + at, at < K, other=0.0).to(tl.float32)
+            most = tl.maximum(most, tl.abs(v))
+            total += v
+        top = tl.max(most, 0)
+        finite = tl.sum(total, 0) * 0.0  # or NaN, which no maximum and no integer keeps
+        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        v = tl.load(x + k, k < K, other=0.0).to(tl.float32)
+        factor = 1.0
+        if gain is not None:
+            factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+            v *= tl.load(gain + k, k < K, other=0.0).to(tl.float32)
+        q = tl.floor(v * tl.where(top > 0, LARGEST / top, 0.0) + 0.5).to(tl.int32)
+        high = (q + 128) >> 8
+        out += row * 2 * width + k
+        tl.store(out, high.to(tl.int8), k < width)
+        tl.store(out + width, (q - high * 256).to(tl.int8), k < width)
+        if tl.program_id(1) == 0:
+            tl.store(scales + row, top * factor * (1.0 / LARGEST) + finite)
 
     @triton.jit
     def places(tile, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr):
@@ -178,14 +220,17 @@ else:
 
     @triton.jit(do_not_specialize=["M", "steps"])
     def _gemm_kernel(
-        y, x, w, s, bias, residual, partial, counts, M, N, K, steps,
+        y, x, x_scales, w, s, bias, residual, partial, counts, M, N, K, steps,
         KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, PADDED: tl.constexpr,
         BM: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
         ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W x [+ bias], or if SWIGLU `swiglu` of it (M, N / 2). x (M', K') is in the order of
-        slots and, if PADDED, reaches to the end of its tiles; fp weights take it as it is. A program sums `steps` tiles
-        along K; where SPLIT share a tile of y, the last one to come sums their parts, in the same order."""
+        slots and, if PADDED, reaches to the end of its tiles; fp weights take it as it is, and int8 without groups as
+        int8 (M', 2, K'), with scales. A program sums `steps` tiles along K; where SPLIT share a tile of y, the last one
+        to come sums their parts, in the same order."""
+        FIXED: tl.constexpr = x_scales is not None
+        PLAIN: tl.constexpr = KIND == "fp" or FIXED  # tiles that tensor cores take from shared memory
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         P: tl.constexpr = 16 if FOUR else 8
         BN: tl.constexpr = 16 * W * R
@@ -193,7 +238,7 @@ else:
         S: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None
         tile_m, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         k = tl.arange(0, BK)
-        if KIND == "fp":
+        if PLAIN:
             row = tl.minimum(tile * BN + tl.arange(0, BN), N - 1).to(tl.int64) * K
             at_w = w + row[:, None] + k[None, :]
         else:
@@ -203,29 +248,35 @@ else:
         if PDL:
             tlx.gdc_wait()
         m = tile_m * BM + tl.arange(0, BM)
+        of_x = m
+        if FIXED:
+            of_x = tile_m * (2 * BM) + tl.arange(0, 2 * BM)
         width = K
         if PADDED:
             width = tl.cdiv(K, BK) * BK
-        at_x = x + m.to(tl.int64)[:, None] * width + k[None, :]
-        acc = tl.zeros((BN, BM), tl.float32)
+        at_x = x + of_x.to(tl.int64)[:, None] * width + k[None, :]
+        acc = tl.zeros((BN, 2 * BM if FIXED else BM), tl.int32 if FIXED else tl.float32)
         for step in range(first, last):
-            if KIND != "fp":
+            if not PLAIN:
                 found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, PAIRS, R, C, W, EVEN)
                 a = values(found, own, KIND, GROUP, PAIRS, S, x.dtype.element_ty, ASM)
                 a = a.reshape(C, R, 2, W, 8, 4, P, 2).permute(1, 3, 2, 4, 0, 6, 5, 7).reshape(BN, BK)
             elif EVEN:
                 a = tl.load(at_w + step * BK)
             else:
-                a = tl.load(at_w + step * BK, (step * BK + k < K)[None, :], other=0.0)
+                a = tl.load(at_w + step * BK, (step * BK + k < K)[None, :], other=0)
             if PADDED:
                 rows = tl.load(at_x + step * BK)
             elif EVEN:
                 rows = tl.load(at_x + step * BK, (m < M)[:, None], other=0.0)
             else:
                 rows = tl.load(at_x + step * BK, (m < M)[:, None] & (step * BK + k < K)[None, :], other=0.0)
-            acc = tl.dot(a, tl.trans(rows), acc)
-            if PDL and KIND != "fp":
+            acc = tl.dot(a, tl.trans(rows), acc, out_dtype=acc.dtype)
+            if PDL and not PLAIN:
                 acc = settled(acc)
+        if FIXED:
+            high, low = tl.split(acc.reshape(BN, BM, 2))
+            acc = high.to(tl.float32) * 256.0 + low.to(tl.float32)
         if PDL:  # not before: what follows would take the places that become free first, all on a few multiprocessors
             tlx.gdc_launch_dependents()
         if SPLIT > 1:
@@ -243,6 +294,8 @@ else:
         n = tile * BN + tl.arange(0, BN)
         if KIND == "int8" and ASM is not None:
             acc *= 64.0
+        if FIXED:
+            acc *= tl.load(x_scales + m, m < M, other=0.0)[None, :]
         if s is not None and GROUP == 0:
             acc *= tl.load(s + n, n < N, other=0.0).to(tl.float32)[:, None]
         if bias is not None:
@@ -331,6 +384,16 @@ def rms_norm(x: Tensor, norm: Tensor | None, eps: float, kind: str = "", out: Te
     return out
 
 
+def fixed_point(x: Tensor, norm: Tensor | None, eps: float, out: Tensor) -> Tensor:
+    """x (M, K) or, with a gain `norm` (K,), its RMSNorm in the first rows of `out` (M', 2, K'), int8, as multiples of
+    what is returned, fp32 (M,): 256 times the first row and the second."""
+    (M, K), width = x.shape, out.shape[2]
+    scales = torch.empty(M, dtype=torch.float32, device=x.device)
+    grid = (M, triton.cdiv(width, FEATURES))
+    _fixed_point_kernel[grid](out, scales, x, norm, K, width, eps, BLOCK=FEATURES, num_warps=8, **pdl(x.device))
+    return scales
+
+
 def gemm(
     x: Tensor,
     weight: Tensor,
@@ -351,21 +414,26 @@ def gemm(
     BN, BK = 16 * W * R, C * max(64, tuning.CHUNK[kind])
     steps = triton.cdiv(triton.cdiv(K, BK), how.split)
     grid = (triton.cdiv(M, BM), triton.cdiv(N, BN), triton.cdiv(triton.cdiv(K, BK), steps))
-    padded = kind != "fp" or norm is not None
+    padded, fixed, x_scales = kind != "fp" or norm is not None, kind == "int8" and not group, None
     if padded:
-        ordered = torch.empty(grid[0] * BM, triton.cdiv(K, BK) * BK, dtype=x.dtype, device=x.device)
-        rms_norm(x, norm, eps, kind, ordered)
+        width = triton.cdiv(K, BK) * BK
+        shape, dtype = ((grid[0] * BM, 2, width), torch.int8) if fixed else ((grid[0] * BM, width), x.dtype)
+        ordered = torch.empty(shape, dtype=dtype, device=x.device)
+        if fixed:
+            x_scales = fixed_point(x, norm, eps, ordered)
+        else:
+            rms_norm(x, norm, eps, kind, ordered)
     y = torch.empty(M, N // 2 if swiglu else N, dtype=out_dtype, device=x.device)
     partial = counts = None
     if grid[2] > 1:
         partial = torch.empty(grid[0] * grid[1] * grid[2] * BN * BM, dtype=torch.float32, device=x.device)
         counts = counters(x.device, TILES)
     _gemm_kernel[grid](
-        y, ordered if padded else x, weight if kind == "fp" else weight.view(torch.int32), scales, bias, residual,
-        partial, counts, M, N, K, steps,
+        y, ordered if padded else x, x_scales, weight if kind == "fp" or fixed else weight.view(torch.int32), scales,
+        bias, residual, partial, counts, M, N, K, steps,
         KIND=kind, GROUP=group, PAIRS=pairs, SWIGLU=swiglu, PADDED=padded, BM=BM, R=R, C=C, W=W,
         SPLIT=grid[2], EVEN=K % BK == 0,
-        ASM=assembly(kind, scales.dtype if scales is not None else None, x.dtype, launch["PDL"]),
+        ASM=None if fixed else assembly(kind, scales.dtype if scales is not None else None, x.dtype, launch["PDL"]),
         num_warps=W, num_stages=how.num_stages, **launch,
     )  # fmt: skip
     return y

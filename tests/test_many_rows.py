@@ -52,6 +52,11 @@ def check(run, case, exact, bound, swiglu):
 ROUNDED = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # what rounding each factor of a product costs
 
 
+def exact(kind, dtype):
+    """int4 is widened to what `dequantize` makes of it; int8 meets x in multiples of its row's largest / 32,639."""
+    return ROUNDED[dtype] if kind.startswith("int4") else 1e-4 if kind == "int8" else 1e-5
+
+
 SMALL = Tile(16, 1, 1, 4, 3, 1)
 
 
@@ -66,9 +71,34 @@ SMALL = Tile(16, 1, 1, 4, 3, 1)
 )
 def test_gemm(kind, M, N, K, tile, swiglu, dtype, monkeypatch):
     monkeypatch.setattr(tuning, "tile", lambda *_: tile)
-    exact = ROUNDED[dtype] if kind.startswith("int4") else 1e-5  # int4 is widened to what `dequantize` makes of it
-    check(linear_gemm.gemm, make_case(kind, M, N, K, dtype, swiglu), exact, 2 * ROUNDED[dtype], swiglu)
+    check(linear_gemm.gemm, make_case(kind, M, N, K, dtype, swiglu), exact(kind, dtype), 2 * ROUNDED[dtype], swiglu)
     assert not counters(torch.device(DEVICE), linear_gemm.TILES).any()
+
+
+def test_int8_weights_meet_x_in_fixed_point(monkeypatch):
+    """Products and sums of it are exact: W x is what the two int8 parts say, and no row is further from x (M, K) than
+    half a multiple in each feature; NaN and infinities stay what they are."""
+    monkeypatch.setattr(tuning, "tile", lambda *_: Tile(32, 1, 2, 4, 3, 2))
+    dtype = DTYPES[-1]
+    x, w, s, *_ = make_case("int8", 19, 64, 2112, dtype, False)
+    x[1] = 0
+    x[2, 7] = 2000.0
+    x[3] *= 1e-5
+    x[4, 100], x[5, 2000] = float("nan"), float("inf")
+    for gain in (None, torch.rand(2112, dtype=dtype, device=DEVICE) + 0.5):
+        out = torch.empty(32, 2, 2176, dtype=torch.int8, device=DEVICE)
+        scales = linear_gemm.fixed_point(x, gain, 1e-5, out).double()
+        wanted = x.double()
+        if gain is not None:
+            wanted = wanted * (wanted.square().mean(1, keepdim=True) + 1e-5).rsqrt() * gain.double()
+        codes = 256 * out[:19, 0].double() + out[:19, 1].double()
+        sound = torch.tensor([row not in (4, 5) for row in range(19)])
+        assert not codes[sound, 2112:].any() and not scales[~sound].isfinite().any()
+        found = codes[:, :2112] * scales[:, None]
+        assert ((found - wanted)[sound].abs() <= (0.51 * scales + 1e-30)[sound, None]).all()
+        y = linear_gemm.gemm(x, w, s, None, gain, 1e-5, None, torch.float32, False)
+        assert error(y[sound], (found[sound] @ (w.double() * s.double()[:, None]).T)) < 2e-7
+        assert not y[~sound].isfinite().any()
 
 
 def test_programs_that_share_a_tile_sum_in_one_order(monkeypatch):
@@ -108,9 +138,8 @@ SHIPPED = {  # of all files; what is on its way is nothing to the interpreter
 @pytest.mark.parametrize("kind,tile", sorted(SHIPPED, key=repr))
 def test_shipped_tiles(kind, tile, monkeypatch):
     monkeypatch.setattr(tuning, "tile", lambda *_: tile)
-    exact = ROUNDED[DTYPES[-1]] if kind == "int4" else 1e-5
-    kind = {"int4": "int4:32", "fp": "16-bit"}.get(kind, kind)
-    check(linear_gemm.gemm, make_case(kind, 21, 80, 544, DTYPES[-1], True), exact, 2 * ROUNDED[DTYPES[-1]], True)
+    dtype, kind = DTYPES[-1], {"int4": "int4:32", "fp": "16-bit"}.get(kind, kind)
+    check(linear_gemm.gemm, make_case(kind, 21, 80, 544, dtype, True), exact(kind, dtype), 2 * ROUNDED[dtype], True)
 
 
 def test_every_weight_finds_a_tile():
