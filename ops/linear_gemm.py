@@ -33,6 +33,7 @@ from ops.linear_triton import group_of, kind_of, out_features
 
 ORDER = {"": 0, "fp": 0, "int4": 4, "mxfp4": 4}  # a kind's O, see above, if not 8
 FEATURES = 2048  # of a row, that a program of the norm writes
+WHOLE = 2**14  # of a row, that a program writes in fixed point, whose largest is needed first
 TILES = 2**14  # of a result whose parts along K are summed
 
 if triton is None:
@@ -91,7 +92,8 @@ else:
         if gain is not None:
             factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
             v *= tl.load(gain + k, k < K, other=0.0).to(tl.float32)
-        q = tl.floor(v * tl.where(top > 0, LARGEST / top, 0.0) + 0.5).to(tl.int32)
+        q = v * tl.where(top > 0, LARGEST / top, 0.0)
+        q = ((q + 12582912.0) - 12582912.0).to(tl.int32)  # to the nearest integer, ties to even
         high = (q + 128) >> 8
         out += row * 2 * width + k
         tl.store(out, high.to(tl.int8), k < width)
@@ -389,8 +391,10 @@ def fixed_point(x: Tensor, norm: Tensor | None, eps: float, out: Tensor) -> Tens
     what is returned, fp32 (M,): 256 times the first row and the second."""
     (M, K), width = x.shape, out.shape[2]
     scales = torch.empty(M, dtype=torch.float32, device=x.device)
-    grid = (M, triton.cdiv(width, FEATURES))
-    _fixed_point_kernel[grid](out, scales, x, norm, K, width, eps, BLOCK=FEATURES, num_warps=8, **pdl(x.device))
+    block = min(WHOLE, triton.next_power_of_2(width))
+    _fixed_point_kernel[(M, triton.cdiv(width, block))](
+        out, scales, x, norm, K, width, eps, BLOCK=block, num_warps=min(16, max(4, block // 512)), **pdl(x.device)
+    )
     return scales
 
 
@@ -408,13 +412,14 @@ def gemm(
     """[residual +] W rms_norm(x) [+ bias]: x (M, K) -> (M, N) in `out_dtype`; with `swiglu`, SwiGLU of it (M, N / 2).
     See linear_triton.linear. CPU tensors are for Triton's interpreter."""
     (M, K), N, kind = x.shape, out_features(weight), kind_of(weight)
-    how, launch = tuning.tile(kind, N, K, M, x.device), pdl(x.device)
     group, pairs = group_of(K, kind, scales)
+    fixed = kind == "int8" and not group
+    how, launch = tuning.tile("fp8" if kind == "int8" and group else kind, N, K, M, x.device), pdl(x.device)
     BM, R, C, W = how.rows, how.row_repeat, how.k_repeat, how.num_warps
     BN, BK = 16 * W * R, C * max(64, tuning.CHUNK[kind])
     steps = triton.cdiv(triton.cdiv(K, BK), how.split)
     grid = (triton.cdiv(M, BM), triton.cdiv(N, BN), triton.cdiv(triton.cdiv(K, BK), steps))
-    padded, fixed, x_scales = kind != "fp" or norm is not None, kind == "int8" and not group, None
+    padded, x_scales = kind != "fp" or norm is not None, None
     if padded:
         width = triton.cdiv(K, BK) * BK
         shape, dtype = ((grid[0] * BM, 2, width), torch.int8) if fixed else ((grid[0] * BM, width), x.dtype)

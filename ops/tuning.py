@@ -147,7 +147,7 @@ def grouped(kind: str, N: int, rows: int, device: torch.device) -> Tile:
 def tile(kind: str, N: int, K: int, M: int, device: torch.device) -> Tile:
     """How to launch the GEMM for a weight (N, K) of this kind and M rows of x."""
     own, default = tables(device, "gemm")
-    kind, waves = LIKE.get(kind, kind), min(math.ceil(N / 128 / processors(device)), 2)
+    kind, waves = "int4" if kind == "mxfp4" else kind, min(math.ceil(N / 128 / processors(device)), 2)
     sizes = sorted(rows for of, rows in default if of == kind)
     key = kind, next((rows for rows in sizes if rows >= M), sizes[-1])
     found = own.get(key, {}).get((N, K)) or default[key][waves, None]
