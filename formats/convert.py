@@ -118,12 +118,12 @@ def _quantised(source: Source, model: Transformer, config: ModelConfig, factors:
     """The weights of linear layers that stay in their bits, by name: their tensors' likes, and what reads them. Says in
     a line which of a quantised source's do not."""
     linears = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)]
-    held = [n for n in linears if n in source.names and _kind(n) not in factors]
-    names = {n: source.names[n] for n in held if ".cond_ffn." not in n or len(source.names[n]) == 1}
+    names = {n: source.names[n] for n in linears if n in source.names and _kind(n) not in factors}
     if config.tied:
         names["output.weight"] = source.names["tok_embeddings.weight"]
     parts = {name: [source.tensors[theirs] for theirs in own] for name, own in names.items()}
-    layers = {name: layer for name, own in parts.items() if (layer := merge(own))}
+    apart = {name for name, own in parts.items() if ".cond_ffn." in name and len(own) > 1}  # experts one by one
+    layers = {name: layer for name, own in parts.items() if (layer := merge(own, name in apart))}
     wide = {name: own for name, own in parts.items() if name not in layers and any(p.quantised or p.why for p in own)}
     for why in sorted({_why(own) for own in wide.values()}):
         of = [name.removesuffix(".weight") for name, own in wide.items() if _why(own) == why]
@@ -132,7 +132,9 @@ def _quantised(source: Source, model: Transformer, config: ModelConfig, factors:
 
 
 def _why(parts: list[Lazy]) -> str:
-    return next((part.why for part in parts if part.why), "their parts are of several kinds")
+    alike = len({part.quantised and part.quantised.layout for part in parts}) == 1
+    otherwise = "experts in groups of 8 bits fit no layout" if alike else "their parts are of several kinds"
+    return next((part.why for part in parts if part.why), otherwise)
 
 
 def _not_finite(names: str, value: Tensor, dtype: torch.dtype) -> str:

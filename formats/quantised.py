@@ -127,18 +127,21 @@ def affine(
     return Lazy(shape, dense, None, why)
 
 
-def merge(parts: list[Lazy]) -> tuple[dict[str, Tensor], Callable[[], dict[str, Tensor]]] | None:
-    """Weights whose rows are stacked: the tensors' like, and what reads them. None where no layout holds them all."""
+def merge(parts: list[Lazy], experts: bool = False) -> tuple[dict[str, Tensor], Callable[[], dict]] | None:
+    """Weights whose rows are stacked, or experts' of one shape (E, N, K): the tensors' like, and what reads them. None
+    where no layout holds them all."""
     if not all(part.quantised for part in parts):
         return None
-    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    rows, *rest = parts[0].shape
+    shape = (len(parts), rows, *rest) if experts else (sum(part.shape[0] for part in parts), *rest)
     layout, K = reduce(_common, (part.quantised.layout for part in parts)), shape[-1]
-    if layout is None:
+    if layout is None or (experts and layout.group and layout.bits not in ("int4", "mxfp4")):  # as linear.py has it
         return None
 
     def read() -> dict[str, Tensor]:
         own = [_widened(part.quantised.read(), part.quantised.layout, layout, K) for part in parts]
-        return {key: torch.cat([_bytes(each[key]) for each in own]).view(own[0][key].dtype) for key in own[0]}
+        join = torch.stack if experts else torch.cat
+        return {key: join([_bytes(each[key]) for each in own]).view(own[0][key].dtype) for key in own[0]}
 
     return layout.like(*shape), read
 

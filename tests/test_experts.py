@@ -388,6 +388,7 @@ def test_group(M, E, top_k, renormalize, dtype):
     [
         *((kind, 1, 4, 32, 96, 2, 0.0) for kind in KINDS if kind not in ("int4:64", "int4:256")),
         *((kind, 5, 3, 32, 32, 2, 0.5) for kind in ("16-bit", "int8", "int4:32", "mxfp4")),
+        *(("int4:32 fp16", M, 3, 32, 32, 2, 0.0) for M in (1, 5)),
     ],
 )
 def test_experts(kind, M, E, N, K, top_k, limit, dtype, monkeypatch):
@@ -398,7 +399,7 @@ def test_experts(kind, M, E, N, K, top_k, limit, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["16-bit", "int8", "int4:32", "mxfp4"])
+@pytest.mark.parametrize("kind", ["16-bit", "int8", "int4:32", "int4:32 fp16", "mxfp4"])
 def test_many_rows_of_experts(kind, dtype, monkeypatch):
     """Tiles that are full along no axis, experts of none and of several tiles."""
     monkeypatch.setattr(tuning, "grouped", lambda *_: Tile(16, 1, 1, 4, 2, 1))

@@ -64,11 +64,11 @@ def make_weight(kind, N, K, dtype, generator):
     if kind == "mxfp4":
         q, scales = (torch.randint(*of, generator=generator, dtype=torch.uint8) for of in mxfp4_shapes(N, K))
         return *pack_mxfp4(q, scales), dequantize(q, scales, None, torch.float32)
-    group = int(kind[5:])
+    group, of = int(kind[5:].split()[0]), torch.float16 if kind.endswith("fp16") else torch.bfloat16
     K4 = -(-K // group) * group
     q = torch.randint(0, 256, (N, K4 // 2), generator=generator, dtype=torch.uint8)
-    scales = (torch.rand(N, K4 // group, generator=generator) / K**0.5).bfloat16()
-    zeros = (torch.randn(N, K4 // group, generator=generator) / K**0.5).bfloat16()
+    scales = (torch.rand(N, K4 // group, generator=generator) / K**0.5).to(of)
+    zeros = (torch.randn(N, K4 // group, generator=generator) / K**0.5).to(of)
     words, pairs = pack_int4(q, scales, zeros)
     return words, pairs, dequantize(q, scales, zeros, torch.float32)[:, :K]
 

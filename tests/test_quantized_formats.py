@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import write_checkpoint
 
@@ -228,6 +229,30 @@ def test_a_checkpoint_has_its_own_values(case, plain, tmp_path, capsys):
     convert(tmp_path / "q", torch.float32)  # and in full precision where that is asked for
     for name, linear in stored(tmp_path / "q" / "model.pth").items():
         torch.testing.assert_close(linear.weight, theirs[name].weight, rtol=3e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "case,kind", [("gptq, asymmetric", Int4), ("awq gemm", Int4), ("fp8 tensors", FP8), ("gptq in 8 bits", Plain)]
+)
+def test_experts_one_by_one_stay_in_bits(case, kind, tmp_path, capsys):
+    """Of a mixture, each of whose experts a file has by itself: but for groups of 8 bits, which become bf16."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96, "num_experts": 3, "head_dim": 16}
+    sizes |= {"vocab_size": 259, "num_hidden_layers": 2, "mlp_only_layers": [0], "num_experts_per_tok": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    config = transformers.Qwen3MoeConfig(**sizes)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "plain")
+    settings, pack, _ = CASES[case]
+    expected = write(tmp_path / "plain", tmp_path / "q", settings, pack)
+    ours, name = load_model(convert(tmp_path / "q", None), device="meta"), "layers.1.block_sparse_moe.cond_ffn"
+    state = torch_load(tmp_path / "q" / "model.pth")
+    for part, theirs in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        assert ours.get_submodule(f"{name}.{part}").kind is kind
+        want = torch.stack([expected[f"model.layers.1.mlp.experts.{e}.{theirs}.weight"] for e in range(3)])
+        own = (state.get(f"{name}.{part}.{key}") for key in ("weight", "scales", "zeros"))
+        got = ops.dequantize(*own, torch.float32)[..., : want.shape[2]]
+        torch.testing.assert_close(got, want.bfloat16().float() if kind is Plain else want, rtol=3e-7, atol=1e-9)
+    said = "3 of 11 linear layers become bf16 (experts in groups of 8 bits fit no layout)"
+    assert (said in capsys.readouterr().err) == (kind is Plain)
 
 
 def gguf_rows(kind: str, K: int, count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
