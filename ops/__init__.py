@@ -34,6 +34,7 @@ from ops.rounding import int4_grid, inverse_factor, round_columns
 from ops.sampling import logit_threshold, sample
 from ops.symmetric import all_reduce
 from ops.verify import verify
+from ops.upload import upload
 
 __all__ = [
     "CACHE_KINDS",
@@ -73,6 +74,7 @@ __all__ = [
     "verify",
 ]
 
+    "upload",
 
 def has_kernels(model: nn.Module) -> bool:
     """Whether every op of a decode step is a kernel of ours, so that a compiler has nothing to add."""
