@@ -150,8 +150,7 @@ def load_model(
 
     quantize: "int8", "int4", "int4:64", "fp8", ... to quantise a full-precision checkpoint on the way, each tensor on
     `device`: what quantize.py would have written. tp: read and load this rank's part only.
-    Raises UserError for a missing or damaged file and for tensors that are missing, unexpected or not as they must be:
-    what runs on them trusts their dtypes and shapes.
+    Raises UserError for a damaged file and for tensors that are not as they must be: what runs on them trusts that.
     """
     state, config = _dense(path), config or read_config(path.parent)
     if (last := f"layers.{config.n_layer - 1}.attention.wo.weight") not in state:
@@ -169,7 +168,7 @@ def load_model(
     def placed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         plain = {key for key, t in tensors.items() if key in ("weight", "bias") and t.dtype in DTYPES.values()}
         for key, t in tensors.items():  # what is small; of weights, the first logits tell
-            if (key != "weight" or t.ndim == 1) and not t.sum(dtype=torch.float32).isfinite():
+            if (key != "weight" or t.ndim == 1) and not (t.is_meta or t.sum(dtype=torch.float32).isfinite()):
                 raise UserError(f"{path}: {prefix}.{key} holds NaN or infinite values")
         wanted = torch.float32 if config.unit_offset and isinstance(module, RMSNorm) else dtype
         return {key: ops.upload(t, device, wanted if key in plain else None) for key, t in tensors.items()}
@@ -195,5 +194,6 @@ def load_model(
             modules |= {prefix: own} if own else {}
     if unexpected := sorted(f"{prefix}.{key}".lstrip(".") for prefix, own in modules.items() for key in own):
         raise UserError(f"{path}: unexpected tensors: {abridged(unexpected)}")
-    model.pack(dtype)
+    if not model.norm.weight.is_meta:
+        model.pack(dtype)
     return model.eval()

@@ -91,7 +91,7 @@ class Engine:
             state.step(model, state.cache, state.pos)
 
         self._step = self._eager_step = step  # the former is replaced by its compiled self
-        self.block = DECODE_BLOCK if self.device.type == "cuda" else 1  # steps between two looks at the tokens
+        self.block = DECODE_BLOCK if ops.has_graphs(self.device) else 1  # steps between two looks at the tokens
         self._block: Callable | None = None  # so many in one CUDA graph, which saves the time between graphs
         self._captured: dict[int, Callable] = {}  # prefills, by the tokens of a row
         self._again: dict[int, Callable | None] = {}  # those of whole prompts, None when met once
@@ -132,7 +132,7 @@ class Engine:
         # Static: automatic dynamic shapes, as a second model would set off, break nested regions.
         step = torch.compile(self._eager_step, fullgraph=True, dynamic=False) if inductor else self._eager_step
         step()
-        graphs = self.device.type == "cuda"
+        graphs = ops.has_graphs(self.device)
         self._step = ops.capture(step) if graphs else step
         if graphs:
             self._block = None if self.speculator else ops.capture(lambda: _repeat(step, self.block), warm_up=0)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import ops
 from batches import serve
-from checkpoint import DTYPES, load_model, read_config
+from checkpoint import DTYPES, load_model, read_config, torch_load
 from cli import DEFAULT_CHECKPOINT, add_model_arguments, check_flags, pick_device, positive, use
 from engine import Engine
 from errors import UserError, shown
@@ -76,27 +76,46 @@ def load(
     """Load a checkpoint, its tokenizer and perhaps a draft's checkpoint (or "prompt_lookup"); `engine` takes what
     an Engine can be told (compile, sampler, ...).
     """
-    model, tokenizer, draft = load_parts(checkpoint_path, device, precision, quantize, tp, draft)
+    path, device = Path(checkpoint_path), pick_device(device)
+    tokenizer = load_tokenizer(path.parent)
+    model, draft = load_models(path, device, precision, quantize, tp, draft, tokenizer, engine)
     return LLM(model, tokenizer, draft=draft, **engine)
 
 
-def load_parts(
-    checkpoint_path, device, precision, quantize, tp, draft
-) -> tuple[Transformer, Tokenizer, Transformer | str | None]:
-    """What `load`, whose arguments these are, makes an LLM of: the model, its tokenizer, and the draft."""
-    path, options = Path(checkpoint_path), {"device": pick_device(device), "dtype": DTYPES[precision]}
-    model, tokenizer = load_model(path, quantize=quantize, tp=tp, **options), load_tokenizer(path.parent)
-    if draft in (None, PROMPT_LOOKUP) or isinstance(draft, Transformer):
-        return model, tokenizer, draft
-    path = Path(draft)
-    if not path.is_file():
-        raise UserError(f"the draft {draft} does not exist; scripts/prepare.sh makes checkpoints")
-    own, config = load_tokenizer(path.parent), read_config(path.parent)
-    if any(own.encode(text) != tokenizer.encode(text) for text in PROBES):
-        raise UserError(f"the tokenizer of the draft {draft} differs from the target's; they must be the same")
-    if tp and tp.world not in tp.worlds(config.n_head, config.n_local_heads):
-        tp = None  # its heads do not divide over the ranks: each of them runs all of it
-    return model, tokenizer, load_model(path, tp=tp, **options)
+def load_models(
+    path, device, precision, quantize, tp, draft, tokenizer, engine: dict, prompts: Sequence[list[int]] = ()
+) -> tuple[Transformer, Transformer | str | None]:
+    """What `load`, whose arguments these are, makes an LLM of: the model, and the draft. Meanwhile the kernels are
+    compiled that it will launch, also for these prompts: one a row or, of any other number, one after the other."""
+
+    def models(device: torch.device) -> tuple:
+        options = {"device": device, "dtype": DTYPES[precision]}
+        model = load_model(path, quantize=quantize, tp=tp, **options)
+        if draft in (None, PROMPT_LOOKUP) or isinstance(draft, Transformer):
+            return model, draft
+        if not Path(draft).is_file():
+            raise UserError(f"the draft {draft} does not exist; scripts/prepare.sh makes checkpoints")
+        own, config = load_tokenizer(Path(draft).parent), read_config(Path(draft).parent)
+        if any(own.encode(text) != tokenizer.encode(text) for text in PROBES):
+            raise UserError(f"the tokenizer of the draft {draft} differs from the target's; they must be the same")
+        divides = tp is None or tp.world in tp.worlds(config.n_head, config.n_local_heads)
+        return model, load_model(Path(draft), tp=tp if divides else None, **options)  # else each rank runs all of it
+
+    def rehearse() -> None:
+        model, draft = models(torch.device("meta"))
+        for own in (model, draft):
+            if isinstance(own, Transformer):
+                own.pack(DTYPES[precision])
+        llm = Engine(model, draft=draft, **engine | {"compile_prefill": False})
+        if prompts:
+            (llm if len(prompts) == llm.batch_size else llm.reader).prefill(prompts)
+        if not llm.speculator:
+            llm.advance()
+
+    wait = ops.compile_ahead(rehearse, device, DTYPES[precision])
+    found = models(device)
+    wait()
+    return found
 
 
 def generate(
@@ -352,31 +371,26 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
-    sampler = Sampler(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
-    draft = args.draft_checkpoint_path or args.speculate
+    path, draft = args.checkpoint_path, args.draft_checkpoint_path or args.speculate
     device, shown_device = use(args)
     print(f"Using device={shown_device}" + (f" and {tp.world} ranks" if tp.world > 1 else ""), file=sys.stderr)
     start = time.perf_counter()
-    model, tokenizer, draft = load_parts(args.checkpoint_path, device, args.precision, args.quantize, tp, draft)
+    torch_load(path)  # says first what is wrong with it
+    tokenizer, config = load_tokenizer(path.parent), read_config(path.parent)
+    reads = tp.rank == 0 and not args.interactive
+    prompts = tp.share(read_prompts(args, tokenizer, config) if reads else [])
+    rows = min(args.batch_size or SLOTS, len(prompts)) if args.prompt_file else args.batch_size or 1
+    length = _cache_length(args, config, prompts)
+    engine = {"batch_size": rows, "max_seq_length": length, "kv_cache": args.kv_cache, "speculate_k": args.speculate_k}
+    engine |= {"compile": args.compile, "compile_prefill": args.compile_prefill}
+    engine["sampler"] = Sampler(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
+    read = [max(prompts, key=len)] if args.prompt_file else prompts * rows
+    what = (path, device, args.precision, args.quantize, tp, draft)
+    model, draft = load_models(*what, tokenizer, engine, read)
     load_seconds = time.perf_counter() - start
     print(f"Time to load model: {load_seconds:.02f} seconds", file=sys.stderr)
-    reads = tp.rank == 0 and not args.interactive
-    prompts = tp.share(read_prompts(args, tokenizer, model.config) if reads else [])
-    rows = min(args.batch_size or SLOTS, len(prompts)) if args.prompt_file else args.batch_size or 1
-    length = _cache_length(args, model.config, prompts)
     _check_memory(model, rows, length or 0, args.kv_cache)
-    llm = LLM(
-        model,
-        tokenizer,
-        batch_size=rows,
-        max_seq_length=length,
-        sampler=sampler,
-        compile=args.compile,
-        compile_prefill=args.compile_prefill,
-        draft=draft,
-        speculate_k=args.speculate_k,
-        kv_cache=args.kv_cache,
-    )
+    llm = LLM(model, tokenizer, draft=draft, **engine)
     if llm.compile_seconds:
         print(f"Compilation time: {llm.compile_seconds:.2f} seconds", file=sys.stderr)
     llm.seed(args.seed)

@@ -278,7 +278,8 @@ def quantize_linear(
     device, lead, weight = weight.device if device is None else device, weight.shape[:-1], weight.flatten(0, -2)
     out = {key: torch.empty_like(t, device=device) for key, t in quantize(weight.to("meta")).items()}
     step = max(1, CHUNK // weight.shape[1])
-    for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
+    length = 0 if out["weight"].is_meta else len(weight)  # where there is no memory, nothing to compute
+    for rows in (slice(start, start + step) for start in range(0, length, step)):
         piece = weight[rows].to(device)
         if not piece.isfinite().all():
             raise UserError(f"{name} holds NaN or infinite weights")

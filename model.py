@@ -326,8 +326,6 @@ class Transformer(nn.Module):
 
     def pack(self, dtype: torch.dtype) -> None:
         """Lay the weights out for the device they are on and activations of `dtype`. Called once, after loading."""
-        if self.norm.weight.is_meta:
-            return
         for i, layer in enumerate(self.layers):
             for module in list(layer.modules()):
                 if isinstance(module, FeedForward):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ops import cpu
+from ops.ahead import compile_ahead
 from ops.attention import attention
 from ops.attention import prepare as prepare_attention
 from ops.common import MAX_ROWS, triton
@@ -19,7 +20,7 @@ from ops.cpu_step import prepare as prepare_layers
 from ops.embedding import embed
 from ops.experts import glu, mixture, route
 from ops.experts import prepare as prepare_mixture
-from ops.graph import capture
+from ops.graph import capture, has_graphs
 from ops.kv_cache import DTYPES as CACHE_KINDS
 from ops.kv_cache import allocate as new_cache
 from ops.linear import FEW_ROWS, linear, plain
@@ -33,8 +34,8 @@ from ops.rms_norm import add_norm
 from ops.rounding import int4_grid, inverse_factor, round_columns
 from ops.sampling import logit_threshold, sample
 from ops.symmetric import all_reduce
-from ops.verify import verify
 from ops.upload import upload
+from ops.verify import verify
 
 __all__ = [
     "CACHE_KINDS",
@@ -43,6 +44,7 @@ __all__ = [
     "attention",
     "capture",
     "chunk_tokens",
+    "compile_ahead",
     "copy_match",
     "dequantize",
     "embed",
@@ -50,6 +52,7 @@ __all__ = [
     "free_memory",
     "glu",
     "group_size",
+    "has_graphs",
     "has_kernels",
     "int4_grid",
     "inverse_factor",
@@ -71,10 +74,10 @@ __all__ = [
     "route",
     "row_limits",
     "sample",
+    "upload",
     "verify",
 ]
 
-    "upload",
 
 def has_kernels(model: nn.Module) -> bool:
     """Whether every op of a decode step is a kernel of ours, so that a compiler has nothing to add."""
@@ -83,7 +86,7 @@ def has_kernels(model: nn.Module) -> bool:
 
 
 def _on_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and triton is not None and dtype.itemsize == 2
+    return has_graphs(device) and triton is not None and dtype.itemsize == 2
 
 
 def row_limits(device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
@@ -99,4 +102,4 @@ def row_limits(device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
 def chunk_tokens(device: torch.device, rows: int) -> int:
     """How many tokens of each of so many rows are read at once: enough for the matrix units, while what a layer makes
     of them takes little memory."""
-    return max(1, (8192 if device.type == "cuda" else 2048) // rows)
+    return max(1, (8192 if has_graphs(device) else 2048) // rows)

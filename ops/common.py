@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ if torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ o
 MAX_ROWS = 16  # of the kernels of a decode step; with more a step is a prefill, and cuBLAS is the right tool
 
 
+FUNCTIONS: dict[str, Callable] = {}  # of our ops
+
+
 def op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Make a function the torch op gptfast::name, which torch.compile(fullgraph=True) and CUDA graphs see through.
     (torch.library.custom_op adds what training needs, 60 us a call.)"""
@@ -34,14 +38,30 @@ def op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
         schema = torch.library.infer_schema(function, mutates_args=mutates)
         torch.library.define(f"gptfast::{name}", schema, tags=[torch.Tag.pt2_compliant_tag])
         torch.library.impl(f"gptfast::{name}", "CompositeExplicitAutograd", function)
+        FUNCTIONS[name] = function
         return getattr(torch.ops.gptfast, name).default
 
     return register
 
 
+class Gpu(NamedTuple):
+    """What launches depend on."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int  # streaming multiprocessors
+
+
 @functools.cache
+def gpu(device: torch.device) -> Gpu:
+    if device.type != "cuda":
+        return Gpu(device.type, (0, 0), 132)
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.name, (found.major, found.minor), found.multi_processor_count)
+
+
 def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return gpu(device).capability >= (9, 0)
 
 
 def pdl(device: torch.device) -> dict[str, bool]:
@@ -56,8 +76,8 @@ def counters(device: torch.device, n: int) -> Tensor:
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether kernels for any number of rows serve this tensor."""
-    return triton is not None and x.is_cuda
+    """Whether kernels for any number of rows serve this tensor. One without memory stands for a GPU's, see ahead.py."""
+    return triton is not None and (x.is_cuda or x.is_meta)
 
 
 def few_rows_on_triton(x: Tensor) -> bool:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops import cpu, experts_gemm, experts_triton, symmetric
-from ops.common import op, triton
+from ops.common import on_triton, op
 from ops.linear import BACKENDS, LinearLayer, linear, plain
 from ops.linear import _cpu as on_cpu
 from ops.packing import dequantize, pack_4_bits
@@ -101,11 +101,11 @@ def pack(layer: MixtureLayer, dtype: torch.dtype) -> bool:
     """Lay experts' weights out for the kernels and activations of `dtype`, as linear_triton.pack does. Returns whether
     the kernels support them."""
     experts = [layer.cond_ffn.w13, layer.cond_ffn.w2]
-    if triton is None or dtype.itemsize != 2 or None in experts:
+    if dtype.itemsize != 2 or None in experts:
         return False
     for own in experts:
         weight, fits = own.weight, own.in_features % 32 == 0 and own.weight.shape[1] % 8 == 0
-        if not (weight.is_cuda and fits and weight.dtype in (dtype, torch.int8, torch.float8_e4m3fn, torch.uint8)):
+        if not (on_triton(weight) and fits and weight.dtype in (dtype, torch.int8, torch.float8_e4m3fn, torch.uint8)):
             return False
     for own in experts:
         weight, scales = own.weight.flatten(0, 1), None if own.scales is None else own.scales.flatten(0, 1)

@@ -9,6 +9,11 @@ from torch import Tensor
 Output = TypeVar("Output")
 
 
+def has_graphs(device: torch.device) -> bool:
+    """Whether it is a GPU that captures, or the meta device, which stands for one (see ahead.py)."""
+    return device.type in ("cuda", "meta")
+
+
 def capture(
     function: Callable[..., Output], *inputs: Tensor, warm_up: int = 2, pool: object = None
 ) -> Callable[..., Output]:

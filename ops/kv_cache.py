@@ -41,7 +41,8 @@ def kind_of(cache: Tensor) -> str:
 
 def supports(cache: Tensor) -> bool:
     """Whether kernels on an NVIDIA GPU serve it: 16 bytes of a token at a time, and fp8 where the GPU knows it."""
-    if cache.dtype is torch.float8_e4m3fn and torch.cuda.get_device_capability(cache.device) < (8, 9):
+    fp8 = cache.dtype is torch.float8_e4m3fn and cache.is_cuda
+    if fp8 and torch.cuda.get_device_capability(cache.device) < (8, 9):
         return False
     return cache.shape[3] * cache.element_size() % 16 == 0
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ops import linear_products as products
 from ops import symmetric, tuning
-from ops.common import MAX_ROWS, few_rows_on_triton, op, pdl, tl, tlx, triton
+from ops.common import MAX_ROWS, few_rows_on_triton, on_triton, op, pdl, tl, tlx, triton
 from ops.packing import group_size, pack_4_bits, pack_grouped
 
 # Kernels. ASM and PDL are off in the interpreter and on GPUs before Hopper, where plain Triton does the same.
@@ -347,7 +347,7 @@ def pack(layer, dtype: torch.dtype) -> bool:
     """Lay a layer's weight out for the kernel and activations of `dtype`. Returns whether the kernel supports it. (In
     fp16, x times a norm's gain has to stay finite.)"""
     weight = layer.weight
-    if triton is None or not weight.is_cuda or dtype.itemsize != 2 or layer.in_features % 32:
+    if not on_triton(weight) or dtype.itemsize != 2 or layer.in_features % 32:
         return False
     if weight.dtype is torch.uint8 and weight.shape[0] % 8 == 0:
         weight, scales = pack_4_bits(weight, layer.scales, layer.zeros)

@@ -8,12 +8,10 @@ chunks of very long prompts go to prefill_cudnn.py. Axes: B rows, S new tokens, 
 key/value heads, G = H / Hkv, D head dim.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
-from ops import kv_cache, prefill_cudnn, softmax
+from ops import common, kv_cache, prefill_cudnn, softmax
 from ops.common import op, tl, triton
 from ops.rotary import turned, turns
 
@@ -177,10 +175,9 @@ if triton is not None:
         tl.store(out + rows, (acc / l_i[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-@functools.cache
 def _specializes(device: torch.device) -> bool:
     """Whether warps that load beside others that compute are faster: measured on a Hopper alone."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return common.gpu(device).capability[0] == 9
 
 
 def supports(k_cache: Tensor) -> bool:

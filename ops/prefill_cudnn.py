@@ -13,7 +13,7 @@ Axes: B rows, S new tokens, H query heads, Hkv key/value heads, D head dim.
 import torch
 from torch import Tensor
 
-from ops.common import on_triton, tl, triton
+from ops.common import tl, triton
 
 CHUNK = 8192  # tokens
 PIECES = (8, 4, 2, 1)  # chunks
@@ -58,7 +58,7 @@ def _key(q: Tensor, Hkv: int) -> tuple:
 def plan(layer, k_cache: Tensor) -> None:
     """Let cuDNN plan for a layer's heads and a cache (B, Hkv, T, D), unless it is short or cuDNN does not serve it."""
     _, Hkv, T, D = k_cache.shape
-    if not on_triton(k_cache) or torch.cuda.get_device_capability(k_cache.device)[0] != 9:
+    if not k_cache.is_cuda or torch.cuda.get_device_capability(k_cache.device)[0] != 9:
         return
     if T < LONG or D not in (64, 128) or k_cache.element_size() != 2 or layer.window or layer.soft_cap:
         return

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
-from ops.common import MAX_ROWS, op, pdl, tl, tlx, triton
+from ops.common import MAX_ROWS, on_triton, op, pdl, tl, tlx, triton
 from ops.messages import content, missing, receive, send
 
 MAX_WORDS = 2**17  # of 4 bytes, a rank; more than that (a prefill) is NCCL's, whose strength is bandwidth
@@ -34,7 +34,7 @@ def all_reduce(x: Tensor, gather: bool, rank: int, world: int) -> Tensor:
     """
     words = x.numel() * x.element_size() // 4
     if (
-        x.is_cuda
+        on_triton(x)
         and words <= MAX_WORDS
         and x.shape[-1] * x.element_size() % 4 == 0
         and (buffers := symmetric_buffers(x.device))

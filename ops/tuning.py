@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ops import common
+
 FOLDER = Path(__file__).parent / "tuned"
 # Values along K that 4 lanes of the linear kernel hold.
 CHUNK = {"fp": 32, "int8": 64, "fp8": 64, "int4": 128, "mxfp4": 128}
@@ -58,12 +60,11 @@ def key(kind: str, M: int) -> tuple[str, int]:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return common.gpu(device).name
 
 
-@functools.cache
 def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return common.gpu(device).processors
 
 
 def read_file(path: Path, kernel: str = "linear") -> tuple[list[str], Table]:

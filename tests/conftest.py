@@ -52,9 +52,10 @@ def smollm2_dir() -> Path:
 @functools.cache
 def smollm2_parts(precision: str) -> tuple:
     """The real model and its tokenizer on the CPU, loaded once a process: Transformer, Tokenizer."""
-    from generate import load_parts  # no sooner than a test wants it
+    from checkpoint import DTYPES, load_model  # no sooner than a test wants it
+    from tokenizer import load_tokenizer
 
-    return load_parts(SMOLLM2 / "model.pth", "cpu", precision, None, None, None)[:2]
+    return load_model(SMOLLM2 / "model.pth", dtype=DTYPES[precision]), load_tokenizer(SMOLLM2)
 
 
 PROGRESS = r"Using device=\w+( with \d+ threads?)?$|Time to load model: \d|log-likelihoods: "

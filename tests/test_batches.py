@@ -176,11 +176,10 @@ def test_what_has_ended_before_an_interruption_is_printed(tiny, tmp_path, capsys
     """In the file's order, though the first prompt has not."""
     texts = ("abc", *("x" * 57 + c for c in "yzwuv"))  # beside the first, which has room for 58, each has room for 3
     args = queue_args(tiny, tmp_path, texts, "--max_seq_length", 60, "--batch_size", 2, *["--json"][:as_json])
-    ended, load_parts = [], generation.load_parts
+    ended, load_tokenizer = [], generation.load_tokenizer
 
-    def endless(*rest):
-        model, tokenizer, draft = load_parts(*rest)
-        return model, replace(tokenizer, stop_ids=frozenset()), draft
+    def endless(folder):
+        return replace(load_tokenizer(folder), stop_ids=frozenset())
 
     def interrupted(*rest, **options):
         for index, token, last in serve(*rest, **options):
@@ -189,7 +188,7 @@ def test_what_has_ended_before_an_interruption_is_printed(tiny, tmp_path, capsys
             if len(ended) == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(generation, "load_parts", endless)
+    monkeypatch.setattr(generation, "load_tokenizer", endless)
     monkeypatch.setattr(generation, "serve", interrupted)
     monkeypatch.setattr("sys.argv", ["generate.py", *map(str, args)])
     with pytest.raises(SystemExit) as end:

@@ -1,0 +1,160 @@
+"""Kernels compiled ahead: a rehearsal without memory or GPU finds those that a run launches, and no others."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+if __name__ == "__main__":  # before ops: see ops/common.py
+    import triton  # noqa: F401
+import torch
+
+import ops
+
+CASES = {  # how generate.load_models is called
+    "bf16": {},
+    "int8": {"quantize": "int8"},
+    "int4": {"quantize": "int4"},
+    "three rows": {"batch_size": 3},
+    "a cache in int8": {"kv_cache": "int8"},
+    "prompt lookup": {"draft": "prompt_lookup", "speculate_k": "auto"},
+    "greedy": {"temperature": 0.0},
+    "not captured": {"compile": False, "length": 12},
+}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[list[str]]]:
+    """What `main` prints, without the interpreter: by case, the kernels of a rehearsal and those of a run."""
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"GPTFAST_CPU": "none"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [env.get("PYTHONPATH")])])
+    process = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
+    (line,) = process.stdout.splitlines()
+    return json.loads(line) | {"stderr": process.stderr}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rehearsal_finds_the_kernels_of_a_run(found, case):
+    rehearsed, launched = found[case]
+    assert len(rehearsed) == len(set(rehearsed)) > 5
+    assert sorted(rehearsed) == sorted(launched)
+
+
+def test_kernels_are_compiled_by_processes_that_say_nothing(found):
+    """Those that a rehearsal reaches, each once; the run meets what hinders it by itself."""
+    assert found["compiled"] == ["_embedding_kernel", "_norm_kernel"]
+    assert "hindered" not in found["stderr"]
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
+def test_without_kernels_nothing_is_rehearsed(device, dtype):
+    with patch("multiprocessing.get_context") as start:
+        ops.compile_ahead(print, torch.device(device), dtype)()
+    assert not start.called
+
+
+def main() -> None:
+    from tiny import write_checkpoint
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(
+            Path(folder),
+            hidden_size=128,
+            intermediate_size=256,
+            num_attention_heads=4,
+            vocab_size=512,
+            max_position_embeddings=4096,
+        )
+        result = {case: compare(Path(folder), **how) for case, how in CASES.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        result["compiled"] = compiled(folder)
+    print(json.dumps(result))
+
+
+def compiled(folder: str) -> list[str]:
+    """The kernels in Triton's cache after a rehearsal that ends early."""
+    from ops import common, rms_norm
+
+    os.environ["TRITON_CACHE_DIR"] = folder
+    x, tokens = torch.empty(4, 64, dtype=torch.bfloat16, device="meta"), torch.empty(1, 4, dtype=torch.int64).to("meta")
+
+    def rehearsal():
+        for _ in range(2):
+            ops.embed(x, tokens, None, 4)
+            rms_norm.normed(x, x[0], 1e-5)
+        print("hindered", flush=True)
+        raise RuntimeError("hindered")
+
+    with patch.object(common, "gpu", lambda _: common.Gpu("NVIDIA H200", (9, 0), 132)):
+        ops.compile_ahead(rehearsal, torch.device("cuda"), x.dtype)()
+    return sorted(path.stem for path in Path(folder).glob("*/*.cubin"))
+
+
+def compare(folder, quantize=None, draft=None, temperature=0.8, length=40, **engine) -> tuple[list[str], list[str]]:
+    """The kernels of a rehearsal, and those that an engine on CPU tensors launches, where nothing runs."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    import generate
+    from engine import Engine
+    from ops import ahead, common, graph
+    from sampling import Sampler
+
+    engine = {"batch_size": 1, "max_seq_length": 100, "compile": True} | engine
+    engine["sampler"] = Sampler(1.0, temperature, 20)
+    gpu, launched, rehearsals = common.Gpu("NVIDIA H200", (9, 0), 132), {}, []
+    prompts = [[i] * length for i in range(engine["batch_size"])]
+    cpu, modules = torch.device("cpu"), [m for name, m in sys.modules.items() if name.startswith("ops.")]
+
+    def launch(kernel, *args, grid, warmup, **options):
+        def hook(*, key, **_):
+            launched[kernel.fn.__name__ + key] = None
+            return True
+
+        ahead.triton.knobs.runtime.jit_cache_hook = hook
+        run(kernel, *args, grid=grid, warmup=True, **options)
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+
+    run = JITFunction.run
+    with patch.object(JITFunction, "run", launch), patch.multiple(common, gpu=lambda _: gpu):
+        ahead.triton.runtime.driver.set_active(Driver())
+        every = [patch.object(m, name, lambda _: True) for m in modules for name in ("on_triton",) if hasattr(m, name)]
+        every += [patch.object(m, "has_graphs", lambda _: True) for m in (ops, graph)]
+        linear = sys.modules["ops.linear"]  # ops.linear is a function
+        every += [patch.object(linear, "BACKENDS", (*linear.BACKENDS[:2], linear.BACKENDS[-1]))]
+        every += [patch.object(ops, "capture", once), patch.object(torch.cuda, "graph_pool_handle", lambda: None)]
+        every += [
+            patch.object(ops, "compile_ahead", lambda rehearsal, *_: rehearsals.append(rehearsal) or (lambda: None))
+        ]
+        for one in every:
+            one.start()
+        what = (folder / "model.pth", cpu, "bf16", quantize, None, draft)
+        model, draft = generate.load_models(*what, None, engine, prompts)
+        llm = Engine(model, draft=draft, **engine)
+        llm.prefill(prompts)
+        if not engine["compile"]:
+            llm.advance()
+        for one in every:
+            one.stop()
+    with patch.object(JITFunction, "run", run), patch.object(common, "gpu"), patch.object(ops, "capture"):
+        found = ahead.rehearse(rehearsals[0], gpu, lambda launch: None)
+    return [function.__name__ + key for function, key in found], list(launched)
+
+
+def once(function, *inputs, **_):
+    output = function(*inputs)
+    return lambda *_: output
+
+
+if __name__ == "__main__":
+    main()
