@@ -124,12 +124,15 @@ def rows() -> str:
     return paragraphs(*(part(results(name)) for name in ("h100", "h200")))
 
 
-def _of_run(name: str, header: str, cells: Callable[[dict], list]) -> str:
-    """A table of one run of bench.py."""
-    result = results(name)
-    title = f"{about(result)}. It reads {result['read_bandwidth'] / 1e9:.0f} GB/s and multiplies at "
-    title += f"{result['matmul_rate'] / 1e12:.0f} TFLOP/s."
-    return paragraphs(title, table(header, map(cells, result["rows"])), result.get("note", ""))
+def _of_runs(names: str, header: str, cells: Callable[[dict], list]) -> str:
+    """A table of each of these runs of bench.py on an H200."""
+
+    def of_run(result: dict) -> str:
+        title = f"{about(result)}. It reads {result['read_bandwidth'] / 1e9:.0f} GB/s and multiplies at "
+        title += f"{result['matmul_rate'] / 1e12:.0f} TFLOP/s."
+        return paragraphs(title, table(header, map(cells, result["rows"])), result.get("note", ""))
+
+    return paragraphs(*(of_run(results(f"{name}_h200")) for name in names.split()))
 
 
 def prompts() -> str:
@@ -139,7 +142,7 @@ def prompts() -> str:
         return [r["mode"], f"{r['prompt_length']:,}", speed, f"{r['memory_gigabytes']:.1f}"]
 
     header = "weights | prompt | first token, ms | tok/s | MFU | GB in use"
-    return _of_run("prompts_h200", header, cells)
+    return _of_runs("prompts prompts_quantised prompts_captured prompts_long", header, cells)
 
 
 def contexts() -> str:
@@ -148,7 +151,7 @@ def contexts() -> str:
         return [r["mode"], r.get("kv_cache") or "bf16", f"{r['context']:,}", rates]
 
     header = "weights | KV cache | tokens in it | step, ms | tok/s | of read bandwidth"
-    return paragraphs(*(_of_run(name, header, cells) for name in ("contexts_h200", "contexts_fp8_h200")))
+    return _of_runs("contexts contexts_int4 contexts_int8 contexts_fp8", header, cells)
 
 
 def batches() -> str:
@@ -157,7 +160,17 @@ def batches() -> str:
         return [r["mode"], r["batch_size"], f"{r['context']:,}", rates]
 
     header = "weights | rows | tokens in the cache of each | step, ms | tok/s in all | of read bandwidth"
-    return _of_run("batches_h200", header, cells)
+    return _of_runs("batches batches_int8 batches_int4", header, cells)
+
+
+def experts() -> str:
+    def cells(r: dict) -> list:
+        speed = f"{rate(r)} | {r['gigabytes_per_second']:.0f} | **{r['fraction']:.3f}**"
+        reading = f"{r['prefill_ms']:.1f} | {r['prefill_mfu']:.3f}" if r["prompt_length"] > 5 else "|"
+        return [r["model"], f"{r['mode']} {r['weight_gigabytes']:.2f} GB", f"{r['prompt_length']:,}", speed, reading]
+
+    header = "model | weights read | prompt | tok/s (min-max) | GB/s | of read bandwidth | first token, ms | MFU"
+    return _of_runs("experts experts_mxfp4 experts_prompt", header, cells)
 
 
 def first_token() -> str:
@@ -305,6 +318,18 @@ def tensor_parallel() -> str:
     return paragraphs(f"{about(result)}. GB/s that each GPU reads: {reads}.", table(header, cells))
 
 
+def two_gpus() -> str:
+    result = results("tp2_h200")
+    one, two = (measured["rows"] for measured in result["gpus"].values())
+    cells = []
+    for a, b in zip(one, two):
+        steps = f"{a['step_ms']:.3f} | {b['step_ms']:.3f} | **{a['step_ms'] / b['step_ms']:.2f}**"
+        reading = f"{a['prefill_ms']:.1f} | {b['prefill_ms']:.1f} | **{a['prefill_ms'] / b['prefill_ms']:.2f}**"
+        cells.append([a["mode"], f"{a['prompt_length']:,}", steps, reading if a["prompt_length"] > 5 else "||"])
+    header = "weights | prompt | step, one GPU, ms | two | gain | first token, one GPU, ms | two | gain"
+    return paragraphs(about(result), table(header, cells), result["note"])
+
+
 def all_reduce() -> str:
     result = results("tp")
     most = max(result["gpus"], key=int)
@@ -363,6 +388,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "prompts": prompts,
     "contexts": contexts,
     "batches": batches,
+    "experts": experts,
     "first_token": first_token,
     "others": others,
     "speculation_step": speculation_step,
@@ -372,6 +398,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quant": lambda: quant(results("quant_smollm2")),
     "quant_7b": quant_7b,
     "tensor_parallel": tensor_parallel,
+    "two_gpus": two_gpus,
     "all_reduce": all_reduce,
     "cpu": cpu,
 }
