@@ -94,7 +94,7 @@ class Engine:
         self.block = DECODE_BLOCK if ops.has_graphs(self.device) else 1  # steps between two looks at the tokens
         self._block: Callable | None = None  # so many in one CUDA graph, which saves the time between graphs
         self._captured: dict[int, Callable] = {}  # prefills, by the tokens of a row
-        self._again: dict[int, Callable | None] = {}  # those of whole prompts, None when met once
+        self._again: Callable | None = None  # those of whole prompts, when their like is met again
         self._long: Callable | None = None  # compile_blocks'
         self.speculator = None
         if draft is not None:
@@ -142,7 +142,8 @@ class Engine:
             self.speculator.compile(step, inductor, ops.capture if graphs else None)
 
     def _capture_prefill(self) -> None:
-        self._pool = pool = torch.cuda.graph_pool_handle()  # one memory for all: each one's result is copied at once
+        pool = torch.cuda.graph_pool_handle()  # one memory for all: each one's result is copied at once
+        self._again = ops.Repeated(self._whole, STEP // self.batch_size or 1, self.state.cache.length, pool)
         for size in sorted({max(1, size // self.batch_size) for size in CAPTURED}):
             if size <= self.state.cache.length:
                 tokens = torch.zeros(self.batch_size, size, dtype=torch.int64, device=self.device)
@@ -180,22 +181,18 @@ class Engine:
         S = tokens.shape[1]
         if size := min((size for size in self._captured if size >= S), default=0):
             return self._captured[size](F.pad(tokens, (0, size - S)), start).clone()
-        if self._captured and not self._long and tokens.numel() <= AGAIN and not start.is_cuda and not start.any():
-            step = max(1, STEP // self.batch_size)
-            size = min(-(-S // step) * step, self.state.cache.length)
-            if size in self._again:
-                tokens = F.pad(tokens, (0, size - S))
-                if not self._again[size]:
-                    model, cache = self.model, self.state.cache.first(size)
-                    read = lambda tokens: model.hidden(model.tok_embeddings(tokens), start, cache)  # noqa: E731
-                    self._again[size] = ops.capture(read, tokens, warm_up=1, pool=self._pool)
-                return self._again[size](tokens)
-            self._again[size] = None
+        whole = tokens.numel() <= AGAIN and not start.is_cuda and not start.any()
+        if self._again and whole and not self._long and (x := self._again(tokens)) is not None:
+            return x
         if self._long and tokens.numel() > self.few:
             return self._long(self.model.tok_embeddings(tokens), start, self.state.cache)
         if self.few >= S:  # kernels read what is used anyway, and are compiled for the cache's length
             return self._few_tokens(tokens, start)
         return self.model.hidden(self.model.tok_embeddings(tokens), start, self.state.cache.first(end))
+
+    def _whole(self, tokens: Tensor) -> Tensor:
+        start = torch.zeros(len(tokens), dtype=torch.int64)  # known to the host
+        return self.model.hidden(self.model.tok_embeddings(tokens), start, self.state.cache.first(tokens.shape[1]))
 
     def _few_tokens(self, tokens: Tensor, start: Tensor) -> Tensor:
         return self.model.hidden(self.model.tok_embeddings(tokens), start, self.state.cache)

@@ -20,7 +20,7 @@ from ops.cpu_step import prepare as prepare_layers
 from ops.embedding import embed
 from ops.experts import glu, mixture, route
 from ops.experts import prepare as prepare_mixture
-from ops.graph import capture, has_graphs
+from ops.graph import Repeated, capture, has_graphs
 from ops.kv_cache import DTYPES as CACHE_KINDS
 from ops.kv_cache import allocate as new_cache
 from ops.linear import FEW_ROWS, linear, plain
@@ -39,6 +39,7 @@ from ops.verify import verify
 
 __all__ = [
     "CACHE_KINDS",
+    "Repeated",
     "add_norm",
     "all_reduce",
     "attention",

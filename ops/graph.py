@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Output = TypeVar("Output")
@@ -40,3 +41,24 @@ def capture(
         return output
 
     return replay
+
+
+class Repeated:
+    """A function of tokens (B, S), captured for an S when its like is met for the second time: capturing takes longer
+    than one call."""
+
+    def __init__(self, function: Callable[[Tensor], Output], step: int, longest: int, pool: object):
+        """S is padded to a multiple of `step`, or to `longest`; pool: see `capture`."""
+        self.function, self.step, self.longest, self.pool = function, step, longest, pool
+        self.graphs: dict[int, Callable[[Tensor], Output] | None] = {}  # None when met once
+
+    def __call__(self, tokens: Tensor) -> Output | None:
+        """The captured output, which the next call overwrites, or None when this S is met for the first time."""
+        size = min(-(-tokens.shape[1] // self.step) * self.step, self.longest)
+        if size not in self.graphs:
+            self.graphs[size] = None
+            return None
+        tokens = F.pad(tokens, (0, size - tokens.shape[1]))
+        if self.graphs[size] is None:
+            self.graphs[size] = capture(self.function, tokens, warm_up=1, pool=self.pool)
+        return self.graphs[size](tokens)

@@ -56,16 +56,15 @@ def test_greedy_equals_transformers(tiny):
 def test_a_prompt_whose_like_was_read_before_is_captured_in_steps(tiny, rows, monkeypatch):
     """Padded to a multiple of STEP, but not beyond the cache, up to AGAIN tokens of all rows."""
     monkeypatch.setattr(engine, "AGAIN", 20 * rows)
-    monkeypatch.setattr(engine, "STEP", 8 * rows)
     sizes = []
 
     def capture(function, tokens, **options):
         sizes.append(tokens.shape[1])
         return function
 
-    monkeypatch.setattr(ops, "capture", capture)
+    monkeypatch.setattr("ops.graph.capture", capture)
     plain, llm = (tiny_engine(tiny, batch_size=rows, max_seq_length=22) for _ in range(2))
-    llm._captured, llm._pool = {2: llm._few_tokens}, None
+    llm._captured, llm._again = {2: llm._few_tokens}, ops.Repeated(llm._whole, 8, 22, None)
     for length, captured in ((2, []), (7, []), (8, [8]), (8, [8]), (9, [8]), (16, [8, 16]), (17, [8, 16])):
         prompts = [list(range(5 + row, 5 + row + length)) for row in range(rows)]
         assert list(generate(llm, prompts, 4, is_stop=never)) == list(generate(plain, prompts, 4, is_stop=never))
