@@ -47,7 +47,7 @@ CLASHES = {  # a flag, and others that would do nothing beside it
     "prompt_file": ("prompt", "num_samples", "stream", "profile"),
     "speculate": ("draft_checkpoint_path",),
 }
-NEEDS = {"speculate_k": ("draft_checkpoint_path", "speculate")}
+NEEDS = {"speculate_k": ("draft_checkpoint_path", "speculate"), "compile_ahead": ("compile",)}
 SLOTS = 16  # rows at a time for the prompts of a file, unless --batch_size says otherwise
 PROBES = ("The quick brown fox, 1984!", " naïve\n\tdéjà vu", "def f(x):\n    return x")  # tell tokenizers apart
 
@@ -85,8 +85,8 @@ def load(
 def load_models(
     path, device, precision, quantize, tp, draft, tokenizer, engine: dict, prompts: Sequence[list[int]] = ()
 ) -> tuple[Transformer, Transformer | str | None]:
-    """What `load`, whose arguments these are, makes an LLM of: the model, and the draft. Meanwhile the kernels are
-    compiled that it will launch, also for these prompts: one a row or, of any other number, one after the other."""
+    """What `load`, whose arguments these are, makes an LLM of: the model, and the draft. Given prompts (one a row or,
+    of any other number, one after the other), the kernels that they will launch are compiled meanwhile."""
 
     def models(device: torch.device) -> tuple:
         options = {"device": device, "dtype": DTYPES[precision]}
@@ -103,19 +103,15 @@ def load_models(
 
     def rehearse() -> None:
         model, draft = models(torch.device("meta"))
-        for own in (model, draft):
-            if isinstance(own, Transformer):
-                own.pack(DTYPES[precision])
+        for own in (part for part in (model, draft) if isinstance(part, Transformer)):
+            own.pack(DTYPES[precision])
         llm = Engine(model, draft=draft, **engine | {"compile_prefill": False})
-        if prompts:
-            (llm if len(prompts) == llm.batch_size else llm.reader).prefill(prompts)
+        (llm if len(prompts) == llm.batch_size else llm.reader).prefill(prompts)
         if not llm.speculator:
             llm.advance()
 
-    wait = ops.compile_ahead(rehearse, device, DTYPES[precision])
-    found = models(device)
-    wait()
-    return found
+    with ops.compiled_ahead(rehearse, device, DTYPES[precision]) if prompts else nullcontext():
+        return models(device)
 
 
 def generate(
@@ -303,9 +299,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true", help="put the prompt in the model's chat template")
     parser.add_argument("--num_samples", type=positive, default=1, help="how often to generate")
     parser.add_argument("--max_new_tokens", type=positive, default=200)
-    parser.add_argument(
-        "--batch_size", type=positive, help="copies of the prompt, or rows for a file's prompts, at once"
-    )
+    parser.add_argument("--batch_size", type=positive, help="copies of the prompt, or rows for a file's prompts")
     parser.add_argument("--top_k", type=int, default=200, help="0 turns it off")
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--min_p", type=float)
@@ -315,15 +309,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--stop", action="append", default=[], help="end an answer at this string (may be repeated)")
     parser.add_argument("--max_seq_length", type=positive, help="length of the KV cache in tokens")
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
+    parser.add_argument("--compile_ahead", action="store_true", help="a GPU's kernels all at once, as weights load")
     parser.add_argument("--compile_prefill", action="store_true", help="compile the prefill, too (for long prompts)")
     parser.add_argument("--draft_checkpoint_path", type=Path, metavar="PATH", help="speculate with this model as draft")
     parser.add_argument("--speculate", choices=[PROMPT_LOOKUP], help="speculate by copying from the text so far")
     parser.add_argument("--speculate_k", type=_int_or_str, help=K_HELP)
     parser.add_argument("--profile", type=Path, help="write a Chrome trace of the last sample to PROFILE.json")
     parser.add_argument("--stream", action="store_true", help="print text as it comes")
-    parser.add_argument(
-        "--json", action="store_true", help="print the measures as one JSON line, last, and a file's results so"
-    )
+    parser.add_argument("--json", action="store_true", help="measures as one JSON line, last, and a file's results so")
     args = parser.parse_args()
     check_flags(parser, args, CLASHES, NEEDS)
     if args.chat and isinstance(args.prompt, int):
@@ -377,16 +370,15 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     start = time.perf_counter()
     torch_load(path)  # says first what is wrong with it
     tokenizer, config = load_tokenizer(path.parent), read_config(path.parent)
-    reads = tp.rank == 0 and not args.interactive
-    prompts = tp.share(read_prompts(args, tokenizer, config) if reads else [])
+    prompts = tp.share(read_prompts(args, tokenizer, config) if tp.rank == 0 and not args.interactive else [])
     rows = min(args.batch_size or SLOTS, len(prompts)) if args.prompt_file else args.batch_size or 1
     length = _cache_length(args, config, prompts)
     engine = {"batch_size": rows, "max_seq_length": length, "kv_cache": args.kv_cache, "speculate_k": args.speculate_k}
     engine |= {"compile": args.compile, "compile_prefill": args.compile_prefill}
     engine["sampler"] = Sampler(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
-    read = [max(prompts, key=len)] if args.prompt_file else prompts * rows
-    what = (path, device, args.precision, args.quantize, tp, draft)
-    model, draft = load_models(*what, tokenizer, engine, read)
+    read = sorted(prompts, key=len)[-1:] if args.prompt_file else prompts * rows
+    read = read if args.compile_ahead else []
+    model, draft = load_models(path, device, args.precision, args.quantize, tp, draft, tokenizer, engine, read)
     load_seconds = time.perf_counter() - start
     print(f"Time to load model: {load_seconds:.02f} seconds", file=sys.stderr)
     _check_memory(model, rows, length or 0, args.kv_cache)

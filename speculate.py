@@ -115,9 +115,8 @@ class Speculator:
         self.state, self.k, self.share = state, k, model.tp.share
         self.draft = PromptLookup(state) if draft == PROMPT_LOOKUP else DraftModel(draft, model, state)
         self.limit = torch.zeros_like(state.pos)  # the last position that each row may reach
-        self.before, self.plain = before, plain
-        self.capture = lambda step: step  # compile replaces these two and the next
-        self.forward = lambda tokens, pos: model(tokens, pos, state.cache, all_logits=True)
+        self.before, self.plain, self.capture = before, plain, lambda step: step  # compile replaces the latter two,
+        self.forward = lambda tokens, pos: model(tokens, pos, state.cache, all_logits=True)  # and this
         self.steps = {i: partial(self._step, i) for i in (AUTO if k == "auto" else (0, k))}
         self.seconds: dict[int, float] = {}  # what a step of k draft tokens takes
         self.outcomes: list[tuple[int, int]] = []  # k and tokens accepted, of this generation's steps

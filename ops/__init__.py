@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ops import cpu
-from ops.ahead import compile_ahead
+from ops.ahead import compiled_ahead
 from ops.attention import attention
 from ops.attention import prepare as prepare_attention
 from ops.common import MAX_ROWS, triton
@@ -45,7 +45,7 @@ __all__ = [
     "attention",
     "capture",
     "chunk_tokens",
-    "compile_ahead",
+    "compiled_ahead",
     "copy_match",
     "dequantize",
     "embed",

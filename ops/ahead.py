@@ -1,6 +1,6 @@
 """Compile the Triton kernels of a run before it needs them, all at once, in processes of their own.
 
-    compile_ahead(rehearsal, device, dtype)   start; returns what waits until all are in Triton's cache
+    compiled_ahead(rehearsal, device, dtype)   a context at whose end they are in Triton's cache
 
 Triton compiles a kernel when it is first launched, one after the other, mostly in code that holds Python's lock. Here a
 forked process runs the same Python code on the meta device, whose tensors have shapes but no memory, while this one
@@ -12,7 +12,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -24,17 +25,21 @@ from ops import common, symmetric
 from ops.common import Gpu, triton
 
 
-def compile_ahead(rehearsal: Callable[[], object], device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
-    """Start to compile what `rehearsal` launches, on the meta device in the place of `device`, for activations of
-    `dtype`. Returns what waits for that."""
-    if device.type != "cuda" or triton is None or dtype.itemsize != 2:
-        return lambda: None
-    # Forked, as another start would import PyTorch anew; it never calls CUDA, which a fork must not.
-    process = multiprocessing.get_context("fork").Process(
-        target=_compile, args=(rehearsal, common.gpu(device)), daemon=True
-    )
-    process.start()
-    return lambda: process.join(60)  # longer only where something hangs
+@contextmanager
+def compiled_ahead(rehearsal: Callable[[], object], device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """A context at whose end the kernels are compiled that `rehearsal` launches for activations of `dtype`, on the meta
+    device in the place of `device`. Of the ranks of a machine, which launch the same, the first one does it."""
+    process, first = None, os.environ.get("LOCAL_RANK", "0") == "0"
+    if first and device.type == "cuda" and triton is not None and dtype.itemsize == 2:
+        # Forked, as another start would import PyTorch anew; it never calls CUDA, which a fork must not.
+        start = multiprocessing.get_context("fork").Process
+        process = start(target=_compile, args=(rehearsal, common.gpu(device)), daemon=True)
+        process.start()
+    yield
+    if process:
+        process.join(60)  # longer only where something hangs
+    if dist.is_initialized():  # the others wait for it
+        dist.broadcast_object_list([None], device=torch.device("cpu"))
 
 
 def _compile(rehearsal: Callable[[], object], gpu: Gpu) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -55,8 +56,8 @@ def test_kernels_are_compiled_by_processes_that_say_nothing(found):
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
 def test_without_kernels_nothing_is_rehearsed(device, dtype):
-    with patch("multiprocessing.get_context") as start:
-        ops.compile_ahead(print, torch.device(device), dtype)()
+    with patch("multiprocessing.get_context") as start, ops.compiled_ahead(print, torch.device(device), dtype):
+        pass
     assert not start.called
 
 
@@ -92,8 +93,9 @@ def compiled(folder: str) -> list[str]:
         print("hindered", flush=True)
         raise RuntimeError("hindered")
 
-    with patch.object(common, "gpu", lambda _: common.Gpu("NVIDIA H200", (9, 0), 132)):
-        ops.compile_ahead(rehearsal, torch.device("cuda"), x.dtype)()
+    gpu = patch.object(common, "gpu", lambda _: common.Gpu("NVIDIA H200", (9, 0), 132))
+    with gpu, ops.compiled_ahead(rehearsal, torch.device("cuda"), x.dtype):
+        pass
     return sorted(path.stem for path in Path(folder).glob("*/*.cubin"))
 
 
@@ -109,9 +111,12 @@ def compare(folder, quantize=None, draft=None, temperature=0.8, length=40, **eng
 
     engine = {"batch_size": 1, "max_seq_length": 100, "compile": True} | engine
     engine["sampler"] = Sampler(1.0, temperature, 20)
-    gpu, launched, rehearsals = common.Gpu("NVIDIA H200", (9, 0), 132), {}, []
     prompts = [[i] * length for i in range(engine["batch_size"])]
-    cpu, modules = torch.device("cpu"), [m for name, m in sys.modules.items() if name.startswith("ops.")]
+    gpu, launched, rehearsals, run = common.Gpu("NVIDIA H200", (9, 0), 132), {}, [], JITFunction.run
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
 
     def launch(kernel, *args, grid, warmup, **options):
         def hook(*, key, **_):
@@ -121,33 +126,29 @@ def compare(folder, quantize=None, draft=None, temperature=0.8, length=40, **eng
         ahead.triton.knobs.runtime.jit_cache_hook = hook
         run(kernel, *args, grid=grid, warmup=True, **options)
 
-    class Driver:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+    def remember(rehearsal, *_):
+        rehearsals.append(rehearsal)
+        return nullcontext()
 
-    run = JITFunction.run
-    with patch.object(JITFunction, "run", launch), patch.multiple(common, gpu=lambda _: gpu):
-        ahead.triton.runtime.driver.set_active(Driver())
-        every = [patch.object(m, name, lambda _: True) for m in modules for name in ("on_triton",) if hasattr(m, name)]
-        every += [patch.object(m, "has_graphs", lambda _: True) for m in (ops, graph)]
-        linear = sys.modules["ops.linear"]  # ops.linear is a function
-        every += [patch.object(linear, "BACKENDS", (*linear.BACKENDS[:2], linear.BACKENDS[-1]))]
-        every += [patch.object(ops, "capture", once), patch.object(torch.cuda, "graph_pool_handle", lambda: None)]
-        every += [
-            patch.object(ops, "compile_ahead", lambda rehearsal, *_: rehearsals.append(rehearsal) or (lambda: None))
-        ]
-        for one in every:
-            one.start()
-        what = (folder / "model.pth", cpu, "bf16", quantize, None, draft)
-        model, draft = generate.load_models(*what, None, engine, prompts)
+    ahead.triton.runtime.driver.set_active(Driver())
+    linear = sys.modules["ops.linear"]  # ops.linear is a function
+    stands_in = [(JITFunction, "run", launch), (common, "gpu", lambda _: gpu), (ops, "compiled_ahead", remember)]
+    stands_in += [(ops, "capture", once), (torch.cuda, "graph_pool_handle", lambda: None)]
+    stands_in += [(linear, "BACKENDS", (*linear.BACKENDS[:2], linear.BACKENDS[-1]))]
+    stands_in += [(module, "has_graphs", lambda _: True) for module in (ops, graph)]
+    modules = [module for name, module in sys.modules.items() if name.startswith("ops.")]
+    stands_in += [(module, "on_triton", lambda _: True) for module in modules if hasattr(module, "on_triton")]
+    with ExitStack() as patches:
+        for one in stands_in:
+            patches.enter_context(patch.object(*one))
+        what = (folder / "model.pth", torch.device("cpu"), "bf16", quantize, None, draft, None, engine, prompts)
+        model, draft = generate.load_models(*what)
         llm = Engine(model, draft=draft, **engine)
         llm.prefill(prompts)
         if not engine["compile"]:
             llm.advance()
-        for one in every:
-            one.stop()
     with patch.object(JITFunction, "run", run), patch.object(common, "gpu"), patch.object(ops, "capture"):
-        found = ahead.rehearse(rehearsals[0], gpu, lambda launch: None)
+        found = ahead.rehearse(*rehearsals, gpu, lambda launch: None)
     return [function.__name__ + key for function, key in found], list(launched)
 
 
