@@ -28,9 +28,9 @@ from ops.common import Gpu, triton
 @contextmanager
 def compiled_ahead(rehearsal: Callable[[], object], device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """A context at whose end the kernels are compiled that `rehearsal` launches for activations of `dtype`, on the meta
-    device in the place of `device`. Of the ranks of a machine, which launch the same, the first one does it."""
-    process, first = None, os.environ.get("LOCAL_RANK", "0") == "0"
-    if first and device.type == "cuda" and triton is not None and dtype.itemsize == 2:
+    device in the place of `device`. Of a machine's ranks the first two do it: it may add what all others do not."""
+    process, does = None, int(os.environ.get("LOCAL_RANK", 0)) < 2
+    if does and device.type == "cuda" and triton is not None and dtype.itemsize == 2:
         # Forked, as another start would import PyTorch anew; it never calls CUDA, which a fork must not.
         start = multiprocessing.get_context("fork").Process
         process = start(target=_compile, args=(rehearsal, common.gpu(device)), daemon=True)

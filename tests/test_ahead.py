@@ -26,6 +26,7 @@ CASES = {  # how generate.load_models is called
     "prompt lookup": {"draft": "prompt_lookup", "speculate_k": "auto"},
     "greedy": {"temperature": 0.0},
     "not captured": {"compile": False, "length": 12},
+    "a draft": {"draft": "model.pth"},
 }
 
 
@@ -46,6 +47,13 @@ def test_a_rehearsal_finds_the_kernels_of_a_run(found, case):
     rehearsed, launched = found[case]
     assert len(rehearsed) == len(set(rehearsed)) > 5
     assert sorted(rehearsed) == sorted(launched)
+
+
+def test_two_ranks_compile_what_all_launch(found):
+    """The first one adds residuals, the others do not."""
+    first, second, third = map(set, found["ranks"])
+    assert first != second == third
+    assert any("_all_reduce" in name for name in first & second)
 
 
 def test_kernels_are_compiled_by_processes_that_say_nothing(found):
@@ -74,6 +82,7 @@ def main() -> None:
             max_position_embeddings=4096,
         )
         result = {case: compare(Path(folder), **how) for case, how in CASES.items()}
+        result["ranks"] = [of_rank(Path(folder), rank) for rank in range(3)]
     with tempfile.TemporaryDirectory() as folder:
         result["compiled"] = compiled(folder)
     print(json.dumps(result))
@@ -108,6 +117,7 @@ def compare(folder, quantize=None, draft=None, temperature=0.8, length=40, **eng
     from engine import Engine
     from ops import ahead, common, graph
     from sampling import Sampler
+    from tokenizer import load_tokenizer
 
     engine = {"batch_size": 1, "max_seq_length": 100, "compile": True} | engine
     engine["sampler"] = Sampler(1.0, temperature, 20)
@@ -141,8 +151,9 @@ def compare(folder, quantize=None, draft=None, temperature=0.8, length=40, **eng
     with ExitStack() as patches:
         for one in stands_in:
             patches.enter_context(patch.object(*one))
-        what = (folder / "model.pth", torch.device("cpu"), "bf16", quantize, None, draft, None, engine, prompts)
-        model, draft = generate.load_models(*what)
+        draft = folder / draft if draft == "model.pth" else draft
+        what = (folder / "model.pth", torch.device("cpu"), "bf16", quantize, None, draft, load_tokenizer(folder))
+        model, draft = generate.load_models(*what, engine, prompts)
         llm = Engine(model, draft=draft, **engine)
         llm.prefill(prompts)
         if not engine["compile"]:
@@ -150,6 +161,27 @@ def compare(folder, quantize=None, draft=None, temperature=0.8, length=40, **eng
     with patch.object(JITFunction, "run", run), patch.object(common, "gpu"), patch.object(ops, "capture"):
         found = ahead.rehearse(*rehearsals, gpu, lambda launch: None)
     return [function.__name__ + key for function, key in found], list(launched)
+
+
+def of_rank(folder: Path, rank: int) -> list[str]:
+    """The kernels of a rehearsal of one of four ranks, which meets no other."""
+    from triton.runtime.jit import JITFunction
+
+    import generate
+    from ops import ahead, common, symmetric
+    from tp import TensorParallel
+
+    rehearsals = []
+    what = (folder / "model.pth", torch.device("cpu"), "bf16", None, TensorParallel(rank, 4), None, None)
+    take = patch.object(ops, "compiled_ahead", lambda rehearsal, *_: rehearsals.append(rehearsal) or nullcontext())
+    with take:
+        generate.load_models(*what, {"compile": True, "max_seq_length": 100}, [[1, 2, 3]])
+    changed = [(JITFunction, "run"), (common, "gpu"), (ops, "capture"), (symmetric, "symmetric_buffers")]
+    with ExitStack() as patches:
+        for module, name in changed:
+            patches.enter_context(patch.object(module, name, getattr(module, name)))
+        found = ahead.rehearse(*rehearsals, common.Gpu("NVIDIA H200", (9, 0), 132), lambda launch: None)
+    return [function.__name__ + key for function, key in found]
 
 
 def once(function, *inputs, **_):
