@@ -54,8 +54,10 @@ install_requirements() {
         [[ $(uname -s) == Linux ]] && ! nvidia-smi -L >/dev/null 2>&1; then
         # The Linux wheel of PyPI brings gigabytes of CUDA libraries, of no use here.
         echo "no NVIDIA GPU: installing the CPU build of torch"
-        # The probe is quick to give up. It asks for a dependency of torch, for which nobody has a local wheel about.
-        if "$PYTHON" -m pip --timeout 5 --retries 0 index versions filelock --index-url $TORCH_CPU_INDEX &>/dev/null &&
+        # The probe is quick to give up. It asks that index alone for a dependency of torch: pip's settings may name
+        # others, and folders of wheels.
+        if PIP_EXTRA_INDEX_URL=$TORCH_CPU_INDEX PIP_FIND_LINKS=$VIRTUAL_ENV "$PYTHON" -m pip --timeout 5 --retries 0 \
+            index versions filelock --index-url $TORCH_CPU_INDEX &>/dev/null &&
             "${pip[@]}" --index-url $TORCH_CPU_INDEX "$(grep '^torch' "$REPO/requirements.txt")"
         then
             echo "torch comes from $TORCH_CPU_INDEX"
