@@ -77,13 +77,16 @@ def read_file(path: Path, kernel: str = "linear") -> tuple[list[str], Table]:
     return found.get("devices", []), table
 
 
-@functools.cache
 def tables(device: torch.device, kernel: str = "linear") -> tuple[Table, Table]:
-    """This GPU's own configurations and the default ones."""
+    """This GPU's own configurations and the default ones: the same ones for "cuda" and "cuda:0"."""
+    return _tables(device_name(device), kernel)
+
+
+@functools.cache
+def _tables(name: str, kernel: str) -> tuple[Table, Table]:
     files = {path.stem: read_file(path, kernel) for path in sorted(FOLDER.glob("*.json"))}
     _, default = files.pop("default")
-    own = next((table for names, table in files.values() if device_name(device) in names), {})
-    return own, default
+    return next((table for names, table in files.values() if name in names), {}), default
 
 
 def write(device: torch.device) -> Path:

@@ -127,6 +127,17 @@ def test_tune_tries_what_the_kernel_uses_as_it_is(kind, shape, monkeypatch):
         assert tuning.configuration(kind, N, K, 1, cpu) == choice
 
 
+def test_what_is_tuned_for_a_gpu_serves_it_by_any_name(monkeypatch):
+    from ops import common, tuning
+
+    monkeypatch.setattr(common, "gpu", lambda device: common.Gpu("NVIDIA H200", (9, 0), 132))
+    own, _ = tuning.tables(torch.device("cuda"))
+    assert own is tuning.tables(torch.device("cuda:0"), "linear")[0]
+    choice = tuning.Configuration(16, 2, 8, 96, 2)
+    monkeypatch.setitem(own, tuning.key("int8", 1), {(4096, 4096): choice})
+    assert tuning.configuration("int8", 4096, 4096, 1, torch.device("cuda:0")) == choice
+
+
 GROUPING = ("_choose_kernel", "_place_kernel", "_grouped_kernel", "_sum_kernel")  # of experts' tokens
 
 

@@ -434,6 +434,23 @@ def test_all_ranks_end_together(how, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
+@pytest.mark.parametrize("more", [[], ["--kv_cache", "int8"]])
+def test_what_bench_tp_starts_measures(more, monkeypatch, capsys):
+    """One rank's part of scripts/bench_tp.py, on a CPU."""
+    monkeypatch.syspath_prepend(REPO / "scripts")
+    import bench_tp
+
+    monkeypatch.setattr(bench_tp, "pick_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a CPU")
+    shape = ["--models", "stories15M", "--modes", "int8", "--prompt_length", "5", "--layers", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench_tp.py", "x.json", "--rank", *shape, "--runs", "1", *more])
+    bench_tp.main()
+    about, row = map(json.loads, capsys.readouterr().out.splitlines())
+    assert about["device"] == "a CPU"
+    assert (row["mode"], row["prompt_length"], row["kv_cache"]) == ("int8", 5, "int8" if more else None)
+    assert row["step_ms"] > 0
+
+
 def test_smollm2_on_three_ranks(smollm2_dir):
     """9 query and 3 key/value heads."""
     case = json.loads((REPO / "tests/data/smollm2_135m_instruct.json").read_text())["prompts"][0]
