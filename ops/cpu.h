@@ -10,10 +10,12 @@ enum Kind : int32_t { FP32, BF16, INT8, INT4 };
 // to 16 of them, K to `padded`.
 struct Linear {
   const void* weight;
-  const uint16_t *scales, *zeros;  // bf16: int8 (N,), int4 both (tiles, padded / group, LANES)
-  const void* bias;                // (N,) or null
+  const void* scales;     // of rows: fp32 (N,); of groups: bf16 or fp16 (tiles, padded / group, LANES)
+  const uint16_t* zeros;  // of groups: like scales, or null for int8
+  const void* bias;       // (N,) or null
   int64_t N, K, padded;
-  int32_t kind, group;
+  int32_t kind, group;  // group: columns with a scale, 0 for whole rows
+  int32_t fp16;         // whether scales and zeros of groups are fp16, else bf16
   int32_t parts;   // int8 numbers that stand for an activation: 1, or 3 for fp32's precision
   int32_t swiglu;  // rows of W are gate's and up's, interleaved by 8: the result is SwiGLU (M, N / 2)
   int32_t half;    // whether bias and norm are bf16, else fp32

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ops import cpu_library as native
 from ops.common import op
-from ops.packing import pack_rows
+from ops.packing import in_16_bits, pack_rows
 
 MAX_ROWS = 64  # with more, PyTorch is faster where the processor multiplies bf16
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
@@ -55,7 +55,8 @@ def pack(layer, dtype: torch.dtype) -> bool:
         and weight.is_contiguous()
         and dtype in (torch.float32, torch.bfloat16)
         and weight.dtype in (dtype, torch.int8, torch.uint8)
-        and (scales is None or scales.dtype is torch.bfloat16)
+        and (scales is None or scales.ndim == 1 or scales.itemsize == 2)
+        and (zeros is None or zeros.dtype is scales.dtype)
         and (bias is None or bias.dtype is dtype)
         and ready()
     ):
@@ -66,6 +67,12 @@ def pack(layer, dtype: torch.dtype) -> bool:
             None if t is None else nn.Parameter(t, requires_grad=False) for t in packed
         )
     return True
+
+
+def narrow_scales(layer) -> None:
+    """Scales and zeros of a layer's groups, of any precision, as the kernels read them: both in 16 bits."""
+    narrow = in_16_bits(layer.scales, layer.zeros)
+    layer.scales, layer.zeros = (None if t is None else nn.Parameter(t, requires_grad=False) for t in narrow)
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -85,10 +92,10 @@ def describe(
     """A packed layer for the library, which reads the tensors' memory: they must stay."""
     kind = KINDS[weight.dtype]
     padded = weight.shape[1] * (1, 1, 4, 8)[kind]
-    group = padded // scales.shape[1] if kind == 3 else 0
-    parts = 3 if dtype is torch.float32 else 1
+    group = padded // scales.shape[1] if scales is not None and scales.ndim == 3 else 0
+    parts, fp16 = 3 if dtype is torch.float32 else 1, group > 0 and scales.dtype is torch.float16
     addresses = map(address, (weight, scales, zeros, bias))
-    return native.Linear(*addresses, N, K, padded, kind, group, parts, swiglu, dtype is torch.bfloat16)
+    return native.Linear(*addresses, N, K, padded, kind, group, fp16, parts, swiglu, dtype is torch.bfloat16)
 
 
 @op("cpu_linear")

@@ -134,6 +134,8 @@ struct Block {  // 32 activations: scale * q
   int8_t q[BLOCK];
   float scale, total;  // total: scale * sum
   int32_t start;       // of a sum of integer products, whose weights are too large by a constant
+  float first_total;   // as these, of the first 16
+  int32_t first_start;
 };
 
 INLINE bool is_integer(const Linear& layer) { return layer.kind >= INT8; }
@@ -161,19 +163,19 @@ void quantize(float* x, int64_t blocks, int parts, int offset, Block* to) {
       float top = 1e-30f;
       for (int i = 0; i < 8; i++) top = tops[i] > top ? tops[i] : top;
       const float scale = top / 127, inverse = 127 / top, check = sum(totals);
-      Ints8 sums = {};
+      Ints8 sums[2] = {};
       for (int i = 0; i < BLOCK; i += 8) {  // 1.5 * 2^23 makes the low bits of a float an integer
         Floats8 v = load<Floats8>(x + i);
         Ints8 q = (Ints8)(v * inverse + 12582912.0f) - 0x4b400000;
         store(block.q + i, __builtin_convertvector(q, Bytes8));
         if (parts > 1) store(x + i, v - __builtin_convertvector(q, Floats8) * scale);
-        sums += q;
+        sums[i / 16] += q;
       }
-      int32_t all = 0;
-      for (int i = 0; i < 8; i++) all += sums[i];
-      block.start = -offset * all;
+      int32_t first = 0, all = 0;
+      for (int i = 0; i < 8; i++) first += sums[0][i], all += sums[0][i] + sums[1][i];
+      block.start = -offset * all, block.first_start = -offset * first;
       block.scale = check - check == 0 ? scale : NAN;  // integers hold no NaN
-      block.total = block.scale * all;
+      block.total = block.scale * all, block.first_total = block.scale * first;
     }
 }
 
@@ -292,20 +294,25 @@ INLINE Ints unsigned_dots(Ints acc, const Bytes (&w)[8], const int8_t* x) {
 }
 #endif
 
-INLINE Floats widened(const uint16_t* from) {
-  return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+INLINE Floats widened(const uint16_t* from, bool fp16) {
+#if defined(__AVX512BW__)
+  if (fp16) return (Floats)_mm512_cvtph_ps(load<__m256i>(from));
+#endif
+  const Words v = __builtin_convertvector(load<Halves>(from), Words) << 16;
+  // The sign's copies are taken from above the exponent, whose bias is 112 less than that of fp32.
+  return fp16 ? (Floats)((Ints)v >> 3 & (int32_t)0x8fffffff) * 0x1p112f : (Floats)v;
 }
 
 // A tile times M rows of x, whose blocks are `stride` apart: to y (M, UNIT)
-template <int M>
+template <int M, bool FP16>
 void int4_tile(const Linear& layer, int64_t tile, const Block* x, int64_t stride, float* y) {
   const int64_t groups = layer.padded / layer.group;
   const int inner = layer.group / BLOCK;
   const char* w = (const char*)layer.weight + tile * layer.padded * LANES / 2;
-  const uint16_t *s = layer.scales + tile * groups * LANES, *z = layer.zeros + tile * groups * LANES;
+  const uint16_t *s = (const uint16_t*)layer.scales + tile * groups * LANES, *z = layer.zeros + tile * groups * LANES;
   Floats acc[M] = {};
   for (int64_t g = 0; g < groups; g++, s += LANES, z += LANES) {
-    const Floats scale = widened(s), zero = widened(z);
+    const Floats scale = widened(s, FP16), zero = widened(z, FP16);
     for (int b = 0; b < inner; b++, w += BLOCK / 2 * LANES, x++) {
       for (int i = 0; i < LANES * 16; i += 64) __builtin_prefetch(w + 2048 + i);
       Bytes v[8];
@@ -341,6 +348,49 @@ void int8_tile(const Linear& layer, int64_t tile, const Block* x, int64_t stride
   for (int m = 0; m < M; m++) store(y + m * UNIT, acc[m]);
 }
 
+// int8_tile of groups. HALVES: 2 where a block of x meets two of them
+template <int M, bool FP16, int HALVES>
+void int8_groups_tile(const Linear& layer, int64_t tile, const Block* x, int64_t stride, float* y) {
+  const int64_t groups = layer.padded / layer.group;
+  const int inner = HALVES == 2 ? 1 : layer.group / BLOCK;
+  const char* w = (const char*)layer.weight + tile * layer.padded * LANES;
+  const uint16_t* s = (const uint16_t*)layer.scales + tile * groups * LANES;
+  const uint16_t* z = layer.zeros ? layer.zeros + tile * groups * LANES : nullptr;
+  Floats acc[M] = {};
+  for (int64_t g = 0; g < groups; g += HALVES, s += HALVES * LANES) {
+    Floats scale[HALVES], zero[HALVES] = {};
+    for (int h = 0; h < HALVES; h++) {
+      scale[h] = widened(s + h * LANES, FP16);
+      if (z) zero[h] = widened(z, FP16), z += LANES;
+    }
+    for (int b = 0; b < inner; b++, x++) {
+      Ints d[M][HALVES];
+      for (int m = 0; m < M; m++) {
+        const Block& block = x[m * stride];
+        d[m][0] = Ints{} + (HALVES == 2 ? block.first_start : block.start);
+        if (HALVES == 2) d[m][HALVES - 1] = Ints{} + (block.start - block.first_start);
+      }
+      for (int i = 0; i < 8; i++, w += sizeof(Bytes)) {
+        if (i * sizeof(Bytes) % 64 == 0) __builtin_prefetch(w + 2048);
+        const Signed values(load<Bytes>(w));
+        for (int m = 0; m < M; m++) {
+          Ints& own = d[m][i * HALVES / 8];
+          own = values.dot(own, load<int32_t>(x[m * stride].q + 4 * i));
+        }
+      }
+      for (int m = 0; m < M; m++) {
+        const Block& block = x[m * stride];
+        for (int h = 0; h < HALVES; h++)
+          acc[m] += __builtin_convertvector(d[m][h], Floats) * (scale[h] * block.scale);
+        if (!z) continue;
+        acc[m] += zero[0] * (HALVES == 2 ? block.first_total : block.total);
+        if (HALVES == 2) acc[m] += zero[HALVES - 1] * (block.total - block.first_total);
+      }
+    }
+  }
+  for (int m = 0; m < M; m++) store(y + m * UNIT, acc[m]);
+}
+
 // Rows of x, as many at a time as registers hold
 template <int M, template <int> class Run, class... Rest>
 INLINE void by_rows(int64_t m, int64_t rows, Rest... rest) {
@@ -351,15 +401,19 @@ INLINE void by_rows(int64_t m, int64_t rows, Rest... rest) {
 template <int M>
 struct Int4Tiles {
   static INLINE void run(int64_t m, const Linear& layer, int64_t unit, const Block* x, int64_t stride, float* y) {
+    const auto tile = layer.fp16 ? int4_tile<M, true> : int4_tile<M, false>;
     for (int t = 0; t < UNIT / LANES; t++)
-      int4_tile<M>(layer, unit * (UNIT / LANES) + t, x + m * stride, stride, y + m * UNIT + t * LANES);
+      tile(layer, unit * (UNIT / LANES) + t, x + m * stride, stride, y + m * UNIT + t * LANES);
   }
 };
 template <int M>
 struct Int8Tiles {
   static INLINE void run(int64_t m, const Linear& layer, int64_t unit, const Block* x, int64_t stride, float* y) {
+    const auto groups = layer.fp16 ? layer.group < BLOCK ? int8_groups_tile<M, true, 2> : int8_groups_tile<M, true, 1>
+                                   : layer.group < BLOCK ? int8_groups_tile<M, false, 2> : int8_groups_tile<M, false, 1>;
+    const auto tile = layer.group ? groups : int8_tile<M>;
     for (int t = 0; t < UNIT / LANES; t++)
-      int8_tile<M>(layer, unit * (UNIT / LANES) + t, x + m * stride, stride, y + m * UNIT + t * LANES);
+      tile(layer, unit * (UNIT / LANES) + t, x + m * stride, stride, y + m * UNIT + t * LANES);
   }
 };
 
@@ -448,22 +502,31 @@ void rows_panel(const char* rows, int64_t bytes, int64_t count, float* panel) {
 }
 
 void int8_panel(const Linear& layer, int64_t unit, float* panel) {
+  const int64_t group = layer.group ? layer.group : layer.padded, first = unit * UNIT * (layer.padded / group);
   const char* w = (const char*)layer.weight + unit * UNIT * layer.padded;
+  const uint16_t *s = (const uint16_t*)layer.scales + first, *z = layer.zeros ? layer.zeros + first : nullptr;
+  Floats scale = Floats{} + 1, zero = {};
   for (int t = 0; t < UNIT; t += LANES)
     for (int64_t k = 0; k < layer.padded; k += 4, w += sizeof(Ints)) {
+      if (layer.group && k % group == 0) {
+        scale = widened(s, layer.fp16), s += LANES;
+        if (z) zero = widened(z, layer.fp16), z += LANES;
+      }
       const Words v = load<Words>(w);
-      for (int i = 0; i < 4; i++)
-        store(panel + (k + i) * UNIT + t, __builtin_convertvector((Ints)(v << (24 - 8 * i)) >> 24, Floats));
+      for (int i = 0; i < 4; i++) {
+        const Ints q = (Ints)(v << (24 - 8 * i)) >> 24;
+        store(panel + (k + i) * UNIT + t, __builtin_convertvector(q, Floats) * scale + zero);
+      }
     }
 }
 
 void int4_panel(const Linear& layer, int64_t unit, float* panel) {
   const int64_t groups = layer.padded / layer.group, first = unit * UNIT * groups;
   const char* w = (const char*)layer.weight + unit * UNIT * layer.padded / 2;
-  const uint16_t *s = layer.scales + first, *z = layer.zeros + first;
+  const uint16_t *s = (const uint16_t*)layer.scales + first, *z = layer.zeros + first;
   for (int t = 0; t < UNIT; t += LANES)
     for (int64_t g = 0; g < groups; g++, s += LANES, z += LANES) {
-      const Floats scale = widened(s), zero = widened(z) - 8 * scale;
+      const Floats scale = widened(s, layer.fp16), zero = widened(z, layer.fp16) - 8 * scale;
       for (int64_t k = g * layer.group; k < (g + 1) * layer.group; k += BLOCK)
         for (int i = 0; i < 16; i += 4, w += sizeof(Ints)) {
           const Words v = load<Words>(w);
@@ -556,8 +619,8 @@ void products(const Product& p, int64_t unit, int64_t rows, const char* x, float
 void finish(const Product& p, int64_t unit, int64_t m, float* y) {
   const Linear& layer = *p.layer;
   const int64_t n = unit * UNIT, count = least(UNIT, layer.N - n), width = layer.swiglu ? layer.N / 2 : layer.N;
-  if (layer.kind == INT8)
-    for (int i = 0; i < count; i++) y[i] *= widen(layer.scales, n + i, true);
+  if (layer.kind == INT8 && !layer.group)
+    for (int i = 0; i < count; i++) y[i] *= widen(layer.scales, n + i, false);
   if (layer.bias)
     for (int i = 0; i < count; i++) y[i] += widen(layer.bias, n + i, layer.half);
   const int64_t at = m * width + (layer.swiglu ? n / 2 : n), end = layer.swiglu ? 8 : count;

@@ -38,7 +38,7 @@ class Linear(Structure):
 
     _fields_ = [(name, c_void_p) for name in ("weight", "scales", "zeros", "bias")]
     _fields_ += [(name, c_int64) for name in ("N", "K", "padded")]
-    _fields_ += [(name, c_int32) for name in ("kind", "group", "parts", "swiglu", "half")]
+    _fields_ += [(name, c_int32) for name in ("kind", "group", "fp16", "parts", "swiglu", "half")]
 
 
 class Product(Structure):

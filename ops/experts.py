@@ -77,6 +77,8 @@ def prepare(layer: MixtureLayer, dtype: torch.dtype) -> None:
             wide = dequantize(own.weight, own.scales, None, dtype)
             own.weight, own.scales = nn.Parameter(wide, requires_grad=False), None
         elif own is not None and own.weight.is_cpu and own.scales is not None:
+            if own.scales.ndim == 3 and own.zeros is not None:
+                cpu.narrow_scales(own)
             _pack_on_cpu(own, dtype)
     layer.backends = (experts_triton.run, experts_gemm.run) if pack(layer, dtype) else ()
 

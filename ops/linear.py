@@ -44,11 +44,11 @@ class LinearLayer(Protocol):
 def prepare(layer: LinearLayer, dtype: torch.dtype) -> None:
     """Called once, after loading: `dtype` is that of activations."""
     if layer.weight.is_cpu and layer.scales is not None:
-        grouped = layer.weight.dtype is torch.int8 and layer.scales.ndim == 2
-        other = any(t is not None and t.dtype is not torch.bfloat16 for t in (layer.scales, layer.zeros))
-        if grouped or other or layer.weight.dtype is torch.float8_e4m3fn:  # what cpu.cpp does not read, or slowly
+        if layer.weight.dtype is torch.float8_e4m3fn or layer.scales.dtype is torch.uint8:  # what cpu.cpp does not read
             wide = dequantize(layer.weight, layer.scales, layer.zeros, dtype)[:, : layer.in_features].contiguous()
             layer.weight, layer.scales, layer.zeros = nn.Parameter(wide, requires_grad=False), None, None
+        elif layer.scales.ndim == 2:
+            cpu.narrow_scales(layer)
     layer.backends = tuple(run for supports, run in BACKENDS if supports(layer, dtype))
 
 

@@ -1,5 +1,7 @@
 """Weights as the kernels want them, and the matrices that weights of any kind stand for."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,6 +57,14 @@ def pairs_of(scales: Tensor, zeros: Tensor) -> Tensor:
         return pairs.bfloat16()
     worse = (half[..., 0].float() - scales).abs() > scales.abs() * 2**-8  # by what fp16 cannot hold, of small ones
     return pairs.bfloat16() if worse.any() else half
+
+
+def in_16_bits(scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The scales and zeros of groups, alike in bf16 or fp16 as `pairs_of` says."""
+    if scales.itemsize == 2 and (zeros is None or zeros.dtype is scales.dtype):
+        return scales, zeros
+    scales, own = pairs_of(scales, torch.zeros_like(scales) if zeros is None else zeros).unbind(-1)
+    return scales.contiguous(), None if zeros is None else own.contiguous()
 
 
 def pack_grouped(scales: Tensor, zeros: Tensor | None) -> Tensor:
@@ -124,27 +134,41 @@ def pack_4_bits(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[T
 
 
 def pack_rows(weight: Tensor, scales: Tensor, zeros: Tensor | None, lanes: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Lay portable int8 (N, K) or int4 (N, K'/2) out for a CPU whose vectors hold `lanes` words: rows are padded to 16
-    of them, columns to 32, and four neighbouring values of each of `lanes` rows lie together.
+    """Lay portable int8 (N, K), of rows or groups, or int4 (N, K'/2) out for a CPU whose vectors hold `lanes` words:
+    rows are padded to 16 of them, columns to 32, and four neighbouring values of each of `lanes` rows lie together.
 
-    int8: (tiles, K'/4, lanes, 4); its scales (N,) stay as they are. int4: uint8 (tiles, K'/8, lanes, 4), of each 32
-    values first those from 0, 4, 8, 12 on in the low nibbles, and those from 16, 20, 24, 28 on in the high ones; scales
-    and zeros (tiles, K'/G, lanes).
+    int8: (tiles, K'/4, lanes, 4); scales of rows become fp32 (N,). int4: uint8 (tiles, K'/8, lanes, 4), of each 32
+    values first those from 0, 4, 8, 12 on in the low nibbles, and those from 16, 20, 24, 28 on in the high ones. Scales
+    and zeros of groups: (tiles, K'/G, lanes), G being what divides K' as well.
     """
     more = -len(weight) % 16
-    if zeros is None:
-        weight = F.pad(weight, (0, -weight.shape[1] % 32, 0, more))
-        return weight.unflatten(0, (-1, lanes)).unflatten(2, (-1, 4)).transpose(1, 2).contiguous(), scales, None
-    low, high = nibbles(F.pad(weight, (0, 0, 0, more))).unflatten(1, (-1, 2, 16)).unbind(2)
-    words = (low | high << 4).flatten(1).unflatten(0, (-1, lanes)).unflatten(2, (-1, 4)).transpose(1, 2)
-    pairs = (F.pad(t, (0, 0, 0, more)).unflatten(0, (-1, lanes)).transpose(1, 2).contiguous() for t in (scales, zeros))
-    return words.contiguous(), *pairs
+    if weight.dtype is torch.int8:
+        K, words = weight.shape[1], F.pad(weight, (0, -weight.shape[1] % 32, 0, more))
+    else:
+        low, high = nibbles(F.pad(weight, (0, 0, 0, more))).unflatten(1, (-1, 2, 16)).unbind(2)
+        K, words = 0, (low | high << 4).flatten(1)
+    words, width = words.unflatten(0, (-1, lanes)).unflatten(2, (-1, 4)).transpose(1, 2).contiguous(), words.shape[1]
+    if scales.ndim == 1:
+        return words, scales.float(), None
+    if K:
+        group = group_size(K, scales.shape[1])
+        own = math.gcd(group, width)
+        at = (torch.arange(width // own) * own // group).clamp(max=scales.shape[1] - 1)
+        scales, zeros = scales[:, at], None if zeros is None else zeros[:, at]
+
+    def by_lanes(t: Tensor) -> Tensor:
+        return F.pad(t, (0, 0, 0, more)).unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
+
+    return words, by_lanes(scales), None if zeros is None else by_lanes(zeros)
 
 
 def unpack_rows(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The inverse of pack_rows, but for rows and columns of padding, and int8's scales, which are padded as well."""
+    """The inverse of pack_rows, but for rows and columns of padding, and scales of rows, which are padded as well."""
     weight = weight.transpose(1, 2).flatten(2).flatten(0, 1)
-    if zeros is None:
+    if scales.ndim == 1:
         return weight, F.pad(scales, (0, len(weight) - len(scales))), None
+    scales, zeros = (None if t is None else t.transpose(1, 2).flatten(0, 1) for t in (scales, zeros))
+    if weight.dtype is torch.int8:
+        return weight, scales, zeros
     q = torch.stack((weight & 15, weight >> 4), 1).unflatten(2, (-1, 16)).transpose(1, 2).flatten(1)
-    return q[:, ::2] | q[:, 1::2] << 4, *(t.transpose(1, 2).flatten(0, 1) for t in (scales, zeros))
+    return q[:, ::2] | q[:, 1::2] << 4, scales, zeros

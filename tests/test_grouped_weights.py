@@ -119,6 +119,5 @@ def test_on_a_cpu(layout, dtype):
     assert layer.backends[0].__name__ == "_cpu"
     for rows in (1, 5, 40, 100):
         x = torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)).to(dtype)
-        assert error(ops.linear(layer, x), x.double() @ dense(own, K).double().T) < (
-            5e-4 if dtype is torch.float32 else 6e-3
-        )
+        bound = 5e-4 if dtype is torch.float32 else 6e-3 if layout.startswith("fp8") else 1.5e-2  # int8 activations
+        assert error(ops.linear(layer, x), x.double() @ dense(own, K).double().T) < bound
