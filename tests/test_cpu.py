@@ -71,6 +71,8 @@ def test_linear_agrees_with_float64(kind, dtype, N, K):
         y = layer(x)
         assert y.shape == (1, rows, N) and y.dtype is torch.float32
         bound = 2e-6 if dtype is torch.float32 else 1e-4 if kind == "plain" else 2e-2  # int8 activations
+        if kind == "plain" and rows > cpu.most_rows(dtype):
+            bound = 4e-3  # PyTorch's, in bf16
         assert relative(y, linear(x.double(), weight, layer.bias.double())) < bound, rows
         normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
         expected = residual.double() + linear(normed, weight, layer.bias.double())
@@ -137,7 +139,7 @@ def test_attention_agrees_with_the_reference(B, S, H, Hkv, D, T, window, rotary,
     angles = torch.rand(T, rotary // 2) * 6
     rope = torch.stack((angles.cos(), angles.sin()), -1) if rotary else None
     gains = [torch.rand(D).to(dtype) for _ in range(2)] if norms else [None, None]
-    assert cpu.supports_attention(qkv, *ours, pos)
+    assert cpu.supports_attention(qkv, *ours, pos) == (cpu.most_rows(dtype) >= S)
     y = cpu.attention(qkv, *ours, pos, rope, *gains, 1e-5, H, window)
     expected = attention_plain(qkv, *plain, pos, rope, *gains, 1e-5, H, window)
     bound = 2e-6 if dtype is torch.float32 else 6e-3  # the reference rounds more often in bf16
