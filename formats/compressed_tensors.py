@@ -58,9 +58,7 @@ def _packed(module: Module, arguments: list[dict]) -> Lazy:
 
 def _integers(module: Module, bits: int, N: int, K: int, q, arguments: list[dict]) -> Lazy:
     shape = module.shape("weight_scale")
-    n = 1 if shape in ((), (1,), (N,)) else module.shape("weight_scale", shape[0], None)[1]
-    if n > 1:
-        module.shape("weight_scale", N, n)
+    n = 1 if shape in ((), (1,), (N,)) else module.shape("weight_scale", N, None)[1]
     sizes = [own["group_size"] for own in arguments if type(own.get("group_size")) is int and own["group_size"] > 0]
     group = next((size for size in sizes if -(-K // size) == n), K // n if K % n == 0 and not sizes else 0)
     if n > 1 and not group:
@@ -73,6 +71,8 @@ def _integers(module: Module, bits: int, N: int, K: int, q, arguments: list[dict
         points = module.read("weight_zero_point", torch.int8, torch.int32, torch.int64)
         if points.dtype is torch.int32:
             points = unpacked(points, bits, 0)[:N].short() - (1 << bits - 1)
+        if points.numel() not in (n, N * n):
+            raise UserError(f"{module.name}.weight_zero_point has {points.numel()} values for {N} x {n} groups")
         return scales, points.reshape(-1, n).expand(N, n)
 
     order = None

@@ -139,7 +139,7 @@ def _why(parts: list[Lazy]) -> str:
 
 def _not_finite(names: str, value: Tensor, dtype: torch.dtype) -> str:
     """What to say of weights that are not finite in a dtype."""
-    largest = value.abs().max()
+    largest = (value if value.itemsize > 1 else value.float()).abs().max()
     if not largest.isfinite():
         return f"{names} holds NaN or infinite weights"
     fitting = [name for name, wider in DTYPES.items() if largest.to(wider).isfinite()]

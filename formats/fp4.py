@@ -39,6 +39,9 @@ def weight(module: Module, settings: dict) -> Lazy:
     mx = "weight_global_scale" not in module and "weight_scale_2" not in module
     group = 32 if mx else 16
     module.shape("weight_scale", N, -(-K // group))
+    for of_all in ("weight_global_scale", "weight_scale_2"):
+        if of_all in module and module.shape(of_all):
+            module.shape(of_all, 1)
 
     def grid() -> tuple[Tensor, None]:
         if mx:

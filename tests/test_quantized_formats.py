@@ -419,6 +419,18 @@ BAD = {
         PACKED | {"weight_scale": torch.ones(16, 3)},
         r"m.weight_scale has 3 groups for 64 inputs; the config says \[32\]",
     ),
+    "ct's scales of fewer rows": (
+        "compressed-tensors",
+        CT_SETTINGS,
+        PACKED | {"weight_scale": torch.ones(15, 1)},
+        r"m.weight_scale has shape \[15, 1\]; .* needs \[16, any\]",
+    ),
+    "ct's points": (
+        "compressed-tensors",
+        CT_SETTINGS,
+        PACKED | {"weight_zero_point": torch.zeros(15, 2, dtype=torch.int8)},
+        "m.weight_zero_point has 30 values for 16 x 2 groups",
+    ),
     "blocks": ("fp8", {"weight_block_size": [16, 16]}, FP8_TENSORS, r"\[1, 2\]; fp8 needs \[1, 4\]"),
     "no blocks": ("fp8", {}, FP8_TENSORS, "m.weight_scale_inv has shape .* no weight_block_size of two"),
     "fp8 of a damaged scale": (
@@ -470,6 +482,12 @@ BAD = {
         {"weight": INT8.byte(), "weight_scale": torch.ones(16, 4), "weight_scale_2": torch.ones(())},
         r"weight_scale has shape \[16, 4\]; modelopt needs \[16, 8\]",
     ),
+    "nvfp4's second scale": (
+        "modelopt",
+        {},
+        {"weight": INT8.byte(), "weight_scale": torch.ones(16, 8), "weight_scale_2": torch.ones(0)},
+        r"weight_scale_2 has shape \[0\]; modelopt needs \[1\]",
+    ),
     "nf4's state": (
         "bitsandbytes",
         {},
@@ -485,6 +503,17 @@ def test_bad_files_are_one_line(case):
     with pytest.raises(UserError, match=words) as error:
         read_module(method, settings, tensors).quantised.read()
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_fp8_that_is_no_number_is_one_line(plain, tmp_path):
+    settings, pack, _ = CASES["fp8 tensors"]
+    write(plain, tmp_path, settings, pack)
+    state = load_file(tmp_path / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[3, 5] = 0x7F
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"up_proj\.weight holds NaN or infinite weights"):
+        convert(tmp_path, None)
+    assert not (tmp_path / "model.pth").exists()
 
 
 def write_gguf(path: Path, plain: Path, kinds: dict[str, str]) -> None:
