@@ -281,12 +281,15 @@ def quant(result: dict) -> str:
         cost = "{quantise_seconds:.0f} s, {gigabytes:.1f} GB" if "quantise_seconds" in row else ""
         cost = cost.format(**row, gigabytes=row.get("quantise_memory", 0) / 1e9)
         name = kind.replace("kv-", "bf16, its keys and values in ")
-        line = [name, f"{row['bytes'] / 1e6:.0f}", *losses, recovered, speed, cost]
+        group = int(kind.partition(".g")[2] or 0)  # with a scale and a zero
+        bits = f"{4 + 32 / group:g}" if group else "8" if kind.startswith(("int8", "fp8")) else "16"
+        line = [name, bits, f"{row['bytes'] / 1e6:.0f}", *losses, recovered, speed, cost]
         return [cell.replace("nan (+nan %)", "-").replace("nan %", "-") for cell in line]
 
     own, generic = result.get("own", {}), result.get("generic", {})
     kinds = sorted(own | generic, key=lambda kind: (int(kind.partition(".g")[2] or 0), kind.partition(".g")[0]))
-    header = "weights | MB | perplexity | in a generic basis | GPTQ recovers | tok/s, CPU | time, memory to quantise"
+    header = "weights | bits | MB | perplexity | in a generic basis | GPTQ recovers | tok/s, CPU"
+    header += " | time, memory to quantise"
     title = f"{result['device']}, torch {result['torch']}: `{result['command']}`."
     commits = f"Commits: {commit(result)}." if "commit" in result else ""
     return paragraphs(title, table(header, map(cells, kinds)), commits, result.get("note", ""))
@@ -396,6 +399,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "real_text": real_text,
     "equality": equality,
     "quant": lambda: quant(results("quant_smollm2")),
+    "quant_gemma3": lambda: quant(results("quant_gemma3")),
     "quant_7b": quant_7b,
     "tensor_parallel": tensor_parallel,
     "two_gpus": two_gpus,
