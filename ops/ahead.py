@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,8 @@ def compiled_ahead(rehearsal: Callable[[], object], device: torch.device, dtype:
 
 def _compile(rehearsal: Callable[[], object], gpu: Gpu) -> None:
     """In a process for that alone: rehearse, with a process a kernel, as many at a time as there are processors."""
+    from triton.backends.nvidia import driver as nvidia
+
     ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     for number in ends:  # it ends with the command, and says nothing of it
         signal.signal(number, signal.SIG_DFL)
@@ -52,27 +55,35 @@ def _compile(rehearsal: Callable[[], object], gpu: Gpu) -> None:
     for stream in (1, 2):
         os.dup2(nowhere, stream)
     torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
-    triton.runtime.cache.triton_key()  # once for all of them
-    running = set()
+    running: set[int] = set()
 
-    def compile(launch: Callable[[], object]) -> None:
+    def start(job: Callable[[], object]) -> None:
         if len(running) >= len(os.sched_getaffinity(0)):
             running.discard(os.wait()[0])
         if (pid := os.fork()) == 0:
             try:
-                launch()
+                job()
             finally:
                 os._exit(0)
         running.add(pid)
 
+    def compile(launch: Callable[[], Any]) -> None:
+        def job() -> None:
+            kernel = launch()
+            nvidia.CudaLauncher(kernel.src, kernel.metadata)  # compiles the C that launches kernels of such arguments
+
+        start(job)
+
+    triton.runtime.cache.triton_key()  # once for all of them
+    start(nvidia.CudaUtils)  # compiles more C
     rehearse(rehearsal, gpu, compile)
     while running:
         running.discard(os.wait()[0])
 
 
-def rehearse(rehearsal: Callable[[], object], gpu: Gpu, compile: Callable[[Callable[[], object]], object]) -> set:
+def rehearse(rehearsal: Callable[[], object], gpu: Gpu, compile: Callable[[Callable[[], Any]], object]) -> set:
     """Run `rehearsal`, whose tensors on the meta device stand for such a GPU's, and have each kernel that it launches
-    compiled once, by a launch that only does that. Returns (function, Triton's key) of each. From now on this process
+    compiled once, by what returns it. Returns (function, Triton's key) of each. From now on this process
     is good for nothing else."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -98,7 +109,7 @@ def rehearse(rehearsal: Callable[[], object], gpu: Gpu, compile: Callable[[Calla
                 compile(only_compile)
             return True
 
-        def only_compile() -> object:
+        def only_compile() -> Any:
             return run(kernel, *args, grid=grid, warmup=True, **options)
 
         triton.knobs.runtime.jit_cache_hook = hook
