@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,7 @@ def compiled_ahead(rehearsal: Callable[[], object], device: torch.device, dtype:
         start = multiprocessing.get_context("fork").Process
         process = start(target=_compile, args=(rehearsal, common.gpu(device)), daemon=True)
         process.start()
+        Thread(target=triton.runtime.cache.triton_key, daemon=True).start()  # for which the run would wait, too
     yield
     if process:
         process.join(60)  # longer only where something hangs
