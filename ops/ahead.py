@@ -14,9 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Thread
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +35,6 @@ def compiled_ahead(rehearsal: Callable[[], object], device: torch.device, dtype:
         start = multiprocessing.get_context("fork").Process
         process = start(target=_compile, args=(rehearsal, common.gpu(device)), daemon=True)
         process.start()
-        Thread(target=triton.runtime.cache.triton_key, daemon=True).start()  # for which the run would wait, too
     yield
     if process:
         process.join(60)  # longer only where something hangs
@@ -47,8 +44,6 @@ def compiled_ahead(rehearsal: Callable[[], object], device: torch.device, dtype:
 
 def _compile(rehearsal: Callable[[], object], gpu: Gpu) -> None:
     """In a process for that alone: rehearse, with a process a kernel, as many at a time as there are processors."""
-    from triton.backends.nvidia import driver as nvidia
-
     ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     for number in ends:  # it ends with the command, and says nothing of it
         signal.signal(number, signal.SIG_DFL)
@@ -57,35 +52,27 @@ def _compile(rehearsal: Callable[[], object], gpu: Gpu) -> None:
     for stream in (1, 2):
         os.dup2(nowhere, stream)
     torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
-    running: set[int] = set()
+    triton.runtime.cache.triton_key()  # once for all of them
+    running = set()
 
-    def start(job: Callable[[], object]) -> None:
+    def compile(launch: Callable[[], object]) -> None:
         if len(running) >= len(os.sched_getaffinity(0)):
             running.discard(os.wait()[0])
         if (pid := os.fork()) == 0:
             try:
-                job()
+                launch()
             finally:
                 os._exit(0)
         running.add(pid)
 
-    def compile(launch: Callable[[], Any]) -> None:
-        def job() -> None:
-            kernel = launch()
-            nvidia.CudaLauncher(kernel.src, kernel.metadata)  # compiles the C that launches kernels of such arguments
-
-        start(job)
-
-    triton.runtime.cache.triton_key()  # once for all of them
-    start(nvidia.CudaUtils)  # compiles more C
     rehearse(rehearsal, gpu, compile)
     while running:
         running.discard(os.wait()[0])
 
 
-def rehearse(rehearsal: Callable[[], object], gpu: Gpu, compile: Callable[[Callable[[], Any]], object]) -> set:
+def rehearse(rehearsal: Callable[[], object], gpu: Gpu, compile: Callable[[Callable[[], object]], object]) -> set:
     """Run `rehearsal`, whose tensors on the meta device stand for such a GPU's, and have each kernel that it launches
-    compiled once, by what returns it. Returns (function, Triton's key) of each. From now on this process
+    compiled once, by a launch that only does that. Returns (function, Triton's key) of each. From now on this process
     is good for nothing else."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -111,7 +98,7 @@ def rehearse(rehearsal: Callable[[], object], gpu: Gpu, compile: Callable[[Calla
                 compile(only_compile)
             return True
 
-        def only_compile() -> Any:
+        def only_compile() -> object:
             return run(kernel, *args, grid=grid, warmup=True, **options)
 
         triton.knobs.runtime.jit_cache_hook = hook

@@ -58,7 +58,7 @@ def test_two_ranks_compile_what_all_launch(found):
 
 def test_kernels_are_compiled_by_processes_that_say_nothing(found):
     """Those that a rehearsal reaches, each once; the run meets what hinders it by itself."""
-    assert found["compiled"] == [*["__triton_launcher"] * 2, "_embedding_kernel", "_norm_kernel", "cuda_utils"]
+    assert found["compiled"] == ["_embedding_kernel", "_norm_kernel"]
     assert "hindered" not in found["stderr"]
 
 
@@ -89,11 +89,10 @@ def main() -> None:
 
 
 def compiled(folder: str) -> list[str]:
-    """What is in Triton's cache, the C around kernels too, after a rehearsal that ends early."""
+    """The kernels in Triton's cache after a rehearsal that ends early."""
     from ops import common, rms_norm
 
-    os.environ["TRITON_CACHE_DIR"] = os.environ["TRITON_LIBCUDA_PATH"] = folder
-    subprocess.run(["cc", "-shared", "-o", f"{folder}/libcuda.so.1", "-x", "c", os.devnull], check=True)
+    os.environ["TRITON_CACHE_DIR"] = folder
     x, tokens = torch.empty(4, 64, dtype=torch.bfloat16, device="meta"), torch.empty(1, 4, dtype=torch.int64).to("meta")
 
     def rehearsal():
@@ -106,7 +105,7 @@ def compiled(folder: str) -> list[str]:
     gpu = patch.object(common, "gpu", lambda _: common.Gpu("NVIDIA H200", (9, 0), 132))
     with gpu, ops.compiled_ahead(rehearsal, torch.device("cuda"), x.dtype):
         pass
-    return sorted(path.name.split(".")[0] for path in Path(folder).glob("*/*") if path.suffix in (".cubin", ".so"))
+    return sorted(path.stem for path in Path(folder).glob("*/*.cubin"))
 
 
 def compare(folder, quantize=None, draft=None, temperature=0.8, length=40, **engine) -> tuple[list[str], list[str]]:
