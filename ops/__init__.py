@@ -26,10 +26,11 @@ from ops.kv_cache import allocate as new_cache
 from ops.linear import FEW_ROWS, linear, plain
 from ops.linear import prepare as prepare_linear
 from ops.matmul_rate import matmul_rate
+from ops.memory import free_memory
 from ops.ngram import copy_match, find
 from ops.packing import dequantize, group_size
 from ops.prefill_cudnn import plan as plan_prefill
-from ops.read_bandwidth import free_memory, read_bandwidth
+from ops.read_bandwidth import read_bandwidth
 from ops.rms_norm import add_norm
 from ops.rounding import int4_grid, inverse_factor, round_columns
 from ops.sampling import logit_threshold, sample

@@ -10,7 +10,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from ops import cpu
+from ops import cpu, memory
 from ops import cpu_library as native
 
 # Fields of a config that are implemented. Any other one must have its default: a new feature is a new field.
@@ -79,8 +79,9 @@ class LayersCall:
 
 
 def prepare(model: nn.Module, dtype: torch.dtype) -> None:
-    """Serve a model whose weights are packed, if that can be done."""
+    """Serve a model whose weights are packed, if that can be done. On a CPU they move to huge pages in any case."""
     _steps.pop(model, None)
+    memory.gather([*model.layers.parameters(), *model.output.parameters()])
     if _supports(model, dtype):
         _steps[model] = LayersCall(model, dtype)
 

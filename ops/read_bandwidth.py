@@ -1,14 +1,12 @@
 """The device's read bandwidth: the ceiling of decoding, which reads each weight once."""
 
-import math
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ops.common import tl, triton
+from ops.memory import allocate, free_memory
 
 CPU_BYTES = (2**30, 2**28, 2**26)  # of the array, the first that there is memory for: a cache would hold a smaller one
 
@@ -22,25 +20,14 @@ def read_bandwidth(device: torch.device | str) -> float | None:
     sizes = (min(2**32, free // 2),) if device.type == "cuda" else CPU_BYTES  # 4 GiB, many times any cache
     for size in (size for size in sizes if CPU_BYTES[-1] <= size <= free // 2):
         try:
-            x = torch.ones(size // 4, dtype=torch.float32, device=device)
+            huge = allocate(size) if device.type == "cpu" else None  # as weights have them
+            x = torch.empty(size // 4, device=device) if huge is None else torch.frombuffer(huge, dtype=torch.float32)
+            x.fill_(1)
             return x.nbytes / min(_gpu_times(x) if x.is_cuda and triton is not None else _times(x))
         except RuntimeError as error:  # torch.OutOfMemoryError, but on a CPU
             if "memory" not in str(error):
                 raise
     return None
-
-
-def free_memory() -> float:
-    """Bytes of main memory that can be had: the machine's, or a container's, which ends the process that takes more."""
-    free = [math.inf]
-    with suppress(OSError, StopIteration):  # Linux only
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
-    with suppress(OSError, ValueError, StopIteration):  # control groups, version 2; ValueError: no limit
-        group = Path(f"/sys/fs/cgroup{Path('/proc/self/cgroup').read_text().rpartition('::')[2].strip()}")
-        used = next(int(line[5:]) for line in (group / "memory.stat").read_text().splitlines() if line[:5] == "anon ")
-        free.append(int((group / "memory.max").read_text()) - used)  # files in its cache make room
-    return min(free)
 
 
 def _times(x: Tensor) -> list[float]:
