@@ -155,7 +155,9 @@ API int gptfast_runs(const char* set) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (is("avx2")) return avx2;
   if (is("avx512")) return avx512;
-  if (is("avx512vnni")) return avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (is("avx512vnni")) return vnni;
+  if (is("avx512bf16")) return vnni && __builtin_cpu_supports("avx512bf16");
   unsigned a = 0, b, c, d;
   if (is("avxvnni")) return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1 << 4;
 #elif defined(__aarch64__) && defined(__linux__)

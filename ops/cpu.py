@@ -13,6 +13,7 @@ unless there are many rows and the processor multiplies floats as fast; other we
 import ctypes
 import functools
 import math
+import platform
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ops import cpu_library as native
 from ops.common import op
 from ops.packing import in_16_bits, pack_rows
 
-MAX_ROWS = 64  # with more, PyTorch is faster where the processor multiplies bf16
+MAX_ROWS = 64  # with more, PyTorch is faster where `multiplies_half`
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 
 
@@ -35,7 +36,9 @@ ready._dynamo_marked_constant = True  # all that torch.compiler.assume_constant_
 
 @functools.cache
 def multiplies_half() -> bool:
-    """Whether PyTorch multiplies bf16 by instructions for that, or as good as that."""
+    """Whether PyTorch multiplies many rows of bf16 faster than the kernels: by AMX's tiles, or ARM's instructions."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_amx_tile_supported()
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

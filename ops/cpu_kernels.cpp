@@ -4,7 +4,7 @@
 // each row, which meet four activations in every lane (maddubs + madd, vpdpbusd, sdot), so that no row needs a sum over
 // lanes. Activations become int8 with a scale for each 32 of them; a few such numbers stand for one where more precision
 // is wanted. Floating weights meet fp32 activations, row by row. Many rows of x meet panels: what a unit stands for in
-// fp32, so that widening is paid once for all of them.
+// fp32, so that widening is paid once for all of them; or bf16 as it is, where the processor multiplies pairs of those.
 //
 // Only C headers: an inline function of the standard library, compiled for AVX-512, may be the one that the linker keeps
 // for all.
@@ -36,13 +36,18 @@ constexpr int OFFSET = 128;  // by which int8 weights are too large, as those in
 constexpr int OFFSET = 0;
 #endif
 constexpr int UNIT = 16, BLOCK = 32;
-constexpr int AHEAD = 1024;  // bytes of floating weights
+constexpr int AHEAD = 2048;  // bytes of weights that are asked for
 constexpr int64_t ROWS = 64;         // of x that meet a unit of W while it is in the first cache
 constexpr int64_t PANEL_ROWS = 192;  // as many that meet a panel, if they fit the second cache
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr bool FAST_INTEGERS = true;  // more products an instruction than of floats
 #else
 constexpr bool FAST_INTEGERS = false;
+#endif
+#if defined(__AVX512BF16__)
+constexpr bool FAST_HALVES = true;  // twice as many products of bf16 an instruction as of fp32
+#else
+constexpr bool FAST_HALVES = false;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -55,6 +60,9 @@ typedef int32_t Ints8 __attribute__((vector_size(32)));
 typedef uint32_t Words8 __attribute__((vector_size(32)));
 typedef uint16_t Halves8 __attribute__((vector_size(16)));
 typedef int8_t Bytes8 __attribute__((vector_size(8)));
+
+// What lies ahead of `from`, into a cache beyond the first: into the first it would take the place of loads.
+INLINE void prefetch(const char* from) { __builtin_prefetch(from + AHEAD, 0, 1); }
 
 template <class T>
 INLINE T load(const void* from) {
@@ -141,12 +149,16 @@ struct Block {  // 32 activations: scale * q
 INLINE bool is_integer(const Linear& layer) { return layer.kind >= INT8; }
 
 INLINE bool by_panels(const Product& p) { return p.M >= 32 && !(FAST_INTEGERS && is_integer(*p.layer)); }
+INLINE bool by_halves(const Product& p) { return FAST_HALVES && by_panels(p) && p.layer->kind == BF16; }
+
+// Words of a row of x, or of W, that meet in a panel: of two values in bf16, or of one in fp32
+INLINE int64_t panel_words(const Product& p) { return by_halves(p) ? (p.layer->K + 1) / 2 : p.layer->K; }
 
 // Bytes of a row of x as the kernels read it
 int64_t row_bytes(const Product& p) {
   const Linear& layer = *p.layer;
   if (is_integer(layer) && !by_panels(p)) return layer.parts * (layer.padded / BLOCK) * (int64_t)sizeof(Block);
-  return 4 * up(layer.K, 2 * LANES);
+  return 4 * up(by_halves(p) ? panel_words(p) : layer.K, 2 * LANES);
 }
 
 // Destroys x; parts of a row lie behind each other. offset: by which weights are too large
@@ -182,7 +194,8 @@ void quantize(float* x, int64_t blocks, int parts, int offset, Block* to) {
 // Row m of x, normalised if asked, as the kernels read it. row: fp32 of K, padded by 2 LANES
 void prepare(const Product& p, int64_t m, float* row, char* to) {
   const Linear& layer = *p.layer;
-  if (by_panels(p)) row = (float*)to;
+  const bool halves = by_halves(p);
+  if (by_panels(p) && !halves) row = (float*)to;
   const int64_t K = layer.K, whole = K / 8 * 8, first = m * K;
   Floats8 squares = {};
   float rest = 0;
@@ -197,6 +210,10 @@ void prepare(const Product& p, int64_t m, float* row, char* to) {
     for (int64_t k = 0; k < whole; k += 8)
       store(row + k, load<Floats8>(row + k) * gain * widen8(p.norm, k, layer.half));
     for (int64_t k = whole; k < K; k++) row[k] *= gain * widen(p.norm, k, layer.half);
+  }
+  if (halves) {
+    for (int64_t k = K; k < up(K, 8); k++) row[k] = 0;
+    for (int64_t k = 0; k < K; k += 8) narrow8(load<Floats8>(row + k), to, k, true);
   }
   if (by_panels(p)) return;
   const int64_t end = is_integer(layer) ? layer.padded : up(K, 2 * LANES);
@@ -314,7 +331,7 @@ void int4_tile(const Linear& layer, int64_t tile, const Block* x, int64_t stride
   for (int64_t g = 0; g < groups; g++, s += LANES, z += LANES) {
     const Floats scale = widened(s, FP16), zero = widened(z, FP16);
     for (int b = 0; b < inner; b++, w += BLOCK / 2 * LANES, x++) {
-      for (int i = 0; i < LANES * 16; i += 64) __builtin_prefetch(w + 2048 + i);
+      for (int i = 0; i < LANES * 16; i += 64) prefetch(w + i);
       Bytes v[8];
       for (int i = 0; i < 4; i++) {
         Bytes both = load<Bytes>(w + i * sizeof(Bytes));
@@ -339,7 +356,7 @@ void int8_tile(const Linear& layer, int64_t tile, const Block* x, int64_t stride
     Ints d[M];
     for (int m = 0; m < M; m++) d[m] = Ints{} + x[m * stride].start;
     for (int i = 0; i < 8; i++, w += sizeof(Bytes)) {
-      if (i * sizeof(Bytes) % 64 == 0) __builtin_prefetch(w + 2048);
+      if (i * sizeof(Bytes) % 64 == 0) prefetch(w);
       const Signed values(load<Bytes>(w));
       for (int m = 0; m < M; m++) d[m] = values.dot(d[m], load<int32_t>(x[m * stride].q + 4 * i));
     }
@@ -419,8 +436,7 @@ struct Int8Tiles {
 
 // --- floating weights ------------------------------------------------------------------------------------------------
 
-// y[m] = w x[m] for a row of W of `bytes` bytes and M of x, `stride` floats apart. One stream of memory, far ahead of
-// which is asked for: this is what reads fastest.
+// y[m] = w x[m] for a row of W of `bytes` bytes and M of x, `stride` floats apart. One stream of memory reads fastest.
 template <bool HALF, int M>
 void dots(const char* w, int64_t bytes, const float* x, int64_t stride, float* y) {
   constexpr int WIDTH = HALF ? 2 : 1, CHAINS = M == 1 ? 64 / sizeof(Words) * WIDTH : WIDTH;
@@ -434,7 +450,7 @@ void dots(const char* w, int64_t bytes, const float* x, int64_t stride, float* y
   };
   int64_t at = 0;
   for (; at + 64 <= bytes; at += 64) {
-    __builtin_prefetch(w + at + AHEAD);
+    prefetch(w + at);
     for (int64_t i = 0; i < 64; i += sizeof(Words))
       step(at + i, i / sizeof(Words) * WIDTH % CHAINS, load<Words>(w + at + i));
   }
@@ -481,7 +497,8 @@ INLINE void transpose(Words8 (&v)[8]) {
   }
 }
 
-// `count` of 16 rows of `bytes` bytes, one behind the other, as a panel (values of a row, UNIT); zeros for the others
+// `count` of 16 rows of `bytes` bytes, one behind the other, as a panel (values of a row, UNIT) of bf16 in
+// fp32, or (words of a row, UNIT) as they are; zeros for the others
 template <bool HALF>
 void rows_panel(const char* rows, int64_t bytes, int64_t count, float* panel) {
   for (int r = 0; r < UNIT; r += 8)
@@ -539,19 +556,30 @@ void int4_panel(const Linear& layer, int64_t unit, float* panel) {
     }
 }
 
-void make_panel(const Linear& layer, int64_t unit, float* panel) {
+void make_panel(const Product& p, int64_t unit, float* panel) {
+  const Linear& layer = *p.layer;
   if (layer.kind == INT8) return int8_panel(layer, unit, panel);
   if (layer.kind == INT4) return int4_panel(layer, unit, panel);
   const int64_t bytes = layer.K * (layer.kind == BF16 ? 2 : 4), count = least(UNIT, layer.N - unit * UNIT);
   const char* w = (const char*)layer.weight + unit * UNIT * bytes;
-  layer.kind == BF16 ? rows_panel<true>(w, bytes, count, panel) : rows_panel<false>(w, bytes, count, panel);
+  const bool widens = layer.kind == BF16 && !by_halves(p);
+  widens ? rows_panel<true>(w, bytes, count, panel) : rows_panel<false>(w, bytes, count, panel);
 }
 
 constexpr int PANEL_M = LANES == 16 ? 12 : 6;  // rows of x whose products with a panel fit the registers
-constexpr int64_t PANEL_K = 256;               // values of each that meet a part of it that fits the first cache
+constexpr int64_t PANEL_K = 256;               // words of each that meet a part of it that fits the first cache
 
-// y[m] = [y[m] +] x[m] panel, for M rows of x of K values
-template <bool ADD, int M>
+// acc + w x in each lane, of an fp32 or two bf16
+template <bool HALVES>
+INLINE Floats multiply_add(Floats acc, Floats w, float x) {
+#if defined(__AVX512BF16__)
+  if constexpr (HALVES) return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_ps(x));
+#endif
+  return acc + w * x;
+}
+
+// y[m] = [y[m] +] x[m] panel, for M rows of x of K words
+template <bool ADD, bool HALVES, int M>
 void panel_rows(const float* panel, int64_t K, const float* x, int64_t stride, float* y, int64_t y_stride) {
   constexpr int PARTS = UNIT / LANES;
   Floats acc[M][PARTS] = {};
@@ -559,7 +587,7 @@ void panel_rows(const float* panel, int64_t K, const float* x, int64_t stride, f
     Floats w[PARTS];
     for (int i = 0; i < PARTS; i++) w[i] = load<Floats>(panel + i * LANES);
     for (int m = 0; m < M; m++)
-      for (int i = 0; i < PARTS; i++) acc[m][i] += w[i] * x[m * stride + k];
+      for (int i = 0; i < PARTS; i++) acc[m][i] = multiply_add<HALVES>(acc[m][i], w[i], x[m * stride + k]);
   }
   for (int m = 0; m < M; m++)
     for (int i = 0; i < PARTS; i++) {
@@ -568,13 +596,13 @@ void panel_rows(const float* panel, int64_t K, const float* x, int64_t stride, f
     }
 }
 
-template <bool ADD>
+template <bool ADD, bool HALVES = false>
 struct Panel {
   template <int M>
   struct Rows {
     static INLINE void run(int64_t m, const float* panel, int64_t K, const float* x, int64_t stride, float* y,
                            int64_t y_stride) {
-      panel_rows<ADD, M>(panel, K, x + m * stride, stride, y + m * y_stride, y_stride);
+      panel_rows<ADD, HALVES, M>(panel, K, x + m * stride, stride, y + m * y_stride, y_stride);
     }
   };
 };
@@ -587,11 +615,16 @@ void products(const Product& p, int64_t unit, int64_t rows, const char* x, float
   const float* values = (const float*)x;
   const int64_t stride = row_bytes(p) / 4;
   if (by_panels(p)) {
-    make_panel(layer, unit, panel);
+    make_panel(p, unit, panel);
     memset(y, 0, rows * UNIT * sizeof *y);
-    for (int64_t k = 0; k < layer.K; k += PANEL_K) {
-      const int64_t part = least(PANEL_K, layer.K - k);
-      by_rows<PANEL_M, Panel<true>::Rows>(0, rows, panel + k * UNIT, part, values + k, stride, y, (int64_t)UNIT);
+    const int64_t words = panel_words(p);
+    for (int64_t k = 0; k < words; k += PANEL_K) {
+      const int64_t part = least(PANEL_K, words - k);
+      const float* w = panel + k * UNIT;
+      if (by_halves(p))
+        by_rows<PANEL_M, Panel<true, true>::Rows>(0, rows, w, part, values + k, stride, y, (int64_t)UNIT);
+      else
+        by_rows<PANEL_M, Panel<true>::Rows>(0, rows, w, part, values + k, stride, y, (int64_t)UNIT);
     }
   } else if (is_integer(layer)) {
     const int64_t blocks = layer.padded / BLOCK;

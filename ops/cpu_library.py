@@ -29,6 +29,7 @@ AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 X86 = {"generic": (), "avx2": AVX2, "avxvnni": (*AVX2, "-mavxvnni"), "avx512": AVX512}
 X86["avx512vnni"] = (*AVX512, "-mavx512vnni")
+X86["avx512bf16"] = (*X86["avx512vnni"], "-mavx512bf16")
 ARM = {"generic": (), "dotprod": ("-march=armv8.2-a+dotprod",)}
 SETS = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}.get(platform.machine(), {"generic": ()})
 
