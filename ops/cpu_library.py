@@ -78,9 +78,9 @@ ARGUMENTS = {  # of what cpu.cpp exports
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, with `lanes` of the kernels in use and the names of `sets` that run here, or None where it cannot be
-    compiled or is not wanted. The first call on a machine compiles it, in some 10 s, for all later ones. Raises
-    UserError for an instruction set that is not known or does not run here."""
+    """The library, with `name` and `lanes` of the kernels in use and the names of `sets` that run here, or None where
+    it cannot be compiled or is not wanted. The first call on a machine compiles it, in some 10 s, for all later ones.
+    Raises UserError for an instruction set that is not known or does not run here."""
     wanted = os.environ.get("GPTFAST_CPU", "")
     if wanted == "none":
         return None
@@ -102,7 +102,7 @@ def library() -> ctypes.CDLL | None:
 
 def use(lib: ctypes.CDLL, name: str) -> None:
     """Run this set's kernels from now on, for weights that are packed from now on."""
-    lib.lanes = lib.gptfast_use(ctypes.byref(ctypes.c_char.in_dll(lib, f"gptfast_{name}")))
+    lib.name, lib.lanes = name, lib.gptfast_use(ctypes.byref(ctypes.c_char.in_dll(lib, f"gptfast_{name}")))
 
 
 def physical_cores() -> int:

@@ -189,7 +189,7 @@ def main() -> None:
     if not args.checkpoint_path.is_file():
         raise UserError(f"{args.checkpoint_path} does not exist; scripts/prepare.sh makes checkpoints")
     library = cpu_library.library()
-    result = {"processor": processor(), "instruction_set": library.sets[-1] if library else None}
+    result = {"processor": processor(), "instruction_set": library.name if library else None}
     result |= {"torch": torch.__version__, "model": args.checkpoint_path.parent.name}
     section = "transformers" if args.transformers else "perplexity" if args.text else "rows"
     rows = {}

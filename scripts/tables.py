@@ -357,14 +357,13 @@ def all_reduce() -> str:
     )
 
 
-def cpu() -> str:
+def cpu(result: dict) -> str:
     def spread(v: dict) -> str:
         return f"{v['median']:.0f} ({v['min']:.0f}-{v['max']:.0f})"
 
     def turns(row: dict, name: str) -> list[str]:
         return [*(spread(row[of][name]) for of in ("ours", "llama.cpp")), f"**{row['ratio'][name]:.2f}**"]
 
-    result = results("cpu")
     lengths = {row["prompt"] for row in result["rows"].values()}
     speeds = ([*of.split(", "), *turns(r, "decode"), *turns(r, "prefill")] for of, r in result["rows"].items())
     prompt = f"prompt of {', '.join(map(str, sorted(lengths)))}, tok/s | llama.cpp | ratio"
@@ -404,7 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensor_parallel": tensor_parallel,
     "two_gpus": two_gpus,
     "all_reduce": all_reduce,
-    "cpu": cpu,
+    "cpu": lambda: paragraphs(*(cpu(results(name)) for name in ("cpu_zen4", "cpu_zen4_avx2", "cpu"))),
 }
 
 # Colours of middle lightness: the picture has no background, and is read on white and on dark pages.

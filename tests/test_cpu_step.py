@@ -125,6 +125,7 @@ def sets():
 def test_every_instruction_set_agrees(sets):
     for name in sets:
         cpu_library.use(cpu_library.library(), name)
+        assert cpu_library.library().name == name
         for kind in ("plain", "int8", "int4:32", "int4:128"):
             for N, K in ((48, 576), (33, 65), (7, 31)):
                 for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-4 if kind == "plain" else 1.5e-2)):
