@@ -7,7 +7,8 @@ pack(layer, dtype)           lay a layer's weight out for them
 ready()                      whether they can be used: without a C++ compiler plain PyTorch serves
 
 Integer weights meet activations as int8 with a scale for each 32 of them (three such numbers for fp32's precision),
-unless there are many rows and the processor multiplies floats as fast; other weights meet fp32. What is summed is fp32.
+unless there are many rows and the processor multiplies floats as fast. Other weights meet fp32, or for 4 rows and more
+bf16 where AVX512-BF16 multiplies it. What is summed is fp32.
 """
 
 import ctypes

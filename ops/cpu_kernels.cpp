@@ -3,8 +3,8 @@
 // A unit of work is 16 rows of W. Integer weights lie in tiles of LANES rows: a vector holds four neighbouring values of
 // each row, which meet four activations in every lane (maddubs + madd, vpdpbusd, sdot), so that no row needs a sum over
 // lanes. Activations become int8 with a scale for each 32 of them; a few such numbers stand for one where more precision
-// is wanted. Floating weights meet fp32 activations, row by row. Many rows of x meet panels: what a unit stands for in
-// fp32, so that widening is paid once for all of them; or bf16 as it is, where the processor multiplies pairs of those.
+// is wanted. Floating weights meet fp32 activations, row by row, or bf16 where the processor multiplies that. Many rows of
+// x meet panels: what a unit stands for in fp32, so that widening is paid once for all of them, or bf16 as it is.
 //
 // Only C headers: an inline function of the standard library, compiled for AVX-512, may be the one that the linker keeps
 // for all.
@@ -148,10 +148,11 @@ struct Block {  // 32 activations: scale * q
 
 INLINE bool is_integer(const Linear& layer) { return layer.kind >= INT8; }
 
+// Whether x is rounded to bf16. Fewer rows wait for memory: there fp32 costs nothing.
+INLINE bool by_halves(const Product& p) { return FAST_HALVES && p.layer->kind == BF16 && p.M >= 4; }
 INLINE bool by_panels(const Product& p) { return p.M >= 32 && !(FAST_INTEGERS && is_integer(*p.layer)); }
-INLINE bool by_halves(const Product& p) { return FAST_HALVES && by_panels(p) && p.layer->kind == BF16; }
 
-// Words of a row of x, or of W, that meet in a panel: of two values in bf16, or of one in fp32
+// Words of a row of x: of two values in bf16, or of one in fp32
 INLINE int64_t panel_words(const Product& p) { return by_halves(p) ? (p.layer->K + 1) / 2 : p.layer->K; }
 
 // Bytes of a row of x as the kernels read it
@@ -212,10 +213,10 @@ void prepare(const Product& p, int64_t m, float* row, char* to) {
     for (int64_t k = whole; k < K; k++) row[k] *= gain * widen(p.norm, k, layer.half);
   }
   if (halves) {
-    for (int64_t k = K; k < up(K, 8); k++) row[k] = 0;
-    for (int64_t k = 0; k < K; k += 8) narrow8(load<Floats8>(row + k), to, k, true);
+    for (int64_t k = K; k < up(K, 32); k++) row[k] = 0;
+    for (int64_t k = 0; k < up(K, 32); k += 8) narrow8(load<Floats8>(row + k), to, k, true);
   }
-  if (by_panels(p)) return;
+  if (halves || by_panels(p)) return;
   const int64_t end = is_integer(layer) ? layer.padded : up(K, 2 * LANES);
   for (int64_t k = K; k < end; k++) row[k] = 0;
   float* out = (float*)to;
@@ -436,6 +437,15 @@ struct Int8Tiles {
 
 // --- floating weights ------------------------------------------------------------------------------------------------
 
+// acc + w x in each lane, of an fp32 or of two bf16
+template <bool HALVES>
+INLINE Floats multiply_add(Floats acc, Floats w, Floats x) {
+#if defined(__AVX512BF16__)
+  if constexpr (HALVES) return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+#endif
+  return acc + w * x;
+}
+
 // y[m] = w x[m] for a row of W of `bytes` bytes and M of x, `stride` floats apart. One stream of memory reads fastest.
 template <bool HALF, int M>
 void dots(const char* w, int64_t bytes, const float* x, int64_t stride, float* y) {
@@ -460,6 +470,29 @@ void dots(const char* w, int64_t bytes, const float* x, int64_t stride, float* y
     y[m * UNIT] = sum(acc[m][0]);
   }
 }
+
+// The same of x in bf16
+template <int M>
+void half_dots(const char* w, int64_t bytes, const char* x, int64_t stride, float* y) {
+  Floats acc[M] = {};
+  auto step = [&](int64_t at, Floats v) __attribute__((always_inline)) {
+    for (int m = 0; m < M; m++) acc[m] = multiply_add<true>(acc[m], v, load<Floats>(x + m * stride + at));
+  };
+  int64_t at = 0;
+  for (; at + 64 <= bytes; at += 64) {
+    prefetch(w + at);
+    step(at, load<Floats>(w + at));
+  }
+  if (at < bytes) step(at, load<Floats>(w + at, bytes - at));
+  for (int m = 0; m < M; m++) y[m * UNIT] = sum(acc[m]);
+}
+template <int M>
+struct HalfDots {
+  static INLINE void run(int64_t m, const char* w, int64_t bytes, int64_t count, const char* x, int64_t stride,
+                         float* y) {
+    for (int64_t r = 0; r < count; r++) half_dots<M>(w + r * bytes, bytes, x + m * stride, stride, y + m * UNIT + r);
+  }
+};
 
 template <bool HALF>
 struct Rows {
@@ -566,17 +599,8 @@ void make_panel(const Product& p, int64_t unit, float* panel) {
   widens ? rows_panel<true>(w, bytes, count, panel) : rows_panel<false>(w, bytes, count, panel);
 }
 
-constexpr int PANEL_M = LANES == 16 ? 12 : 6;  // rows of x whose products with a panel fit the registers
+constexpr int PANEL_M = LANES == 16 ? 8 : 6;  // rows of x whose products with a panel fit the registers
 constexpr int64_t PANEL_K = 256;               // words of each that meet a part of it that fits the first cache
-
-// acc + w x in each lane, of an fp32 or two bf16
-template <bool HALVES>
-INLINE Floats multiply_add(Floats acc, Floats w, float x) {
-#if defined(__AVX512BF16__)
-  if constexpr (HALVES) return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_ps(x));
-#endif
-  return acc + w * x;
-}
 
 // y[m] = [y[m] +] x[m] panel, for M rows of x of K words
 template <bool ADD, bool HALVES, int M>
@@ -587,7 +611,7 @@ void panel_rows(const float* panel, int64_t K, const float* x, int64_t stride, f
     Floats w[PARTS];
     for (int i = 0; i < PARTS; i++) w[i] = load<Floats>(panel + i * LANES);
     for (int m = 0; m < M; m++)
-      for (int i = 0; i < PARTS; i++) acc[m][i] = multiply_add<HALVES>(acc[m][i], w[i], x[m * stride + k]);
+      for (int i = 0; i < PARTS; i++) acc[m][i] = multiply_add<HALVES>(acc[m][i], w[i], x[m * stride + k] - Floats{});  // in each lane
   }
   for (int m = 0; m < M; m++)
     for (int i = 0; i < PARTS; i++) {
@@ -641,7 +665,9 @@ void products(const Product& p, int64_t unit, int64_t rows, const char* x, float
   } else {
     const int64_t bytes = layer.K * (layer.kind == BF16 ? 2 : 4), count = least(UNIT, layer.N - unit * UNIT);
     const char* w = (const char*)layer.weight + unit * UNIT * bytes;
-    if (layer.kind == BF16)
+    if (by_halves(p))
+      by_rows<8, HalfDots>(0, rows, w, bytes, count, x, 4 * stride, y);
+    else if (layer.kind == BF16)
       by_rows<6, Rows<true>::Dots>(0, rows, w, bytes, count, values, stride, y);
     else
       by_rows<6, Rows<false>::Dots>(0, rows, w, bytes, count, values, stride, y);
