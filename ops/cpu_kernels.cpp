@@ -446,7 +446,8 @@ INLINE Floats multiply_add(Floats acc, Floats w, Floats x) {
   return acc + w * x;
 }
 
-// y[m] = w x[m] for a row of W of `bytes` bytes and M of x, `stride` floats apart. One stream of memory reads fastest.
+// y[m] = w x[m] for a row of W of `bytes` bytes and M of x, `stride` floats apart. One stream of memory, which the
+// processor prefetches by itself, reads fastest.
 template <bool HALF, int M>
 void dots(const char* w, int64_t bytes, const float* x, int64_t stride, float* y) {
   constexpr int WIDTH = HALF ? 2 : 1, CHAINS = M == 1 ? 64 / sizeof(Words) * WIDTH : WIDTH;
@@ -460,7 +461,6 @@ void dots(const char* w, int64_t bytes, const float* x, int64_t stride, float* y
   };
   int64_t at = 0;
   for (; at + 64 <= bytes; at += 64) {
-    prefetch(w + at);
     for (int64_t i = 0; i < 64; i += sizeof(Words))
       step(at + i, i / sizeof(Words) * WIDTH % CHAINS, load<Words>(w + at + i));
   }
@@ -479,10 +479,7 @@ void half_dots(const char* w, int64_t bytes, const char* x, int64_t stride, floa
     for (int m = 0; m < M; m++) acc[m] = multiply_add<true>(acc[m], v, load<Floats>(x + m * stride + at));
   };
   int64_t at = 0;
-  for (; at + 64 <= bytes; at += 64) {
-    prefetch(w + at);
-    step(at, load<Floats>(w + at));
-  }
+  for (; at + 64 <= bytes; at += 64) step(at, load<Floats>(w + at));
   if (at < bytes) step(at, load<Floats>(w + at, bytes - at));
   for (int m = 0; m < M; m++) y[m * UNIT] = sum(acc[m]);
 }
