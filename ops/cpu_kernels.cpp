@@ -389,7 +389,7 @@ void int8_groups_tile(const Linear& layer, int64_t tile, const Block* x, int64_t
         if (HALVES == 2) d[m][HALVES - 1] = Ints{} + (block.start - block.first_start);
       }
       for (int i = 0; i < 8; i++, w += sizeof(Bytes)) {
-        if (i * sizeof(Bytes) % 64 == 0) __builtin_prefetch(w + 2048);
+        if (i * sizeof(Bytes) % 64 == 0) prefetch(w);
         const Signed values(load<Bytes>(w));
         for (int m = 0; m < M; m++) {
           Ints& own = d[m][i * HALVES / 8];
