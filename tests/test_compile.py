@@ -42,6 +42,7 @@ def test_all_kernels_compile_for_hopper(compiled):
         "_linear_kernel",
         "_gemm_kernel",
         "_norm_kernel",
+        "_fixed_point_kernel",
         "_widen_kernel",
         "_finish_kernel",
         "_attention_kernel",
