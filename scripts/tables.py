@@ -403,7 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensor_parallel": tensor_parallel,
     "two_gpus": two_gpus,
     "all_reduce": all_reduce,
-    "cpu": lambda: paragraphs(*(cpu(results(name)) for name in ("cpu_zen4", "cpu"))),
+    "cpu": lambda: paragraphs(*(cpu(results(name)) for name in ("cpu_zen4", "cpu_zen4_avx2", "cpu"))),
 }
 
 # Colours of middle lightness: the picture has no background, and is read on white and on dark pages.
