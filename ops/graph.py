@@ -43,6 +43,13 @@ def capture(
     return replay
 
 
+ROOM = 2**32  # bytes that are free where another graph is made, whose memory is its own
+
+
+def has_room(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > ROOM
+
+
 class Repeated:
     """A function of tokens (B, S), captured for an S when its like is met for the second time: capturing takes longer
     than one call."""
@@ -53,9 +60,11 @@ class Repeated:
         self.graphs: dict[int, Callable[[Tensor], Output] | None] = {}  # None when met once
 
     def __call__(self, tokens: Tensor) -> Output | None:
-        """The captured output, which the next call overwrites, or None when this S is met for the first time."""
+        """The captured output, which the next call overwrites, or None when this S is met for the first time, or there
+        is no room."""
         size = min(-(-tokens.shape[1] // self.step) * self.step, self.longest)
-        if size not in self.graphs:
+        first = size not in self.graphs
+        if first or (self.graphs[size] is None and not has_room(tokens.device)):
             self.graphs[size] = None
             return None
         tokens = F.pad(tokens, (0, size - tokens.shape[1]))
