@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import RMSNorm
 
+import ops
 from errors import UserError, reason, shown
 from linear import Linear, kind_of, quantize_linear
 from model import Embedding, Gains, ModelConfig, Transformer
@@ -170,7 +171,7 @@ def load_model(
             if (key != "weight" or t.ndim == 1) and not (t.is_meta or t.sum(dtype=torch.float32).isfinite()):
                 raise UserError(f"{path}: {prefix}.{key} holds NaN or infinite values")
         wanted = torch.float32 if config.unit_offset and isinstance(module, RMSNorm) else dtype
-        return {key: t.contiguous().to(device, wanted if key in plain else None) for key, t in tensors.items()}
+        return {key: ops.upload(t, device, wanted if key in plain else None) for key, t in tensors.items()}
 
     for prefix, module in model.named_modules():
         own = modules.pop(prefix, {})

@@ -35,6 +35,7 @@ from ops.rms_norm import add_norm
 from ops.rounding import int4_grid, inverse_factor, round_columns
 from ops.sampling import logit_threshold, sample
 from ops.symmetric import all_reduce
+from ops.upload import upload
 from ops.verify import verify
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "route",
     "row_limits",
     "sample",
+    "upload",
     "verify",
 ]
 

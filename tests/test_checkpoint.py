@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_model import build
 
 import linear
+import ops
 from checkpoint import load_model, new_state_dict, read_config, torch_load
 from errors import UserError
 from formats.config import BUILTIN, llama3_scaling
@@ -706,3 +707,18 @@ def test_loading_names_what_is_wrong(tmp_path, hf):
         load_model(path)
     with pytest.raises(UserError, match=r"does not exist"):
         load_model(source / "absent.pth")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2**12, 3 * 2**12 - 1])
+def test_uploads_are_copies(rows, dtype):
+    """Small tensors, whole buffers, and a part of one; a second one must wait for the buffers."""
+    wide = torch.randn(2, rows, 4097)
+    for t in (wide[0, :, :-1], wide[1], wide[0].bfloat16()):
+        assert torch.equal(ops.upload(t, "cuda", dtype).cpu(), t.to(dtype))
+
+
+def test_an_upload_to_the_host_shares_memory():
+    t = torch.randn(2, 3)
+    assert ops.upload(t, "cpu") is t
