@@ -47,7 +47,7 @@ CLASHES = {  # a flag, and others that would do nothing beside it
     "prompt_file": ("prompt", "num_samples", "stream", "profile"),
     "speculate": ("draft_checkpoint_path",),
 }
-NEEDS = {"speculate_k": ("draft_checkpoint_path", "speculate"), "compile_ahead": ("compile",)}
+NEEDS = {"speculate_k": ("draft_checkpoint_path", "speculate")}
 SLOTS = 16  # rows at a time for the prompts of a file, unless --batch_size says otherwise
 PROBES = ("The quick brown fox, 1984!", " naïve\n\tdéjà vu", "def f(x):\n    return x")  # tell tokenizers apart
 
@@ -110,7 +110,8 @@ def load_models(
         if not llm.speculator:
             llm.advance()
 
-    with ops.compiled_ahead(rehearse, device, DTYPES[precision]) if prompts else nullcontext():
+    key = (str(path.resolve()), path.stat().st_mtime, quantize, tp, str(draft), engine, [len(ids) for ids in prompts])
+    with ops.compiled_ahead(rehearse, device, DTYPES[precision], key) if prompts else nullcontext():
         return models(device)
 
 
@@ -309,7 +310,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--stop", action="append", default=[], help="end an answer at this string (may be repeated)")
     parser.add_argument("--max_seq_length", type=positive, help="length of the KV cache in tokens")
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
-    parser.add_argument("--compile_ahead", action="store_true", help="a GPU's kernels all at once, as weights load")
     parser.add_argument("--compile_prefill", action="store_true", help="compile the prefill, too (for long prompts)")
     parser.add_argument("--draft_checkpoint_path", type=Path, metavar="PATH", help="speculate with this model as draft")
     parser.add_argument("--speculate", choices=[PROMPT_LOOKUP], help="speculate by copying from the text so far")
@@ -377,7 +377,7 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     engine |= {"compile": args.compile, "compile_prefill": args.compile_prefill}
     engine["sampler"] = Sampler(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
     read = sorted(prompts, key=len)[-1:] if args.prompt_file else prompts * rows
-    read = read if args.compile_ahead else []
+    read = read if args.compile else []
     model, draft = load_models(path, device, args.precision, args.quantize, tp, draft, tokenizer, engine, read)
     load_seconds = time.perf_counter() - start
     print(f"Time to load model: {load_seconds:.02f} seconds", file=sys.stderr)

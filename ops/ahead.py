@@ -1,6 +1,6 @@
 """Compile the Triton kernels of a run before it needs them, all at once, in processes of their own.
 
-    compiled_ahead(rehearsal, device, dtype)   a context at whose end they are in Triton's cache
+    compiled_ahead(rehearsal, device, dtype, key)   a context at whose end they are in Triton's cache
 
 Triton compiles a kernel when it is first launched, one after the other, mostly in code that holds Python's lock. Here a
 forked process runs the same Python code on the meta device, whose tensors have shapes but no memory, while this one
@@ -8,12 +8,14 @@ loads the weights: a launch there is one of the GPU's, but forks a process that 
 comes of it is Triton's cache on disk alone. What a rehearsal misses, or all if it fails, is compiled when it is needed.
 """
 
+import hashlib
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -26,15 +28,20 @@ from ops.common import Gpu, triton
 
 
 @contextmanager
-def compiled_ahead(rehearsal: Callable[[], object], device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def compiled_ahead(
+    rehearsal: Callable[[], object], device: torch.device, dtype: torch.dtype, key: object
+) -> Iterator[None]:
     """A context at whose end the kernels are compiled that `rehearsal` launches for activations of `dtype`, on the meta
-    device in the place of `device`. Of a machine's ranks the first two do it: it may add what all others do not."""
+    device in the place of `device`; key: what else it depends on, and Triton's cache holds what was rehearsed with the
+    same key before. Of a machine's ranks the first two do it: it may add what all others do not."""
     process, does = None, int(os.environ.get("LOCAL_RANK", 0)) < 2
     if does and device.type == "cuda" and triton is not None and dtype.itemsize == 2:
-        # Forked, as another start would import PyTorch anew; it never calls CUDA, which a fork must not.
-        start = multiprocessing.get_context("fork").Process
-        process = start(target=_compile, args=(rehearsal, common.gpu(device)), daemon=True)
-        process.start()
+        gpu = common.gpu(device)
+        if not (mark := _mark((gpu, dtype, key))).exists():
+            # Forked, as another start would import PyTorch anew; it never calls CUDA, which a fork must not.
+            start = multiprocessing.get_context("fork").Process
+            process = start(target=_compile, args=(rehearsal, gpu, mark), daemon=True)
+            process.start()
     yield
     if process:
         process.join(60)  # longer only where something hangs
@@ -42,7 +49,15 @@ def compiled_ahead(rehearsal: Callable[[], object], device: torch.device, dtype:
         dist.broadcast_object_list([None], device=torch.device("cpu"))
 
 
-def _compile(rehearsal: Callable[[], object], gpu: Gpu) -> None:
+def _mark(key: object) -> Path:
+    """A file in Triton's cache, there when the kernels of a rehearsal with this key, this code and this Triton are."""
+    parts = [repr(key), triton.__version__, torch.__version__, os.environ.get("LOCAL_RANK", "0")]
+    parts += [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return Path(triton.knobs.cache.dir) / f"rehearsed-{digest}"
+
+
+def _compile(rehearsal: Callable[[], object], gpu: Gpu, mark: Path) -> None:
     """In a process for that alone: rehearse, with a process a kernel, as many at a time as there are processors."""
     ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     for number in ends:  # it ends with the command, and says nothing of it
@@ -68,6 +83,7 @@ def _compile(rehearsal: Callable[[], object], gpu: Gpu) -> None:
     rehearse(rehearsal, gpu, compile)
     while running:
         running.discard(os.wait()[0])
+    mark.touch()
 
 
 def rehearse(rehearsal: Callable[[], object], gpu: Gpu, compile: Callable[[Callable[[], object]], object]) -> set:

@@ -1,11 +1,13 @@
 """Kernels compiled ahead: a rehearsal without memory or GPU finds those that a run launches, and no others."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -58,13 +60,13 @@ def test_two_ranks_compile_what_all_launch(found):
 
 def test_kernels_are_compiled_by_processes_that_say_nothing(found):
     """Those that a rehearsal reaches, each once; the run meets what hinders it by itself."""
-    assert found["compiled"] == ["_embedding_kernel", "_norm_kernel"]
+    assert found["compiled"] == ["_embedding_kernel", "_norm_kernel", 3]  # of four times, once nothing is left to do
     assert "hindered" not in found["stderr"]
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
 def test_without_kernels_nothing_is_rehearsed(device, dtype):
-    with patch("multiprocessing.get_context") as start, ops.compiled_ahead(print, torch.device(device), dtype):
+    with patch("multiprocessing.get_context") as start, ops.compiled_ahead(print, torch.device(device), dtype, 0):
         pass
     assert not start.called
 
@@ -95,17 +97,21 @@ def compiled(folder: str) -> list[str]:
     os.environ["TRITON_CACHE_DIR"] = folder
     x, tokens = torch.empty(4, 64, dtype=torch.bfloat16, device="meta"), torch.empty(1, 4, dtype=torch.int64).to("meta")
 
-    def rehearsal():
+    def rehearsal(hinder):
         for _ in range(2):
             ops.embed(x, tokens, None, 4)
             rms_norm.normed(x, x[0], 1e-5)
         print("hindered", flush=True)
-        raise RuntimeError("hindered")
+        if hinder:
+            raise RuntimeError("hindered")
 
-    gpu = patch.object(common, "gpu", lambda _: common.Gpu("NVIDIA H200", (9, 0), 132))
-    with gpu, ops.compiled_ahead(rehearsal, torch.device("cuda"), x.dtype):
-        pass
-    return sorted(path.stem for path in Path(folder).glob("*/*.cubin"))
+    starts, start = [], multiprocessing.get_context("fork").Process.start
+    count = patch("multiprocessing.context.ForkProcess.start", lambda self: starts.append(None) or start(self))
+    with patch.object(common, "gpu", lambda _: common.Gpu("NVIDIA H200", (9, 0), 132)), count:
+        for hinder, key in ((True, 1), (False, 1), (False, 1), (False, 2)):  # the third one has nothing to do
+            with ops.compiled_ahead(partial(rehearsal, hinder), torch.device("cuda"), x.dtype, key):
+                pass
+    return [*sorted(path.stem for path in Path(folder).glob("*/*.cubin")), len(starts)]
 
 
 def compare(folder, quantize=None, draft=None, temperature=0.8, length=40, **engine) -> tuple[list[str], list[str]]:
