@@ -154,9 +154,13 @@ def test_every_weight_finds_a_tile():
         assert -(-M // tile.rows) * -(-N // (16 * tile.row_repeat * tile.num_warps)) <= linear_gemm.TILES
 
 
-@pytest.mark.parametrize("kind", ["16-bit", "int8", "int4:64"])
+@pytest.mark.parametrize("kind", ["16-bit", "int8", "int8, deep", "fp8", "int4:64"])
 def test_each_number_of_rows_has_its_way(kind, monkeypatch):
-    monkeypatch.setattr(linear_wide, "GEMM_ROWS_PLAIN" if kind == "16-bit" else "GEMM_ROWS", 20)
+    name = {"16-bit": "GEMM_ROWS_PLAIN", "int8": "GEMM_ROWS_INT8", "int8, deep": "GEMM_ROWS_INT8_DEEP"}
+    monkeypatch.setattr(linear_wide, name.get(kind, "GEMM_ROWS"), 20)
+    if kind == "int8, deep":
+        kind = "int8"
+        monkeypatch.setattr(linear_wide, "DEEP", 255)
     ways, calls = {"gemm": linear_gemm.gemm, "wide": linear_wide.wide}, []
     for name, way in ways.items():
         monkeypatch.setattr(linear_wide, name, lambda *rest, n=name, w=way: (calls.append(n), w(*rest))[1])
