@@ -1,6 +1,5 @@
 """Tensor parallelism: shards add up, ranks compute what one process does, nobody hangs."""
 
-import functools
 import itertools
 import json
 import os
@@ -29,7 +28,7 @@ from generate import generate, load  # noqa: E402
 from gptq import Hessian, gptq  # noqa: E402
 from linear import Linear, quantize_linear  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
-from ops import exchange, linear_triton, overlap, packing, symmetric, tuning  # noqa: E402
+from ops import linear_triton, packing, symmetric, tuning  # noqa: E402
 from ops.common import MAX_ROWS  # noqa: E402
 from process.ranks import session  # noqa: E402
 from sampling import Sampler  # noqa: E402
@@ -207,62 +206,6 @@ def test_linear_kernel_sums_or_gathers_over_ranks(world, kind, monkeypatch):
             torch.testing.assert_close((got >> 32).int().view(torch.float32), theirs[rank], rtol=2e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("world,n", [(2, 5000), (3, 70000)])
-def test_what_ranks_write_to_each_other_is_added_up_in_one_order(world, n, monkeypatch):
-    """Eight messages on four turns: ranks one after the other, as their writing waits for nobody."""
-    monkeypatch.setattr(exchange, "WRITTEN", 4096)
-    device, size = "cuda" if CUDA else "cpu", 2**17
-    memory = torch.zeros(world, exchange.inbox_bytes(size, 2, world), dtype=torch.uint8, device=device)
-    buffers = torch.tensor([m.data_ptr() for m in memory], device=device)
-    sent = torch.zeros(world, exchange.TURNS, exchange.PROGRAMS, dtype=torch.int32, device=device)
-    for message in range(8):
-        parts = torch.randn(world, n).half().to(device)
-        wanted = torch.zeros(n, device=device)
-        for part in parts:
-            wanted += part
-        for rank, part in enumerate(parts):
-            exchange.write(part, buffers, sent[rank], size, message % exchange.TURNS, rank)
-        for rank, part in enumerate(parts):
-            exchange.add(part, memory[rank], sent[rank], size, message % exchange.TURNS, rank, world)
-            assert torch.equal(part, wanted.half())
-    assert (sent == 2).all()
-
-
-def test_no_part_is_overwritten_before_it_is_read(monkeypatch):
-    """Of two ranks that run as they like, over two chunks: all states that the order of in_turns allows."""
-    events = []
-
-    def begin_sum(x, turn):
-        events.append(("write", turn))
-        return lambda: events.append(("read", turn)) or x
-
-    monkeypatch.setattr(overlap, "begin_sum", begin_sum)
-    model = Transformer(tiny_config(2))
-    for _ in range(2):
-        x = torch.zeros(1, 2 * overlap.UNIT, 64)
-        overlap.in_turns(model, x, torch.zeros(1, dtype=torch.int64), model.cache(1, 2 * overlap.UNIT))
-    done = [[tuple(events[:i].count((what, turn)) for turn in range(exchange.TURNS)) for i in range(len(events) + 1)]
-            for what in ("write", "read")]  # fmt: skip
-    written, read = done
-    states, seen = [(0, 0)], set()
-    while states:
-        here = states.pop()
-        if here in seen:
-            continue
-        seen.add(here)
-        for own, other in ((0, 1), (1, 0)):
-            i, j = here[own], here[other]
-            if i == len(events):
-                continue
-            what, turn = events[i]
-            if what == "write":
-                assert read[j][turn] == written[i][turn], "a part that has not been read"
-            elif written[j][turn] <= read[i][turn]:
-                continue  # it waits
-            states.append((i + 1, j) if own == 0 else (j, i + 1))
-    assert (len(events), len(events)) in seen and len(seen) > 100
-
-
 # --- in several processes ---------------------------------------------------------------------------------------------
 
 
@@ -317,7 +260,6 @@ def _launch(directory: Path, world: int) -> None:
 def _rank(directory: Path) -> None:
     """What every rank runs: models of many kinds, sharded and whole, in the same process."""
     torch.set_num_threads(1)
-    overlap.UNIT = 2
     with session() as tp:
         plain = tiny_config(tp.world)
         cases = [(plain, kind, torch.float32) for kind in (*KINDS, *CONVERTED, "int4-gptq")]
@@ -372,25 +314,6 @@ def _compare(path, config, dtype, quantize, tp):
     error = (logits[0] - logits[1]).norm() / logits[0].norm()
     assert logits[0].shape == logits[1].shape == (3, 10, 259), logits[1].shape
     assert error < bound, f"{path.name} {config} {dtype} {quantize}: {error}"
-    if not config.post_norms:
-        _compare_in_turns(part, tokens, cache_kind, bound)
-
-
-@torch.inference_mode()
-def _compare_in_turns(model, tokens, cache_kind, bound):
-    """A chunk whose halves take turns, behind some tokens, leaves the hidden states and the cache of a whole one."""
-    found, start, sums = [], torch.full((3,), 2), overlap.begin_sum
-    calls = []
-    overlap.begin_sum = lambda x, turn: calls.append((x.shape[1], turn)) or sums(x, turn)
-    for hidden in (model.hidden, functools.partial(overlap.in_turns, model)):
-        cache = model.cache(3, 16, cache_kind)
-        model(tokens[:, :2], torch.zeros(3, dtype=torch.int64), cache)
-        found.append((hidden(model.tok_embeddings(tokens[:, 2:]), start, cache), *cache.tensors))
-    overlap.begin_sum = sums
-    assert calls == [(4, 0), (3, 1), (4, 2), (3, 3)] * len(model.layers)  # of 7 tokens
-    for whole, halves in zip(*found):
-        whole, halves = whole.float(), halves.float()
-        assert (whole - halves).norm() <= bound * whole.norm(), (whole - halves).norm() / whole.norm()
 
 
 def _same_tokens(path, config, tp):
