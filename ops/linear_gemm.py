@@ -1,4 +1,4 @@
-"""Linear layers of quantised weights for 17 to some hundred rows on an NVIDIA GPU: a GEMM in Triton that reads a weight
+"""Linear layers of quantised weights for 17 to a thousand rows on an NVIDIA GPU: a GEMM in Triton that reads a weight
 once and widens it in registers. (For plain weights cuBLAS is faster.)
 
     gemm(x, weight, ...)     [residual +] W rms_norm(x) [+ bias], or SwiGLU of it
@@ -34,7 +34,6 @@ from ops.linear_triton import group_of, kind_of, out_features
 ORDER = {"": 0, "fp": 0, "int4": 4, "mxfp4": 4}  # a kind's O, see above, if not 8
 FEATURES = 2048  # of a row, that a program of the norm writes
 WHOLE = 2**14  # of a row, that a program writes in fixed point, whose largest is needed first
-AHEAD = 8  # tiles of W that a program brings to the L2 cache while it waits for x
 TILES = 2**14  # of a result whose parts along K are summed
 
 if triton is None:
@@ -216,14 +215,6 @@ else:
         return out
 
     @triton.jit
-    def _prefetch(w, at):
-        """Ask for the lines of 128 bytes that hold elements `at` of w to come to the L2 cache."""
-        at = w.to(tl.int64) + at * (w.dtype.element_ty.primitive_bitwidth // 8)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, is_pure=False, pack=1
-        )
-
-    @triton.jit
     def settled(acc):
         """acc, once the tensor cores have made it. They read weights from registers, and Triton (3.6 and 3.7) lets them
         go on into the next step, where ptxas has given these registers to other values by then."""
@@ -234,7 +225,7 @@ else:
         y, x, x_scales, w, s, bias, residual, partial, counts, M, N, K, steps,
         KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, PADDED: tl.constexpr,
         BM: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
-        ASM: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+        ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W x [+ bias], or if SWIGLU `swiglu` of it (M, N / 2). x (M', K') is in the order of
         slots and, if PADDED, reaches to the end of its tiles; fp weights take it as it is, and int8 without groups as
@@ -257,13 +248,6 @@ else:
         first = part * steps
         last = tl.minimum(first + steps, tl.cdiv(K, BK))
         if PDL:
-            if PLAIN:
-                LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
-                lines = first * BK + tl.arange(0, AHEAD * BK // LINE) * LINE
-                _prefetch(w, row[:, None] + tl.minimum(lines, K - 1)[None, :])
-            else:
-                ahead = tl.minimum(first + tl.arange(0, AHEAD), last - 1) * (C * (128 if FOUR else 16))
-                _prefetch(w, words.to(tl.int64)[:, None] + ahead[None, :])
             tlx.gdc_wait()
         m = tile_m * BM + tl.arange(0, BM)
         of_x = m
@@ -455,6 +439,6 @@ def gemm(
         KIND=kind, GROUP=group, PAIRS=pairs, SWIGLU=swiglu, PADDED=padded, BM=BM, R=R, C=C, W=W,
         SPLIT=grid[2], EVEN=K % BK == 0,
         ASM=None if fixed else assembly(kind, scales.dtype if scales is not None else None, x.dtype, launch["PDL"]),
-        AHEAD=AHEAD, num_warps=W, num_stages=how.num_stages, **launch,
+        num_warps=W, num_stages=how.num_stages, **launch,
     )  # fmt: skip
     return y
