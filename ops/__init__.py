@@ -7,16 +7,16 @@ weights are laid out (`prepare_linear`, `prepare_attention`), and travels inside
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ops import cpu
+from ops import cpu, cpu_step, overlap
 from ops.ahead import compiled_ahead
 from ops.attention import attention
 from ops.attention import prepare as prepare_attention
 from ops.common import MAX_ROWS, triton
 from ops.cpu_library import physical_cores
-from ops.cpu_step import layers, serves
 from ops.cpu_step import prepare as prepare_layers
+from ops.cpu_step import serves
 from ops.embedding import embed
 from ops.experts import glu, mixture, route
 from ops.experts import prepare as prepare_mixture
@@ -83,6 +83,13 @@ def has_kernels(model: nn.Module) -> bool:
     """Whether every op of a decode step is a kernel of ours, so that a compiler has nothing to add."""
     weight = model.norm.weight
     return serves(model) or _on_triton(weight.device, weight.dtype)
+
+
+def layers(model: nn.Module, x: Tensor, input_pos: Tensor, cache) -> Tensor | None:
+    """What model.hidden says, by a way that takes all layers at once, or None where none serves."""
+    if (y := cpu_step.layers(model, x, input_pos, cache)) is None:
+        y = overlap.layers(model, x, input_pos, cache)
+    return y
 
 
 def _on_triton(device: torch.device, dtype: torch.dtype) -> bool:

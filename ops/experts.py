@@ -123,7 +123,7 @@ def mixture(layer: MixtureLayer, x: Tensor, norm: nn.RMSNorm, residual: Tensor |
     and perhaps a residual, the sum of theirs."""
     ways = (run(layer, x, norm, residual) for run in (*layer.backends, mixture_plain))
     y = next(y for y in ways if y is not None)
-    return y if layer.world == 1 else symmetric.all_reduce(y, False, layer.rank, layer.world)
+    return symmetric.all_reduce(y, False, layer.rank, layer.world) if layer.cond_ffn.w2.reduce == "sum" else y
 
 
 def route(layer: MixtureLayer, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,7 +132,7 @@ if triton is not None:
         if KIND == "fp":
             at_w = (expert * N + tl.minimum(n, N - 1))[:, None] * K + tl.arange(0, BK)[None, :]
         else:
-            words, pairs = places(tile, N, K, KIND, GROUP, R, C, W)
+            words, pairs = places(tile * BN, N, K, KIND, GROUP, R, C, W)
             if FOUR:
                 blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
                 words += expert * (N // 8) * (blocks * 128)

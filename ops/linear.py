@@ -35,7 +35,7 @@ class LinearLayer(Protocol):
     out_features: int
     fp32: bool  # the result's dtype, else x's
     swiglu: bool  # rows of W are gate's and up's, interleaved by 8: the result is SwiGLU (..., N / 2)
-    reduce: str  # what ranks make of their results: "", "sum" or "gather"
+    reduce: str  # what ranks make of their results: "", "sum", "part" of a sum that the caller makes, or "gather"
     rank: int
     world: int
     backends: tuple[Callable, ...]
@@ -77,8 +77,8 @@ def _over_ranks(run: Callable) -> Callable:
 
     @wraps(run)
     def over_ranks(layer: LinearLayer, x: Tensor, norm, residual: Tensor | None) -> Tensor | None:
-        y = run(layer, x, norm, None if layer.reduce == "sum" and layer.rank else residual)
-        if y is None or layer.world == 1 or not layer.reduce:
+        y = run(layer, x, norm, None if layer.reduce in ("sum", "part") and layer.rank else residual)
+        if y is None or layer.world == 1 or layer.reduce in ("", "part"):
             return y
         return symmetric.all_reduce(y, layer.reduce == "gather", layer.rank, layer.world)
 

@@ -1,4 +1,4 @@
-"""Linear layers of quantised weights for 17 to a thousand rows on an NVIDIA GPU: a GEMM in Triton that reads a weight
+"""Linear layers of quantised weights for 17 to some hundred rows on an NVIDIA GPU: a GEMM in Triton that reads a weight
 once and widens it in registers. (For plain weights cuBLAS is faster.)
 
     gemm(x, weight, ...)     [residual +] W rms_norm(x) [+ bias], or SwiGLU of it
@@ -65,33 +65,40 @@ else:
         tl.store(out + tl.program_id(0).to(tl.int64) * width + slot, v.to(out.dtype.element_ty), slot < width)
 
     @triton.jit
-    def _fixed_point_kernel(out, scales, x, gain, K, width, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    def _fixed_point_kernel(
+        out, scales, x, gain, K, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    ):
         """out int8 (rows, 2, width) and scales (rows,), of which 256 out[:, 0] + out[:, 1] times the scale are x
-        (rows, K) or, with a gain, its RMSNorm; zeros past K."""
+        (rows, K) or, with a gain, its RMSNorm; zeros past K. A row is the PARTS of as many programs."""
         if PDL:  # see _norm_kernel
             tlx.gdc_wait()
             tlx.gdc_launch_dependents()
         row = tl.program_id(0).to(tl.int64)
         x += row * K
-        squares = tl.zeros((BLOCK,), tl.float32)
-        most = tl.zeros((BLOCK,), tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, K, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            v = tl.load(x + at, at < K, other=0.0).to(tl.float32)
-            if gain is not None:
-                squares += v * v
-                v *= tl.load(gain + at, at < K, other=0.0).to(tl.float32)
-            most = tl.maximum(most, tl.abs(v))
-            total += v
-        top = tl.max(most, 0)
-        finite = tl.sum(total, 0) * 0.0  # or NaN, which no maximum and no integer keeps
         k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         v = tl.load(x + k, k < K, other=0.0).to(tl.float32)
+        squares = v * v
+        if gain is not None:
+            v *= tl.load(gain + k, k < K, other=0.0).to(tl.float32)
+        most = tl.abs(v)
+        total = v
+        if PARTS > 1:
+            squares = tl.zeros((BLOCK,), tl.float32)
+            most = tl.zeros((BLOCK,), tl.float32)
+            total = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, K, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                u = tl.load(x + at, at < K, other=0.0).to(tl.float32)
+                if gain is not None:
+                    squares += u * u
+                    u *= tl.load(gain + at, at < K, other=0.0).to(tl.float32)
+                most = tl.maximum(most, tl.abs(u))
+                total += u
+        top = tl.max(most, 0)
+        finite = tl.sum(total, 0) * 0.0  # or NaN, which no maximum and no integer keeps
         factor = 1.0
         if gain is not None:
             factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-            v *= tl.load(gain + k, k < K, other=0.0).to(tl.float32)
         q = v * tl.where(top > 0, LARGEST / top, 0.0)
         q = ((q + 12582912.0) - 12582912.0).to(tl.int32)  # to the nearest integer, ties to even
         high = (q + 128) >> 8
@@ -102,28 +109,30 @@ else:
             tl.store(scales + row, top * factor * (1.0 / LARGEST) + finite)
 
     @triton.jit
-    def places(tile, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr):
-        """Of a tile of 16 W R rows by C chunks: each lane's first word (F,), and of groups the first ones of its row
-        (F,) or, of int4, of chunks (F / 4,).
+    def places(
+        first, end, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr
+    ):
+        """Of a tile of 16 W R rows, from `first` on and before `end`, by C chunks: each lane's first word (F,), and of
+        groups the first ones of its row (F,) or, of int4, of chunks (F / 4,).
         F is the axes (C R h W i j), for which Triton hands out lanes and warps from the last one on."""
         f = tl.arange(0, 64 * W * R * C)
         j, i, chunk = f % 4, f // 4 % 8, f // (64 * W * R)
-        row = tile * (16 * W * R) + f // (64 * W) % R * (16 * W) + f // 32 % W * 16 + f // (32 * W) % 2 * 8 + i
+        row = first + f // (64 * W) % R * (16 * W) + f // 32 % W * 16 + f // (32 * W) % 2 * 8 + i
         pairs = 0
         if KIND == "int4" or KIND == "mxfp4":
             blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
-            words = tl.minimum(row // 8, N // 8 - 1).to(tl.int64) * (blocks * 128) + (chunk * 128 + i * 16 + j * 4)
+            words = tl.minimum(row // 8, end // 8 - 1).to(tl.int64) * (blocks * 128) + (chunk * 128 + i * 16 + j * 4)
             g = tl.arange(0, 16 * W * R * C)  # without lanes j, which share pairs
-            row8 = (tile * (16 * W * R) + g // (16 * W) % R * (16 * W) + g // 8 % W * 16 + g // (8 * W) % 2 * 8) // 8
-            pairs = tl.minimum(row8, N // 8 - 1).to(tl.int64)
+            row8 = (first + g // (16 * W) % R * (16 * W) + g // 8 % W * 16 + g // (8 * W) % 2 * 8) // 8
+            pairs = tl.minimum(row8, end // 8 - 1).to(tl.int64)
             if KIND == "int4":
                 pairs = pairs * (tl.cdiv(K, 256) * (8 * 256 // GROUP)) + g % 8 * (256 // GROUP)
             else:
                 pairs = pairs * (blocks * 32) + g % 8 * 4
         else:
-            words = tl.minimum(row, N - 1).to(tl.int64) * (K // 4) + (chunk * 16 + j * 4)
+            words = tl.minimum(row, end - 1).to(tl.int64) * (K // 4) + (chunk * 16 + j * 4)
             if GROUP > 0:
-                pairs = tl.minimum(row, N - 1).to(tl.int64) * tl.cdiv(K, GROUP)
+                pairs = tl.minimum(row, end - 1).to(tl.int64) * tl.cdiv(K, GROUP)
         return words, pairs
 
     @triton.jit
@@ -222,15 +231,15 @@ else:
 
     @triton.jit(do_not_specialize=["M", "steps"])
     def _gemm_kernel(
-        y, x, x_scales, w, s, bias, residual, partial, counts, M, N, K, steps,
+        y, x, x_scales, w, s, bias, residual, partial, counts, M, N, K, steps, height,
         KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, PADDED: tl.constexpr,
         BM: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
         ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W x [+ bias], or if SWIGLU `swiglu` of it (M, N / 2). x (M', K') is in the order of
         slots and, if PADDED, reaches to the end of its tiles; fp weights take it as it is, and int8 without groups as
-        int8 (M', 2, K'), with scales. A program sums `steps` tiles along K; where SPLIT share a tile of y, the last one
-        to come sums their parts, in the same order."""
+        int8 (M', 2, K'), with scales. A tile has `height` rows of W, at most 16 W R. A program sums `steps` tiles along
+        K; where SPLIT share a tile of y, the last one to come sums their parts, in the same order."""
         FIXED: tl.constexpr = x_scales is not None
         PLAIN: tl.constexpr = KIND == "fp" or FIXED  # tiles that tensor cores take from shared memory
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
@@ -240,11 +249,13 @@ else:
         S: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None
         tile_m, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         k = tl.arange(0, BK)
+        top = tl.multiple_of(tile * height, 16)
+        end = tl.minimum(top + height, N)
         if PLAIN:
-            row = tl.minimum(tile * BN + tl.arange(0, BN), N - 1).to(tl.int64) * K
+            row = tl.minimum(top + tl.arange(0, BN), end - 1).to(tl.int64) * K
             at_w = w + row[:, None] + k[None, :]
         else:
-            words, pairs = places(tile, N, K, KIND, GROUP, R, C, W)
+            words, pairs = places(top, end, K, KIND, GROUP, R, C, W)
         first = part * steps
         last = tl.minimum(first + steps, tl.cdiv(K, BK))
         if PDL:
@@ -293,7 +304,7 @@ else:
             acc = tl.zeros((BN, BM), tl.float32)
             for part in tl.static_range(SPLIT):
                 acc += tl.load(partial + inner + part * (BN * BM), cache_modifier=".cg")
-        n = tile * BN + tl.arange(0, BN)
+        n = top + tl.arange(0, BN)
         if KIND == "int8" and ASM is not None:
             acc *= 64.0
         if FIXED:
@@ -306,9 +317,10 @@ else:
         if SWIGLU:
             gate, up = tl.split(acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 3, 1))
             acc = (gate * up / (1 + tl.exp(-gate))).reshape(BN // 2, BM)
-            n = tile * (BN // 2) + tl.arange(0, BN // 2)
+            n = top // 2 + tl.arange(0, BN // 2)
             outputs = N // 2
-        stored = (n < outputs)[:, None] & (m < M)[None, :]
+            end = end // 2
+        stored = (n < end)[:, None] & (m < M)[None, :]
         at = m[None, :].to(tl.int64) * outputs + n[:, None]
         if residual is not None:
             acc += tl.load(residual + at, stored, other=0.0).to(tl.float32)
@@ -392,8 +404,19 @@ def fixed_point(x: Tensor, norm: Tensor | None, eps: float, out: Tensor) -> Tens
     (M, K), width = x.shape, out.shape[2]
     scales = torch.empty(M, dtype=torch.float32, device=x.device)
     block = min(WHOLE, triton.next_power_of_2(width))
-    _fixed_point_kernel[(M, triton.cdiv(width, block))](
-        out, scales, x, norm, K, width, eps, BLOCK=block, num_warps=min(16, max(4, block // 512)), **pdl(x.device)
+    parts = triton.cdiv(width, block)
+    _fixed_point_kernel[(M, parts)](
+        out,
+        scales,
+        x,
+        norm,
+        K,
+        width,
+        eps,
+        PARTS=parts,
+        BLOCK=block,
+        num_warps=min(16, max(4, block // 512)),
+        **pdl(x.device),
     )
     return scales
 
@@ -418,7 +441,8 @@ def gemm(
     BM, R, C, W = how.rows, how.row_repeat, how.k_repeat, how.num_warps
     BN, BK = 16 * W * R, C * max(64, tuning.CHUNK[kind])
     steps = triton.cdiv(triton.cdiv(K, BK), how.split)
-    grid = (triton.cdiv(M, BM), triton.cdiv(N, BN), triton.cdiv(triton.cdiv(K, BK), steps))
+    height = how.height or BN
+    grid = (triton.cdiv(M, BM), triton.cdiv(N, height), triton.cdiv(triton.cdiv(K, BK), steps))
     padded, x_scales = kind != "fp" or norm is not None, None
     if padded:
         width = triton.cdiv(K, BK) * BK
@@ -435,7 +459,7 @@ def gemm(
         counts = counters(x.device, TILES)
     _gemm_kernel[grid](
         y, ordered if padded else x, x_scales, weight if kind == "fp" or fixed else weight.view(torch.int32), scales,
-        bias, residual, partial, counts, M, N, K, steps,
+        bias, residual, partial, counts, M, N, K, steps, height,
         KIND=kind, GROUP=group, PAIRS=pairs, SWIGLU=swiglu, PADDED=padded, BM=BM, R=R, C=C, W=W,
         SPLIT=grid[2], EVEN=K % BK == 0,
         ASM=None if fixed else assembly(kind, scales.dtype if scales is not None else None, x.dtype, launch["PDL"]),

@@ -362,7 +362,7 @@ def pack(layer, dtype: torch.dtype) -> bool:
 def run(layer, x: Tensor, norm: nn.RMSNorm | None, residual: Tensor | None) -> Tensor | None:
     """The layer's result over all ranks, for a few rows of x."""
     gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    if not few_rows_on_triton(x) or (gain is not None and gain.dtype != x.dtype):
+    if not few_rows_on_triton(x) or (gain is not None and gain.dtype != x.dtype) or layer.reduce == "part":
         return None
     dtype, ranks = torch.float32 if layer.fp32 else x.dtype, (layer.rank, layer.world if layer.reduce else 1)
     rest = (layer.bias, gain, eps, residual, dtype, layer.swiglu, *ranks, layer.reduce == "gather")

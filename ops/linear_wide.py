@@ -2,7 +2,7 @@
 
     run(layer, x, norm, residual)   the backend of linear.py
     linear_many(x, weight, ...)     [residual +] W rms_norm(x) [+ bias], or SwiGLU of it, as an op: by linear_gemm.py's
-                                    GEMM up to a thousand rows, beyond by `wide`
+                                    GEMM up to some hundred rows, beyond by `wide`
     wide(x, weight, ...)            the same by cuBLAS: weights are widened piece by piece, each by one kernel into the
                                     same memory; two more kernels make the norm before, and the rest after the product
     widen(weight, ...)              some rows of a weight, as the matrix that they stand for
@@ -22,9 +22,11 @@ from ops.common import is_hopper, on_triton, op, pdl, tl, tlx, triton
 from ops.linear_gemm import assembly, gemm, places, rms_norm, values, weights
 from ops.linear_triton import group_of, kind_of, out_features
 
-# Rows up to which the GEMM is faster than cuBLAS: of quantised weights, which it reads once, and of plain ones, where
-# launches around cuBLAS's are saved. Measured on an H200.
-GEMM_ROWS, GEMM_ROWS_PLAIN = 1024, 64
+# Rows up to which the GEMM is faster than cuBLAS: of quantised weights, which it reads once and widens in each program;
+# of int8, which it does not widen, up to DEEP features, beyond which it makes x fixed point for longer; and of plain
+# ones, where launches around cuBLAS's are saved. Measured on an H200.
+GEMM_ROWS, GEMM_ROWS_PLAIN = 256, 64
+GEMM_ROWS_INT8, GEMM_ROWS_INT8_DEEP, DEEP = 2048, 1024, 8192
 PIECE = 2**26  # weights widened at a time, 128 MB: products of few rows of W leave processors idle
 FEATURES = 1024  # of a row, that a program finishes
 
@@ -45,7 +47,7 @@ if triton is not None:
         tile, step = first // BN + tl.program_id(1), tl.program_id(0)
         if PDL:
             tlx.gdc_launch_dependents()
-        words, pairs = places(tile, N, K, KIND, GROUP, 1, C, W)
+        words, pairs = places(tile * BN, N, K, KIND, GROUP, 1, C, W)
         found, own = weights(w, s, words, pairs, step, K, KIND, GROUP, PAIRS, 1, C, W, EVEN)
         a = values(found, own, KIND, GROUP, PAIRS, S, DTYPE, ASM)
         if FOUR:  # a lane's words are 8 of 32 values
@@ -153,6 +155,15 @@ def wide(
     return out
 
 
+def gemm_rows(weight: Tensor, scales: Tensor | None) -> int:
+    """The most rows of x for which a weight is the GEMM's."""
+    if scales is None:
+        return GEMM_ROWS_PLAIN
+    if weight.dtype is not torch.int8 or scales.ndim > 1:
+        return GEMM_ROWS
+    return GEMM_ROWS_INT8 if weight.shape[1] <= DEEP else GEMM_ROWS_INT8_DEEP
+
+
 @op("linear_many")
 def linear_many(
     x: Tensor,
@@ -169,8 +180,9 @@ def linear_many(
     (..., N / 2). Residual like the result; the rest as of linear_triton.linear."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     residual = None if residual is None else residual.contiguous()
-    few = len(rows) <= (GEMM_ROWS_PLAIN if scales is None else GEMM_ROWS)
-    y = (gemm if few else wide)(rows, weight, scales, bias, norm, eps, residual, out_dtype, swiglu)
+    y = (gemm if len(rows) <= gemm_rows(weight, scales) else wide)(
+        rows, weight, scales, bias, norm, eps, residual, out_dtype, swiglu
+    )
     return y.view(*x.shape[:-1], y.shape[1])
 
 

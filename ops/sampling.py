@@ -74,6 +74,10 @@ def logit_threshold_plain(logits, temperature, top_k, min_p):
     return torch.maximum(least, values[:, -1:]) if top_k else least
 
 
+SETTLED, SCANNED = 1024, 8192  # logits that a program takes: of one row, and at most of many
+PROGRAMS = 2112  # that are wanted at most: 16 a multiprocessor
+
+
 def sample_triton(logits, temperature, top_k, min_p, rng, history=None, pos=None):
     """Two launches, or one where every token is in: logits fp32 (B, V), history and pos contiguous."""
     how = (temperature, top_k, min_p, rng, 1.0) if temperature > 0 else (1.0, 0, 0.0, rng, 0.0)
@@ -93,21 +97,25 @@ def _sample(out, logits, temperature, top_k, min_p, rng=None, noise=0.0, history
     k = top_k if 0 < top_k < V else V
     margin = temperature * math.log(min_p) if min_p > 0 else -math.inf
     filtered = k < V or margin > -math.inf
-    block = 1024
+    block = SETTLED
+    while block < SCANNED and B * triton.cdiv(V, block) > PROGRAMS:  # each looks for the same limit
+        block *= 2
     # Twice as many maxima as wanted, or more, leave few tokens to settle; but every program holds all of them.
     part = 2 ** min(8, max(3, int(math.log2(max(1, V // (2 * k))))))
     blocks, count = triton.cdiv(V, block), triton.cdiv(V, part)
     maxima = torch.empty(B, count if filtered else 0, dtype=torch.float32, device=device)
     best = torch.empty(B, blocks, dtype=torch.int64, device=device)
     listed = torch.empty(B, V if filtered else 0, dtype=torch.int32, device=device)
-    options = {"BLOCK": block, "COUNT": count, **pdl(device)}
+    options = {"COUNT": count, **pdl(device)}
     if filtered:
-        _maxima_kernel[(B, blocks)](logits, maxima, V, PART=part, num_warps=4, **options)
+        _maxima_kernel[(B, triton.cdiv(V, SETTLED))](
+            logits, maxima, V, BLOCK=SETTLED, PART=part, num_warps=4, **options
+        )
     _sample_kernel[(B, blocks)](
         out, logits, rng, counters(device, 2 * B + 1), maxima, best, listed, history, pos,
         0 if history is None else history.shape[1], V, k, 1 / temperature, noise, margin,
-        BLOCKS=blocks, BLOCKS2=triton.next_power_of_2(blocks), COUNT2=triton.next_power_of_2(count), FILTER=filtered,
-        num_warps=8, **options,
+        BLOCK=block, SETTLED=SETTLED, BLOCKS=blocks, BLOCKS2=triton.next_power_of_2(blocks),
+        COUNT2=triton.next_power_of_2(count), FILTER=filtered, num_warps=8, **options,
     )  # fmt: skip
     return out
 
@@ -174,11 +182,12 @@ if triton is not None:
     @triton.jit
     def _sample_kernel(
         out, logits, rng, counters, maxima, best, listed, history, pos, width, V, k, scale, noise, margin,
-        BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS2: tl.constexpr, COUNT: tl.constexpr, COUNT2: tl.constexpr,
-        FILTER: tl.constexpr, PDL: tl.constexpr,
+        BLOCK: tl.constexpr, SETTLED: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS2: tl.constexpr, COUNT: tl.constexpr,
+        COUNT2: tl.constexpr, FILTER: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """Draw from the tokens of a block or, if FILTER, list those that may be in: at least as large as the k-th
-        largest of the maxima, which is at most the k-th largest logit. The last program of a row settles the rest.
+        largest of the maxima, which is at most the k-th largest logit. The last program of a row settles the rest,
+        SETTLED of them at a time.
         Without rng, out is the smallest logit that is in.
 
         counters: two a row, how many are listed and how many programs arrived, and at the end how many rows are done.
@@ -226,6 +235,7 @@ if triton is not None:
 
         if FILTER:
             n = tl.load(state, cache_modifier=".cg")
+            lane = tl.arange(0, SETTLED)
             token = tl.load(listed + lane, mask=lane < n, other=0, cache_modifier=".cg")  # in general these are all
             x = tl.load(logits + token)
             ranks = _ordered(x)
@@ -233,14 +243,14 @@ if triton is not None:
             reached = n.to(tl.int64)
             while (shift >= 0) & (reached > k):
                 counts = _reaching(ranks, lane < n, limit, shift.to(tl.uint32))
-                for i in range(BLOCK, n, BLOCK):
+                for i in range(SETTLED, n, SETTLED):
                     more = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
                     counts += _reaching(_ordered(tl.load(logits + more)), i + lane < n, limit, shift.to(tl.uint32))
                 limit, reached = _raised(limit, reached, counts, k, shift.to(tl.uint32))
                 shift -= 2
             winner = tl.full((), lowest, tl.int64)
             least = tl.full((), float("inf"), tl.float32)
-            for i in range(0, n, BLOCK):
+            for i in range(0, n, SETTLED):
                 more = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
                 x = tl.load(logits + more)
                 kept = (i + lane < n) & (_ordered(x) >= limit)

@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parent / "tuned"
 # Values along K that 4 lanes of the linear kernel hold.
 CHUNK = {"fp": 32, "int8": 64, "fp8": 64, "int4": 128, "mxfp4": 128}
 LIKE = {"fp8": "int8", "mxfp4": "int4"}  # kinds that have no configurations of their own, but fp8 for one row
+SHARED_MEMORY = 227 * 2**10  # bytes of a Hopper multiprocessor's
 WAVES = 5  # default.json tells tiles that fill the multiprocessors once, twice, ... or so often and more apart
 
 
@@ -43,6 +44,7 @@ class Tile:
     num_warps: int
     num_stages: int  # tiles along K, of which one is in use and the others are on their way
     split: int  # programs that share a tile of the result, along K; 0: as many as the multiprocessors can run at once
+    height: int = 0  # rows of W of a tile, a multiple of 16; 0: as many as row_repeat and num_warps make
 
 
 Shape = tuple[int, int | None]  # (N, K), or of any K
@@ -155,7 +157,17 @@ def tile(kind: str, N: int, K: int, M: int, device: torch.device) -> Tile:
     sizes = sorted(rows for of, rows in default if of == kind)
     key = kind, next((rows for rows in sizes if rows >= M), sizes[-1])
     found = own.get(key, {}).get((N, K)) or default[key][waves, None]
-    tiles = math.ceil(M / found.rows) * math.ceil(N / (16 * found.row_repeat * found.num_warps))
+    most = 16 * found.row_repeat * found.num_warps
+    tiles = math.ceil(M / found.rows) * math.ceil(N / most)
     programs = 1 if kind == "fp" else 12 // found.num_warps  # of a multiprocessor; plain weights fill its shared memory
     fitting = processors(device) * programs // tiles
-    return replace(found, split=found.split or max(1, min(fitting, K // 1024)))
+    split = found.split or max(1, min(fitting, K // 1024))
+    if found.rows < M:
+        return replace(found, split=split)
+    # Where weights are read once, they are what takes time: smaller tiles, as many as are run at once.
+    if kind == "int8":  # which comes by shared memory, too
+        step = found.num_stages * (most + 2 * found.rows) * found.k_repeat * CHUNK[kind]
+        programs = max(1, min(SHARED_MEMORY // step, 16 // found.num_warps))
+    waves = math.ceil(tiles * split / (processors(device) * programs))
+    height = math.ceil(N * split / (waves * processors(device) * programs) / 16) * 16
+    return replace(found, split=split, height=min(height, most))

@@ -356,12 +356,13 @@ def test_attention_gives_the_same_bits_every_time():
         assert all(torch.equal(out, own[0]) for own in outputs for out in own)
 
 
-@pytest.mark.parametrize("B,V", [(1, 1000), (2, 2500)])
+@pytest.mark.parametrize("B,V,programs", [(1, 1000, 2112), (2, 2500, 2112), (2, 5000, 4)])
 @pytest.mark.parametrize(
     "temperature,top_k,min_p",
     [(0.0, 5, 0.0), (0.8, 200, 0.0), (1.3, 0, 0.0), (1.0, 50, 0.02), (0.7, 0, 0.1), (1.0, 1, 0)],
 )
-def test_sample_draws_what_the_reference_draws(B, V, temperature, top_k, min_p):
+def test_sample_draws_what_the_reference_draws(B, V, programs, temperature, top_k, min_p, monkeypatch):
+    monkeypatch.setattr(sampling, "PROGRAMS", programs)  # with 4, a program looks at 4,096 logits of 5,000
     logits = 3 * torch.randn(B, V, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     rng = torch.tensor([1234567890123, 7], device=DEVICE)
     history, pos = torch.full((B, 7), -1, device=DEVICE), torch.tensor([4, 0][:B], device=DEVICE)

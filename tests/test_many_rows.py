@@ -67,6 +67,8 @@ SMALL = Tile(16, 1, 1, 4, 3, 1)
         *((kind, 17, 80, 288, SMALL, True) for kind in KINDS),  # tiles that are not full along any axis
         *((kind, 33, 144, 768, Tile(64, 2, 2, 4, 2, 3), False) for kind in ("16-bit", "int8", "int4:64")),  # shared
         *((kind, 20, 144, 800, Tile(32, 1, 2, 8, 2, 2), True) for kind in ("fp8", "int4:128")),
+        *((kind, 18, 144, 544, Tile(32, 2, 1, 4, 3, 1, 80), kind != "fp8") for kind in KINDS),  # 80 of 128 rows
+        ("int8", 18, 144, 2112, Tile(32, 1, 2, 4, 3, 2, 48), True),
     ],
 )
 def test_gemm(kind, M, N, K, tile, swiglu, dtype, monkeypatch):
@@ -150,13 +152,30 @@ def test_every_weight_finds_a_tile():
         if kind == "fp" and M > linear_wide.GEMM_ROWS_PLAIN:
             continue
         tile = tuning.tile(kind, N, K, M, cpu)
-        assert 1 <= tile.split <= max(1, K // 1024)
-        assert -(-M // tile.rows) * -(-N // (16 * tile.row_repeat * tile.num_warps)) <= linear_gemm.TILES
+        most = 16 * tile.row_repeat * tile.num_warps
+        assert 1 <= tile.split <= max(1, K // 1024) and tile.height % 16 == 0 and tile.height <= most
+        assert -(-M // tile.rows) * -(-N // (tile.height or most)) <= linear_gemm.TILES
 
 
-@pytest.mark.parametrize("kind", ["16-bit", "int8", "int4:64"])
+def test_tiles_fill_the_multiprocessors_once_or_twice(monkeypatch):
+    """Of two on each of 132, which 256 rows of w13's 28,672 would leave to 224."""
+    monkeypatch.setattr(tuning, "tables", lambda *_: ({}, {("int8", 64): {(2, None): Tile(64, 1, 2, 8, 3, 1)}}))
+    tuning.tile.cache_clear()
+    cpu = torch.device("cpu")
+    assert tuning.tile("int8", 28672, 4096, 64, cpu).height == 112
+    assert tuning.tile("int8", 2 * 132 * 128, 4096, 64, cpu).height == 128
+    assert tuning.tile("int8", 2 * 132 * 128 + 1, 4096, 64, cpu).height == 80  # two of them each
+    assert tuning.tile("int8", 28672, 4096, 65, cpu).height == 0  # several tiles read a row of W
+    tuning.tile.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["16-bit", "int8", "int8, deep", "fp8", "int4:64"])
 def test_each_number_of_rows_has_its_way(kind, monkeypatch):
-    monkeypatch.setattr(linear_wide, "GEMM_ROWS_PLAIN" if kind == "16-bit" else "GEMM_ROWS", 20)
+    name = {"16-bit": "GEMM_ROWS_PLAIN", "int8": "GEMM_ROWS_INT8", "int8, deep": "GEMM_ROWS_INT8_DEEP"}
+    monkeypatch.setattr(linear_wide, name.get(kind, "GEMM_ROWS"), 20)
+    if kind == "int8, deep":
+        kind = "int8"
+        monkeypatch.setattr(linear_wide, "DEEP", 255)
     ways, calls = {"gemm": linear_gemm.gemm, "wide": linear_wide.wide}, []
     for name, way in ways.items():
         monkeypatch.setattr(linear_wide, name, lambda *rest, n=name, w=way: (calls.append(n), w(*rest))[1])

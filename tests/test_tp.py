@@ -1,5 +1,6 @@
 """Tensor parallelism: shards add up, ranks compute what one process does, nobody hangs."""
 
+import functools
 import itertools
 import json
 import os
@@ -28,7 +29,7 @@ from generate import generate, load  # noqa: E402
 from gptq import Hessian, gptq  # noqa: E402
 from linear import Linear, quantize_linear  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
-from ops import linear_triton, packing, symmetric, tuning  # noqa: E402
+from ops import exchange, linear_triton, overlap, packing, symmetric, tuning  # noqa: E402
 from ops.common import MAX_ROWS  # noqa: E402
 from process.ranks import session  # noqa: E402
 from sampling import Sampler  # noqa: E402
@@ -206,6 +207,19 @@ def test_linear_kernel_sums_or_gathers_over_ranks(world, kind, monkeypatch):
             torch.testing.assert_close((got >> 32).int().view(torch.float32), theirs[rank], rtol=2e-2, atol=5e-2)
 
 
+@pytest.mark.parametrize("world,rank", [(2, 0), (3, 1)])
+def test_parts_are_added_up_in_one_order(world, rank):
+    device, n = "cuda" if CUDA else "cpu", 5000
+    parts = torch.randn(world, 6000).half().to(device)
+    x = parts[rank, :n].clone()
+    parts[rank] = torch.nan  # this rank's own is x
+    wanted = torch.zeros(n, device=device)
+    for other in range(world):
+        wanted += x if other == rank else parts[other, :n]
+    exchange.add_up(x, parts, rank)
+    assert torch.equal(x, wanted.half())
+
+
 # --- in several processes ---------------------------------------------------------------------------------------------
 
 
@@ -260,6 +274,7 @@ def _launch(directory: Path, world: int) -> None:
 def _rank(directory: Path) -> None:
     """What every rank runs: models of many kinds, sharded and whole, in the same process."""
     torch.set_num_threads(1)
+    overlap.UNIT = 2
     with session() as tp:
         plain = tiny_config(tp.world)
         cases = [(plain, kind, torch.float32) for kind in (*KINDS, *CONVERTED, "int4-gptq")]
@@ -314,6 +329,25 @@ def _compare(path, config, dtype, quantize, tp):
     error = (logits[0] - logits[1]).norm() / logits[0].norm()
     assert logits[0].shape == logits[1].shape == (3, 10, 259), logits[1].shape
     assert error < bound, f"{path.name} {config} {dtype} {quantize}: {error}"
+    if not config.post_norms:
+        _compare_in_turns(part, tokens, cache_kind, bound)
+
+
+@torch.inference_mode()
+def _compare_in_turns(model, tokens, cache_kind, bound):
+    """A chunk whose halves take turns, behind some tokens, leaves the hidden states and the cache of a whole one."""
+    found, start, sums = [], torch.full((3,), 2), overlap.begin_sum
+    calls = []
+    overlap.begin_sum = lambda x, turn: calls.append((x.shape[1], turn)) or sums(x, turn)
+    for hidden in (model.hidden, functools.partial(overlap.in_turns, model)):
+        cache = model.cache(3, 16, cache_kind)
+        model(tokens[:, :2], torch.zeros(3, dtype=torch.int64), cache)
+        found.append((hidden(model.tok_embeddings(tokens[:, 2:]), start, cache), *cache.tensors))
+    overlap.begin_sum = sums
+    assert calls == [(4, 0), (3, 1)] * (2 * len(model.layers))  # of 7 tokens
+    for whole, halves in zip(*found):
+        whole, halves = whole.float(), halves.float()
+        assert (whole - halves).norm() <= bound * whole.norm(), (whole - halves).norm() / whole.norm()
 
 
 def _same_tokens(path, config, tp):
