@@ -142,7 +142,7 @@ def prompts() -> str:
         return [r["mode"], f"{r['prompt_length']:,}", speed, f"{r['memory_gigabytes']:.1f}"]
 
     header = "weights | prompt | first token, ms | tok/s | MFU | GB in use"
-    return _of_runs("prompts prompts_quantised prompts_captured prompts_long", header, cells)
+    return _of_runs("prompts prompts_quantised prompts_int8 prompts_int4 prompts_long", header, cells)
 
 
 def contexts() -> str:
@@ -161,6 +161,25 @@ def batches() -> str:
 
     header = "weights | rows | tokens in the cache of each | step, ms | tok/s in all | of read bandwidth"
     return _of_runs("batches batches_int8 batches_int4", header, cells)
+
+
+def queue() -> str:
+    result = results("queue_h200")
+
+    def cells(r: dict) -> list:
+        seconds = f"{r['seconds']:.1f} | {r['parts_seconds']:.1f} | **{r['of_parts']:.3f}**"
+        return [r["mode"], r["prompts"], r["batch_size"], f"{r['prompt_tokens']:,}", seconds]
+
+    header = "weights | prompts | rows | tokens in them | seconds | reading and decoding alone, s | of these"
+    return paragraphs(f"{about(result)}.", table(header, map(cells, result["queues"])))
+
+
+def formats() -> str:
+    result = results("formats_h200")
+    cells = ((r["model"], f"{r['weight_gigabytes']:.2f}", rate(r), f"**{r['fraction']:.3f}**") for r in result["rows"])
+    title = f"{about(result)}. It reads {min(r['read_bandwidth'] for r in result['rows']) / 1e9:.0f} to "
+    title += f"{max(r['read_bandwidth'] for r in result['rows']) / 1e9:.0f} GB/s."
+    return paragraphs(title, table("weights | GB a token reads | tok/s (min-max) | of read bandwidth", cells))
 
 
 def experts() -> str:
@@ -390,6 +409,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "prompts": prompts,
     "contexts": contexts,
     "batches": batches,
+    "queue": queue,
+    "formats": formats,
     "experts": experts,
     "first_token": first_token,
     "others": others,
