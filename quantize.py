@@ -242,19 +242,19 @@ def calibrated_inputs(
 def calibration_sequences(
     documents: Iterable[str], encode: Callable[[str], list[int]], length: int, limit: int, *, pad: bool = False
 ) -> list[Tensor]:
-    """Up to `limit` sequences of `length` tokens, int64 (B, S) batches of about 2048 tokens.
+    """Up to `limit` sequences of `length` tokens, int64 (B, S) batches of about 2048 tokens. Raises UserError for none.
 
-    Documents are joined and cut; with `pad`, each begins a sequence of its own, and its shorter end counts as well.
-    (Nothing needs padding: a sequence runs at its own length, which is the same under causal attention.)
-    Raises UserError when there is not one sequence.
+    Documents are joined and cut; with `pad`, each begins a sequence of its own, and its shorter end counts as well, at
+    its own length. A sequence begins with what encode("") gives: BOS, if the model's prompts begin with it.
     """
-    rows, rest, tokens, least = [], [], 0, SHORTEST if pad else length
-    for ids in map(encode, documents):
+    first = encode("")
+    rows, rest, tokens, size = [], [], len(first), length - len(first)
+    for ids in (encode(document)[len(first) :] for document in documents):
         tokens += len(ids)
         ids = rest + ids
-        pieces = (ids[a : a + length] for a in range(0, len(ids), length))
-        rows += [piece for piece in pieces if len(piece) >= least]
-        rest = [] if pad else ids[len(ids) - len(ids) % length :]
+        pieces = (first + ids[a : a + size] for a in range(0, len(ids), size))
+        rows += [piece for piece in pieces if len(piece) >= (SHORTEST if pad else length)]
+        rest = [] if pad else ids[len(ids) - len(ids) % size :]
         if len(rows) >= limit:
             break
     if not rows:

@@ -94,8 +94,9 @@ def to_generic_basis(source: Path, folder: Path, dtype: torch.dtype = torch.bflo
 
 
 @torch.inference_mode()
-def perplexity(path: Path, tokens: Tensor, device: torch.device, kv_cache: str | None) -> float:
-    """exp of the mean negative log-likelihood in windows; activations fp32, so that only weights and cache count."""
+def perplexity(path: Path, first: Tensor, tokens: Tensor, device: torch.device, kv_cache: str | None) -> float:
+    """exp of the mean negative log-likelihood of `tokens` in windows that begin with `first`, BOS or nothing;
+    activations fp32, so that only weights and cache count."""
     model = load_model(path, dtype=torch.float32, device=device)
     for layer in model.modules():
         if isinstance(layer, Linear):  # dequantise once, not in each window
@@ -103,7 +104,8 @@ def perplexity(path: Path, tokens: Tensor, device: torch.device, kv_cache: str |
             layer.backends = (ops.plain,)  # what kernels prepared is of the weight that was
     cache = model.cache(1, WINDOW, kv_cache)
     start, total, count = torch.zeros(1, dtype=torch.int32, device=device), 0.0, 0
-    for window in tokens.to(device).split(WINDOW):
+    for part in tokens.split(WINDOW - len(first)):
+        window = torch.cat((first, part)).to(device)
         logits = model(window[None], start, cache.first(len(window)), all_logits=True)[0]
         total += torch.nn.functional.cross_entropy(logits[:-1], window[1:].long(), reduction="sum").item()
         count += len(window) - 1
@@ -145,7 +147,9 @@ def main() -> None:
         to_generic_basis(own / args.checkpoint_path.name, generic)
     calibration, held_out = texts()
     (args.work_dir / "calibration.txt").write_text(calibration)
-    tokens = torch.tensor(load_tokenizer(own).encode(held_out)[: args.tokens])
+    tokenizer = load_tokenizer(own)
+    first = torch.tensor(tokenizer.encode(""), dtype=torch.int64)  # BOS, if prompts begin with it
+    tokens = torch.tensor(tokenizer.encode(held_out, bos=False)[: args.tokens])
     options = ["--device", args.device, "--calibration_file", args.work_dir / "calibration.txt"]
     options += ["--calibration_seq_length", WINDOW, "--calibration_limit", args.calibration_limit]
     for basis, kind in itertools.product(args.bases, args.kinds):
@@ -166,7 +170,7 @@ def main() -> None:
             out, _, _ = run("generate.py", "--checkpoint_path", path, *how)
             entry["tokens_per_second"] = json.loads(out.splitlines()[-1])["decode_tokens_per_second"]
         if scored:
-            found = perplexity(path, tokens, pick_device(args.device), CACHES.get(kind))
+            found = perplexity(path, first, tokens, pick_device(args.device), CACHES.get(kind))
             entry |= {"tokens": len(tokens), "perplexity": found}
         if timed or scored:
             entry["bytes"] = path.stat().st_size

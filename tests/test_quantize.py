@@ -21,7 +21,7 @@ from linear import Linear, quantizer
 from model import Transformer
 from process.command import run_cli
 from quantize import calibration_sequences, main
-from scripts.quant_table import to_generic_basis
+from scripts.quant_table import perplexity, to_generic_basis
 from texts import task_documents
 
 REPO = Path(quantize.__file__).parent
@@ -189,6 +189,19 @@ def test_calibration_sequences_join_and_cut_documents():
         calibration_sequences(documents, encode, 500, 100)
 
 
+@pytest.mark.parametrize("pad", [False, True])
+def test_every_calibration_sequence_begins_with_bos(pad):
+    """As all that the model will read does, however the documents are cut; between them is none."""
+    encode = lambda text: [0, *map(ord, text)]  # noqa: E731
+    batches = calibration_sequences(["a" * 50, "", "b" * 70, "c" * 33], encode, 40, 100, pad=pad)
+    rows = [row.tolist() for batch in batches for row in batch]
+    assert all(row[0] == 0 and all(row[1:]) for row in rows)
+    expected = ["a" * 39, "b" * 39, "c" * 33, "b" * 31] if pad else ["a" * 39, "a" * 11 + "b" * 28, "b" * 39]
+    assert sorted("".join(map(chr, row[1:])) for row in rows) == sorted(expected)
+    with pytest.raises(UserError, match="500 tokens; the text has 154"):
+        calibration_sequences(["a" * 50, "", "b" * 70, "c" * 33], encode, 500, 100)
+
+
 def test_calibration_reads_the_whole_sentence_of_a_task_whose_options_are_beginnings(monkeypatch):
     own = partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)
@@ -336,6 +349,18 @@ def test_the_generic_basis_is_the_same_function(folder, tmp_path):
     rotated = torch.load(path)
     assert (rotated["layers.0.attention_norm.weight"] == 1).all()
     assert not torch.allclose(rotated["layers.0.attention.wo.weight"], state["layers.0.attention.wo.weight"], atol=0.1)
+
+
+@pytest.mark.parametrize("first", [[], [1]])  # BOS
+def test_the_tables_perplexity_is_of_windows_that_begin_as_prompts_do(folder, first):
+    tokens = torch.randint(3, 90, (700,), generator=torch.Generator().manual_seed(0))
+    size, nll = 512 - len(first), []
+    for part in tokens[:size], tokens[size:]:
+        window = torch.tensor([*first, *part])
+        nll.append(F.cross_entropy(logits(folder / "model.pth", window[None])[0, :-1], window[1:], reduction="none"))
+    begin = torch.tensor(first, dtype=torch.int64)
+    found = perplexity(folder / "model.pth", begin, tokens, torch.device("cpu"), None)
+    assert found == pytest.approx(torch.cat(nll).mean().exp().item(), rel=1e-4)
 
 
 def test_gptq_knows_every_linear_of_the_model(original):
