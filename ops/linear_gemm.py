@@ -1,5 +1,5 @@
-"""Linear layers of quantised weights for 17 to a thousand rows on an NVIDIA GPU: a GEMM in Triton that reads a weight
-once and widens it in registers. (For plain weights cuBLAS is faster.)
+"""Linear layers of quantised weights for 17 to some hundred rows on an NVIDIA GPU, of int8 for some thousand: a GEMM in
+Triton that reads a weight once and widens it in registers. (For plain weights cuBLAS is faster.)
 
     gemm(x, weight, ...)     [residual +] W rms_norm(x) [+ bias], or SwiGLU of it
     rms_norm(x, norm, ...)   RMSNorm by itself, in the order of features that `gemm` wants, or as it is
