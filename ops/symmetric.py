@@ -18,7 +18,6 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
-from ops import exchange
 from ops.common import MAX_ROWS, on_triton, op, pdl, tl, tlx, triton
 from ops.messages import content, missing, receive, send
 
@@ -34,12 +33,13 @@ def all_reduce(x: Tensor, gather: bool, rank: int, world: int) -> Tensor:
     Every rank gets the same bits. On GPUs with peer access one kernel does it, otherwise NCCL, and on a CPU gloo.
     """
     words = x.numel() * x.element_size() // 4
-    if on_triton(x) and x.shape[-1] * x.element_size() % 4 == 0 and (buffers := symmetric_buffers(x.device)):
-        if words <= MAX_WORDS:
-            return all_reduce_triton(x.contiguous(), gather, rank, world, *buffers[0])
-        size = 1 << (x.numel() - 1).bit_length()
-        if x.is_cuda and not gather and (inbox := exchange.inbox(size, x.dtype, x.device)):
-            return inbox.sum(x.contiguous())
+    if (
+        on_triton(x)
+        and words <= MAX_WORDS
+        and x.shape[-1] * x.element_size() % 4 == 0
+        and (buffers := symmetric_buffers(x.device))
+    ):
+        return all_reduce_triton(x.contiguous(), gather, rank, world, *buffers[0])
     if gather:
         parts = [torch.empty_like(x) for _ in range(world)]
         dist.all_gather(parts, x.contiguous())

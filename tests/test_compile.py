@@ -54,14 +54,13 @@ def test_all_kernels_compile_for_hopper(compiled):
         "_copy_match_kernel",
         "_embedding_kernel",
         "_all_reduce_kernel",
-        *EXCHANGE,
         "_route_kernel",
         "_experts_kernel",
         "_widen_cache_kernel",
         *GROUPING,
     }
     # All but the first start when all before has ended.
-    others = ("_attention_kernel", "_rotate_kernel", "_flash_kernel", "_widen_cache_kernel", *GROUPING, *EXCHANGE)
+    others = ("_attention_kernel", "_rotate_kernel", "_flash_kernel", "_widen_cache_kernel", *GROUPING)
     assert all(row["waits"] == row["launches"] > 0 for row in compiled if row["kernel"] not in others)
 
 
@@ -140,7 +139,6 @@ def test_what_is_tuned_for_a_gpu_serves_it_by_any_name(monkeypatch):
     assert tuning.configuration("int8", 4096, 4096, 1, torch.device("cuda:0")) == choice
 
 
-EXCHANGE = ("_write_kernel", "_add_kernel")  # of large sums over ranks
 GROUPING = ("_choose_kernel", "_place_kernel", "_grouped_kernel", "_sum_kernel")  # of experts' tokens
 
 
@@ -196,7 +194,6 @@ def main() -> None:
     from compile_only import compile_only  # first, as it imports Triton
 
     from ops import (
-        exchange,
         experts_gemm,
         experts_triton,
         kv_cache,
@@ -304,10 +301,6 @@ def main() -> None:
         tune.compile_layer(name, of, None, 2048, 6, TensorParallel(0, 2), Configuration(16, 2, 4, 128, 0))
     symmetric.all_reduce_triton(x, False, 0, 2, buffers, counts)
     symmetric.all_reduce_triton(x, True, 1, 4, buffers, counts)
-    x, inbox = torch.empty(70000, dtype=dtype), torch.empty(exchange.inbox_bytes(2**17, 2, 2), dtype=torch.uint8)
-    sent = torch.empty(exchange.PROGRAMS, dtype=torch.int32)
-    exchange.write(x, buffers, sent, 2**17, 1)
-    exchange.add(x, inbox, sent, 2**17, 1, 2)
 
     pos = torch.zeros(1, dtype=torch.int64)
     for S, H, Hkv, D, rotary in ((1, 4, 4, 128, True), (1, 8, 2, 64, True), (6, 4, 2, 128, True), (4, 4, 2, 16, False)):

@@ -28,7 +28,7 @@ from generate import generate, load  # noqa: E402
 from gptq import Hessian, gptq  # noqa: E402
 from linear import Linear, quantize_linear  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
-from ops import exchange, linear_triton, packing, symmetric, tuning  # noqa: E402
+from ops import linear_triton, packing, symmetric, tuning  # noqa: E402
 from ops.common import MAX_ROWS  # noqa: E402
 from process.ranks import session  # noqa: E402
 from sampling import Sampler  # noqa: E402
@@ -204,28 +204,6 @@ def test_linear_kernel_sums_or_gathers_over_ranks(world, kind, monkeypatch):
             got = place.gather(0, (number % 2).expand(1, rows, N))[0]
             assert torch.equal(got & 0xFFFFFFFF, number.expand(rows, N))
             torch.testing.assert_close((got >> 32).int().view(torch.float32), theirs[rank], rtol=2e-2, atol=5e-2)
-
-
-@pytest.mark.parametrize("world,n", [(2, 5000), (3, 70000)])
-def test_what_ranks_write_to_each_other_is_added_up_in_one_order(world, n, monkeypatch):
-    """Five messages: ranks one after the other, as their writing waits for nobody."""
-    for name, value in (("WRITTEN", 4096), ("PROGRAMS", 3)):
-        monkeypatch.setattr(exchange, name, value)
-    device, size = "cuda" if CUDA else "cpu", 2**17
-    memory = torch.zeros(world, exchange.inbox_bytes(size, 2, world), dtype=torch.uint8, device=device)
-    buffers = torch.tensor([m.data_ptr() for m in memory], device=device)
-    sent = torch.zeros(world, exchange.PROGRAMS, dtype=torch.int32, device=device)
-    for _ in range(5):
-        parts = torch.randn(world, n).half().to(device)
-        wanted = torch.zeros(n, device=device)
-        for part in parts:
-            wanted += part
-        for rank, part in enumerate(parts):
-            exchange.write(part, buffers, sent[rank], size, rank)
-        for rank, part in enumerate(parts):
-            found = exchange.add(part, memory[rank], sent[rank], size, rank, world)
-            assert torch.equal(found, wanted.half())
-    assert (sent == 5).all()
 
 
 # --- in several processes ---------------------------------------------------------------------------------------------
