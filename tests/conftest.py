@@ -28,6 +28,7 @@ SMOLLM2 = REPO / "checkpoints" / "SmolLM2-135M-Instruct"
 
 # A shell's background jobs ignore Ctrl-C, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup, for one, has all ignore
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
