@@ -283,7 +283,7 @@ def equality() -> str:
 
 
 def quant(result: dict) -> str:
-    """Also printed by quant_table.py, of results that need not be complete."""
+    """Also printed by quant_table.py, of results that need not be complete: a column that has nothing is left out."""
 
     def perplexity(basis: str, kind: str) -> float:
         return result.get(basis, {}).get(kind, {}).get("perplexity", math.nan)
@@ -302,16 +302,15 @@ def quant(result: dict) -> str:
         name = kind.replace("kv-", "bf16, its keys and values in ")
         group = int(kind.partition(".g")[2] or 0)  # with a scale and a zero
         bits = f"{4 + 32 / group:g}" if group else "8" if kind.startswith(("int8", "fp8")) else "16"
-        line = [name, bits, f"{row['bytes'] / 1e6:.0f}", *losses, recovered, speed, cost]
-        return [cell.replace("nan (+nan %)", "-").replace("nan %", "-") for cell in line]
+        line = [name, bits, f"{row.get('bytes', math.nan) / 1e6:.0f}", *losses, recovered, speed, cost]
+        return [cell.replace(" (+nan %)", "").replace("nan %", "-").replace("nan", "-") for cell in line]
 
     own, generic = result.get("own", {}), result.get("generic", {})
     kinds = sorted(own | generic, key=lambda kind: (int(kind.partition(".g")[2] or 0), kind.partition(".g")[0]))
-    header = "weights | bits | MB | perplexity | in a generic basis | GPTQ recovers | tok/s, CPU"
-    header += " | time, memory to quantise"
-    title = f"{result['device']}, torch {result['torch']}: `{result['command']}`."
-    commits = f"Commits: {commit(result)}." if "commit" in result else ""
-    return paragraphs(title, table(header, map(cells, kinds)), commits, result.get("note", ""))
+    header = ["weights", "bits", "MB", "perplexity", "in a generic basis", "GPTQ recovers", "tok/s, CPU"]
+    columns = zip([*header, "time, memory to quantise"], *map(cells, kinds))
+    names, *rows = zip(*(column for column in columns if {*column[1:]} - {"", "-"}))
+    return paragraphs(f"{about(result)}.", table(" | ".join(names), rows), result.get("note", ""))
 
 
 def quant_7b() -> str:

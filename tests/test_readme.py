@@ -79,6 +79,28 @@ def test_every_table_stands_on_one_page():
     assert sorted(re.findall(r"^<!-- (\w+) -->$", "\n".join(PAGES.values()), flags=re.M)) == sorted(tables.TABLES)
 
 
+def test_the_table_of_an_unfinished_measurement_shows_what_there_is():
+    made = {"device": "2 cores", "torch": "2.0", "commit": "f" * 40, "command": "python x.py"}
+    timed = {"bytes": 2_000_000, "quantise_seconds": 7.2, "quantise_memory": 10**9, "tokens_per_second": 50.0}
+    found = tables.quant(made | {"own": {"int8": {"perplexity": 14.666, "bytes": 10**6}, "int4.g32": {}}})
+    assert found.splitlines() == [
+        "2 cores, torch 2.0, commit fffffff: `python x.py`.",
+        "",
+        "| weights | bits | MB | perplexity |",
+        "|---|---|---|---|",
+        "| int8 | 8 | 1 | 14.67 |",
+        "| int4.g32 | 5 | - | - |",
+    ]
+    exact, timed = {"perplexity": 10.0, "bytes": 1}, timed | {"perplexity": 11.0}
+    found = tables.quant(made | {"own": {"bf16": exact, "int8": timed}})
+    assert found.splitlines()[2:] == [
+        "| weights | bits | MB | perplexity | tok/s, CPU | time, memory to quantise |",
+        "|---|---|---|---|---|---|",
+        "| bf16 | 16 | 0 | 10.00 (+0.00 %) |  |  |",
+        "| int8 | 8 | 2 | 11.00 (+10.00 %) | 50.0 | 7 s, 1.0 GB |",
+    ]
+
+
 def test_bars_are_the_measured_fraction_of_their_outlines():
     image = ElementTree.fromstring((REPO / tables.PICTURE).read_text(encoding="utf-8"))
     bars = [e for e in image.iter() if e.tag.endswith("rect") and e.get("x") == str(tables.BAR_LEFT)]
