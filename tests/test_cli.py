@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -49,6 +50,18 @@ def test_generate_prints_text_and_measures(cli, tiny):
         assert words in result.stderr
     again = run_forked("generate.py", *args, "--temperature", "0", "--stream")
     assert again.stdout.splitlines()[:-1] == text
+
+
+@pytest.mark.parametrize("own", [None, "active"])
+def test_pytorchs_idle_threads_do_not_spin_unless_the_user_says_so(own):
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment |= {"OMP_DISPLAY_ENV": "verbose"} | ({"OMP_WAIT_POLICY": own} if own else {})
+    command = [sys.executable, REPO / "quantize.py", "--help"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    counts = {int(count) for count in re.findall(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr)}
+    if not counts:
+        pytest.skip("PyTorch is not built with GNU OpenMP")
+    assert (max(counts) > 0) == (own == "active"), counts
 
 
 def test_prompt_file_chat_and_synthetic_prompts(tiny, tmp_path):
