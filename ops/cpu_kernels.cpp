@@ -36,7 +36,8 @@ constexpr int OFFSET = 128;  // by which int8 weights are too large, as those in
 constexpr int OFFSET = 0;
 #endif
 constexpr int UNIT = 16, BLOCK = 32;
-constexpr int AHEAD = 2048;  // bytes of weights that are asked for
+constexpr int AHEAD = 2048;       // bytes of weights that are asked for
+constexpr int DOTS_AHEAD = 8192;  // the same of floating weights where several rows of x are loaded between them
 constexpr int64_t ROWS = 64;         // of x that meet a unit of W while it is in the first cache
 constexpr int64_t PANEL_ROWS = 192;  // as many that meet a panel, if they fit the second cache
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
@@ -148,7 +149,7 @@ struct Block {  // 32 activations: scale * q
 
 INLINE bool is_integer(const Linear& layer) { return layer.kind >= INT8; }
 
-// Whether x is rounded to bf16. Fewer rows wait for memory: there fp32 costs nothing.
+// Whether x is rounded to bf16. Fewer rows wait for memory: there fp32 costs little.
 INLINE bool by_halves(const Product& p) { return FAST_HALVES && p.layer->kind == BF16 && p.M >= 4; }
 INLINE bool by_panels(const Product& p) { return p.M >= 32 && !(FAST_INTEGERS && is_integer(*p.layer)); }
 
@@ -409,11 +410,12 @@ void int8_groups_tile(const Linear& layer, int64_t tile, const Block* x, int64_t
   for (int m = 0; m < M; m++) store(y + m * UNIT, acc[m]);
 }
 
-// Rows of x, as many at a time as registers hold
-template <int M, template <int> class Run, class... Rest>
+// Rows of x, as many at a time as registers hold. The last ones go by halves of that number, or, at the price of more
+// code, AT_ONCE.
+template <int M, template <int> class Run, bool AT_ONCE = false, class... Rest>
 INLINE void by_rows(int64_t m, int64_t rows, Rest... rest) {
   for (; m + M <= rows; m += M) Run<M>::run(m, rest...);
-  if constexpr (M > 1) by_rows<M / 2, Run>(m, rows, rest...);
+  if constexpr (M > 1) by_rows<AT_ONCE ? M - 1 : M / 2, Run, AT_ONCE>(m, rows, rest...);
 }
 
 template <int M>
@@ -437,73 +439,6 @@ struct Int8Tiles {
 
 // --- floating weights ------------------------------------------------------------------------------------------------
 
-// acc + w x in each lane, of an fp32 or of two bf16
-template <bool HALVES>
-INLINE Floats multiply_add(Floats acc, Floats w, Floats x) {
-#if defined(__AVX512BF16__)
-  if constexpr (HALVES) return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
-#endif
-  return acc + w * x;
-}
-
-// y[m] = w x[m] for a row of W of `bytes` bytes and M of x, `stride` floats apart. One stream of memory, which the
-// processor prefetches by itself, reads fastest.
-template <bool HALF, int M>
-void dots(const char* w, int64_t bytes, const float* x, int64_t stride, float* y) {
-  constexpr int WIDTH = HALF ? 2 : 1, CHAINS = M == 1 ? 64 / sizeof(Words) * WIDTH : WIDTH;
-  Floats acc[M][CHAINS] = {};
-  auto step = [&](int64_t at, int chain, Words v) __attribute__((always_inline)) {
-    for (int m = 0; m < M; m++) {
-      const float* own = x + m * stride + at * WIDTH / 4;
-      acc[m][chain] += (Floats)(HALF ? v << 16 : v) * load<Floats>(own);
-      if (HALF) acc[m][chain + WIDTH - 1] += (Floats)(v & 0xffff0000) * load<Floats>(own + LANES);
-    }
-  };
-  int64_t at = 0;
-  for (; at + 64 <= bytes; at += 64) {
-    for (int64_t i = 0; i < 64; i += sizeof(Words))
-      step(at + i, i / sizeof(Words) * WIDTH % CHAINS, load<Words>(w + at + i));
-  }
-  for (; at < bytes; at += sizeof(Words)) step(at, 0, load<Words>(w + at, bytes - at));
-  for (int m = 0; m < M; m++) {
-    for (int i = 1; i < CHAINS; i++) acc[m][0] += acc[m][i];
-    y[m * UNIT] = sum(acc[m][0]);
-  }
-}
-
-// The same of x in bf16
-template <int M>
-void half_dots(const char* w, int64_t bytes, const char* x, int64_t stride, float* y) {
-  Floats acc[M] = {};
-  auto step = [&](int64_t at, Floats v) __attribute__((always_inline)) {
-    for (int m = 0; m < M; m++) acc[m] = multiply_add<true>(acc[m], v, load<Floats>(x + m * stride + at));
-  };
-  int64_t at = 0;
-  for (; at + 64 <= bytes; at += 64) step(at, load<Floats>(w + at));
-  if (at < bytes) step(at, load<Floats>(w + at, bytes - at));
-  for (int m = 0; m < M; m++) y[m * UNIT] = sum(acc[m]);
-}
-template <int M>
-struct HalfDots {
-  static INLINE void run(int64_t m, const char* w, int64_t bytes, int64_t count, const char* x, int64_t stride,
-                         float* y) {
-    for (int64_t r = 0; r < count; r++) half_dots<M>(w + r * bytes, bytes, x + m * stride, stride, y + m * UNIT + r);
-  }
-};
-
-template <bool HALF>
-struct Rows {
-  template <int M>
-  struct Dots {
-    static INLINE void run(int64_t m, const char* w, int64_t bytes, int64_t count, const float* x, int64_t stride,
-                           float* y) {
-      for (int64_t r = 0; r < count; r++) dots<HALF, M>(w + r * bytes, bytes, x + m * stride, stride, y + m * UNIT + r);
-    }
-  };
-};
-
-// --- panels ----------------------------------------------------------------------------------------------------------
-
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -526,6 +461,122 @@ INLINE void transpose(Words8 (&v)[8]) {
     v[i + 4] = SHUFFLE(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
 }
+
+// acc + w x in each lane, of an fp32 or of two bf16
+template <bool HALVES>
+INLINE Floats multiply_add(Floats acc, Floats w, Floats x) {
+#if defined(__AVX512BF16__)
+  if constexpr (HALVES) return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+#endif
+  return acc + w * x;
+}
+
+// y[m] = w x[m] for a row of W of `bytes` bytes and M of x, `stride` floats apart. A processor prefetches one stream of
+// memory by itself, fastest; loads of several rows of x confuse it.
+template <bool HALF, int M>
+void dots(const char* w, int64_t bytes, const float* x, int64_t stride, float* y) {
+  constexpr int WIDTH = HALF ? 2 : 1, CHAINS = M == 1 ? 64 / sizeof(Words) * WIDTH : WIDTH;
+  Floats acc[M][CHAINS] = {};
+  auto step = [&](int64_t at, int chain, Words v) __attribute__((always_inline)) {
+    for (int m = 0; m < M; m++) {
+      const float* own = x + m * stride + at * WIDTH / 4;
+      acc[m][chain] += (Floats)(HALF ? v << 16 : v) * load<Floats>(own);
+      if (HALF) acc[m][chain + WIDTH - 1] += (Floats)(v & 0xffff0000) * load<Floats>(own + LANES);
+    }
+  };
+  int64_t at = 0;
+  for (; at + 64 <= bytes; at += 64) {
+    if (M > 1) __builtin_prefetch(w + at + DOTS_AHEAD, 0, 1);
+    for (int64_t i = 0; i < 64; i += sizeof(Words))
+      step(at + i, i / sizeof(Words) * WIDTH % CHAINS, load<Words>(w + at + i));
+  }
+  for (; at < bytes; at += sizeof(Words)) step(at, 0, load<Words>(w + at, bytes - at));
+  for (int m = 0; m < M; m++) {
+    for (int i = 1; i < CHAINS; i++) acc[m][0] += acc[m][i];
+    y[m * UNIT] = sum(acc[m][0]);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// The sum of the lanes of each
+template <int M>
+INLINE Floats8 sums(const Floats (&acc)[M]) {
+  Words8 v[8] = {};
+  for (int m = 0; m < M; m++) {
+    const __m512 own = (__m512)acc[m];
+    v[m] = (Words8)(_mm512_castps512_ps256(own) + _mm512_extractf32x8_ps(own, 1));
+  }
+  transpose(v);
+  Floats8 s[8];
+  for (int i = 0; i < 8; i++) s[i] = (Floats8)v[i];
+  return s[0] + s[1] + (s[2] + s[3]) + (s[4] + s[5] + (s[6] + s[7]));
+}
+
+// The same of R rows of W and x in bf16, to y[r] of floats. A vector of x that is loaded meets R of W: more loads than
+// products would take longer than these. ahead: what is to be read later, R rows as well, or null
+template <int M, int R>
+void half_dots(const char* w, int64_t bytes, const char* ahead, const char* x, int64_t stride, Words8* y) {
+  Floats acc[R][M] = {};
+  auto step = [&](int64_t at, const Floats (&v)[R]) __attribute__((always_inline)) {
+    for (int m = 0; m < M; m++) {
+      const Floats own = load<Floats>(x + m * stride + at);
+      for (int r = 0; r < R; r++) acc[r][m] = multiply_add<true>(acc[r][m], v[r], own);
+    }
+  };
+  int64_t at = 0;
+  for (; at + 64 <= bytes; at += 64) {
+    Floats v[R];
+    for (int r = 0; r < R; r++) {
+      if (ahead) __builtin_prefetch(ahead + R * at + 64 * r, 0, 1);
+      v[r] = load<Floats>(w + r * bytes + at);
+    }
+    step(at, v);
+  }
+  if (at < bytes) {
+    Floats v[R];
+    for (int r = 0; r < R; r++) v[r] = load<Floats>(w + r * bytes + at, bytes - at);
+    step(at, v);
+  }
+  for (int r = 0; r < R; r++) y[r] = (Words8)sums(acc[r]);
+}
+
+// `count` rows of W times M rows of x. next: the unit that is read after this one, or null
+template <int M>
+void half_unit(const char* w, int64_t bytes, int64_t count, const char* next, const char* x, int64_t stride, float* y) {
+  const int64_t ahead = least(UNIT, up((DOTS_AHEAD + bytes - 1) / bytes, 2));  // rows
+  for (int64_t first = 0; first < UNIT; first += 8) {
+    Words8 part[8] = {};  // of floats
+    for (int64_t r = first; r < least(first + 8, count); r += 2) {
+      const int64_t later = r + ahead;
+      const char* there = !next ? nullptr : later < UNIT ? w + later * bytes : next + (later - UNIT) * bytes;
+      const auto run = r + 1 < count ? half_dots<M, 2> : half_dots<M, 1>;
+      run(w + r * bytes, bytes, there, x, stride, part + r - first);
+    }
+    transpose(part);
+    for (int m = 0; m < M; m++) store(y + m * UNIT + first, part[m]);
+  }
+}
+template <int M>
+struct HalfUnits {
+  static INLINE void run(int64_t m, const char* w, int64_t bytes, int64_t count, const char* next, const char* x,
+                         int64_t stride, float* y) {
+    half_unit<M>(w, bytes, count, m ? nullptr : next, x + m * stride, stride, y + m * UNIT);
+  }
+};
+#endif
+
+template <bool HALF>
+struct Rows {
+  template <int M>
+  struct Dots {
+    static INLINE void run(int64_t m, const char* w, int64_t bytes, int64_t count, const float* x, int64_t stride,
+                           float* y) {
+      for (int64_t r = 0; r < count; r++) dots<HALF, M>(w + r * bytes, bytes, x + m * stride, stride, y + m * UNIT + r);
+    }
+  };
+};
+
+// --- panels ----------------------------------------------------------------------------------------------------------
 
 // `count` of 16 rows of `bytes` bytes, one behind the other, as a panel (values of a row, UNIT) of bf16 in
 // fp32, or (words of a row, UNIT) as they are; zeros for the others
@@ -630,8 +681,9 @@ struct Panel {
 
 // --- linear ----------------------------------------------------------------------------------------------------------
 
-// A unit of rows of W times `rows` rows of x, as `prepare` made them: to y (rows, UNIT)
-void products(const Product& p, int64_t unit, int64_t rows, const char* x, float* panel, float* y) {
+// A unit of rows of W times `rows` rows of x, as `prepare` made them: to y (rows, UNIT). next: what unit
+// this thread takes next, or -1
+void products(const Product& p, int64_t unit, int64_t next, int64_t rows, const char* x, float* panel, float* y) {
   const Linear& layer = *p.layer;
   const float* values = (const float*)x;
   const int64_t stride = row_bytes(p) / 4;
@@ -662,12 +714,16 @@ void products(const Product& p, int64_t unit, int64_t rows, const char* x, float
   } else {
     const int64_t bytes = layer.K * (layer.kind == BF16 ? 2 : 4), count = least(UNIT, layer.N - unit * UNIT);
     const char* w = (const char*)layer.weight + unit * UNIT * bytes;
-    if (by_halves(p))
-      by_rows<8, HalfDots>(0, rows, w, bytes, count, x, 4 * stride, y);
-    else if (layer.kind == BF16)
-      by_rows<6, Rows<true>::Dots>(0, rows, w, bytes, count, values, stride, y);
+#if defined(__AVX512BF16__)
+    if (by_halves(p)) {
+      const char* later = next < 0 ? nullptr : (const char*)layer.weight + next * UNIT * bytes;
+      return by_rows<8, HalfUnits, true>(0, rows, w, bytes, count, later, x, 4 * stride, y);
+    }
+#endif
+    if (layer.kind == BF16)
+      by_rows<6, Rows<true>::Dots, true>(0, rows, w, bytes, count, values, stride, y);
     else
-      by_rows<6, Rows<false>::Dots>(0, rows, w, bytes, count, values, stride, y);
+      by_rows<6, Rows<false>::Dots, true>(0, rows, w, bytes, count, values, stride, y);
   }
 }
 
@@ -718,10 +774,15 @@ void linear(const Product& p, Team& team, Scratch scratch) {
   const int64_t units = (layer.N + UNIT - 1) / UNIT, chunk = most(1, units / (8 * team.threads));
   const int64_t chunks = (units + chunk - 1) / chunk, few = rows_at_once(p);
   float y[(PANEL_ROWS + PANEL_M) * UNIT];
-  for (int64_t task; (task = team.take()) < chunks * ((p.M + few - 1) / few);) {
+  const int64_t tasks = chunks * ((p.M + few - 1) / few);
+  const bool asks = by_halves(p) && !by_panels(p);  // for its next task's weights, which it must know
+  for (int64_t task = team.take(), later; task < tasks; task = asks ? later : team.take()) {
     const int64_t first = task / chunks * few, count = least(few, p.M - first), begin = task % chunks * chunk;
-    for (int64_t unit = begin; unit < least(begin + chunk, units); unit++) {
-      products(p, unit, count, rows + first * row, (float*)scratch.own, y);
+    const int64_t end = least(begin + chunk, units);
+    later = asks ? team.take() : tasks;
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t next = unit + 1 < end ? unit + 1 : later < tasks ? later % chunks * chunk : -1;
+      products(p, unit, next, count, rows + first * row, (float*)scratch.own, y);
       for (int64_t m = 0; m < count; m++) finish(p, unit, first + m, y + m * UNIT);
     }
   }
@@ -763,7 +824,7 @@ void write_cache(const Attention& a, int64_t b, int64_t s, int64_t h, float* hea
 constexpr int64_t KEYS = 64;  // that a block of queries meets at a time
 
 // New tokens whose queries of the heads that share a key make up a block; 0: each query goes by itself
-int64_t block_tokens(const Attention& a) { return a.S < 4 ? 0 : least(a.S, most(1, 96 / (a.H / a.Hkv))); }
+int64_t block_tokens(const Attention& a) { return a.S < 2 ? 0 : least(a.S, most(1, 96 / (a.H / a.Hkv))); }
 
 int64_t attention_scratch(const Attention& a) {
   const int64_t rows = block_tokens(a) * (a.H / a.Hkv), wide = up(a.D, UNIT);
