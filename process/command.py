@@ -38,7 +38,9 @@ def command(name: str) -> NoReturn:
     """Run the `main` of a module that is a command's file, for good. Called before that file's own imports, which take
     seconds, so that a signal during them, too, is a line and not a traceback."""
     # PyTorch's threads spin for milliseconds after each parallel region, on the cores that ops/cpu.cpp's then wait for.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Microseconds bridge the gaps between regions as well.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     _open_streams()
     with _handled(_end_at_once):
         run_cli(lambda: _handled(_unwind)(importlib.import_module(name).main)())
