@@ -110,8 +110,10 @@ def load_models(
         if not llm.speculator:
             llm.advance()
 
+    if not prompts:
+        return models(device)
     key = (str(path.resolve()), path.stat().st_mtime, quantize, tp, str(draft), engine, [len(ids) for ids in prompts])
-    with ops.compiled_ahead(rehearse, device, DTYPES[precision], key) if prompts else nullcontext():
+    with ops.compiled_ahead(rehearse, device, DTYPES[precision], key):
         return models(device)
 
 

@@ -46,6 +46,11 @@ def reference_greedy(model, prompt, n):
     return ids[0, len(prompt) :].tolist()
 
 
+def test_a_missing_checkpoint_is_named(tiny):
+    with pytest.raises(UserError, match="does not exist"):
+        load(tiny[0] / "missing.pth", device="cpu", compile=True)
+
+
 def test_greedy_equals_transformers(tiny):
     prompt = list(range(10, 30))
     expected = reference_greedy(tiny[1], prompt, 30)
