@@ -251,7 +251,7 @@ class Mixture(nn.Module):
     @_repeated
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x + mixture(norm(x))"""
-        own = x if self.rank == 0 else None  # rank 0's share of the sum includes the residual
+        own = x if self.world == 1 else None  # which ops.mixture adds to a sum over ranks
         if self.shared_expert:
             h = norm(x)
             hidden = self.shared_expert.hidden(h, None) * self.shared_expert_gate(h).sigmoid()

@@ -1,7 +1,7 @@
 """Tensor parallelism over torchrun's processes: who holds which part of which weight.
 
 wqkv, w1, w3 and the vocabulary of embedding and output are split by rows, wo and w2 by columns (Megatron-LM, arXiv
-1909.08053), so a layer needs two sums over the ranks. Rank 0's share of a sum includes the residual and the bias.
+1909.08053), so a layer needs two sums over the ranks. Rank 0's share of a sum includes the bias.
 
     with session() as tp:  # of process/ranks.py; alone, without torchrun
         model = load_model(path, tp=tp)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ops
-from ops import common, symmetric
+from ops import common, exchange, symmetric
 from ops.common import Gpu, triton
 
 
@@ -33,7 +33,7 @@ def compiled_ahead(
 ) -> Iterator[None]:
     """A context at whose end the kernels are compiled that `rehearsal` launches for activations of `dtype`, on the meta
     device in the place of `device`; key: what else it depends on, and Triton's cache holds what was rehearsed with the
-    same key before. Of a machine's ranks the first two do it: it may add what all others do not."""
+    same key before. Of a machine's ranks the first two do it: it adds the biases of sums over ranks."""
     process, does = None, int(os.environ.get("LOCAL_RANK", 0)) < 2
     if does and device.type == "cuda" and triton is not None and dtype.itemsize == 2:
         gpu = common.gpu(device)
@@ -129,6 +129,7 @@ def rehearse(rehearsal: Callable[[], object], gpu: Gpu, compile: Callable[[Calla
     torch._dynamo = sys.modules["torch._dynamo"] = SimpleNamespace(disable=lambda function, *_, **__: function)
     counts = torch.zeros(2, dtype=torch.int64, device="meta")  # no other rank is met here
     symmetric.symmetric_buffers = lambda _: ((counts, counts), (counts, counts))
+    exchange.inbox = lambda _: exchange.Inbox(0, counts, counts.int(), None)
     dist.broadcast_object_list = dist.all_reduce = dist.all_gather = lambda *_, **__: None
     ours = torch.library.Library("gptfast", "IMPL")
     for name, function in common.FUNCTIONS.items():  # of which PyTorch would ask for the shapes of results alone

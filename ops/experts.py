@@ -120,10 +120,10 @@ def pack(layer: MixtureLayer, dtype: torch.dtype) -> bool:
 
 def mixture(layer: MixtureLayer, x: Tensor, norm: nn.RMSNorm, residual: Tensor | None = None) -> Tensor:
     """[residual +] mixture(norm(x)) of x (..., C), in its dtype; with several ranks, which have a part of each expert
-    and perhaps a residual, the sum of theirs."""
+    and perhaps a residual, x plus the sum of theirs."""
     ways = (run(layer, x, norm, residual) for run in (*layer.backends, mixture_plain))
     y = next(y for y in ways if y is not None)
-    return y if layer.world == 1 else symmetric.all_reduce(y, False, layer.rank, layer.world)
+    return y if layer.world == 1 else symmetric.all_reduce(y, False, layer.rank, layer.world, x)
 
 
 def route(layer: MixtureLayer, h: Tensor) -> tuple[Tensor, Tensor]:

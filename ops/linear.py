@@ -72,15 +72,16 @@ def swiglu(y: Tensor) -> Tensor:
 
 
 def _over_ranks(run: Callable) -> Callable:
-    """A backend that knows of no ranks, and what all of them make together. Rank 0's share of a sum has the residual
-    (and, by Linear.shard, the bias)."""
+    """A backend that knows of no ranks, and what all of them make together. (Of a bias, rank 0's share of a sum has
+    all, by Linear.shard.)"""
 
     @wraps(run)
     def over_ranks(layer: LinearLayer, x: Tensor, norm, residual: Tensor | None) -> Tensor | None:
-        y = run(layer, x, norm, None if layer.reduce == "sum" and layer.rank else residual)
-        if y is None or layer.world == 1 or not layer.reduce:
+        alone = layer.world == 1 or not layer.reduce
+        y = run(layer, x, norm, residual if alone else None)
+        if y is None or alone:
             return y
-        return symmetric.all_reduce(y, layer.reduce == "gather", layer.rank, layer.world)
+        return symmetric.all_reduce(y, layer.reduce == "gather", layer.rank, layer.world, residual)
 
     return over_ranks
 

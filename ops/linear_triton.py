@@ -315,15 +315,15 @@ def linear(
     launch, processors = pdl(x.device), tuning.processors(x.device)
     hopper = launch["PDL"]
     buffers = symmetric.symmetric_buffers(x.device) if world > 1 and N <= symmetric.MAX_FEATURES else None
-    if world > 1 and buffers is None:
-        residual = residual if rank == 0 else None
+    of_all = residual if world > 1 and buffers is None else None  # added with the others' parts
+    residual = None if residual is None or of_all is not None else residual.contiguous()
     step = W * C * tuning.CHUNK[kind]
     tiles = triton.cdiv(N, how.tile_rows)
     programs = min(tiles, how.ctas_per_sm * processors or tiles)
     width = (N // 2 if swiglu else N) * (world if gather and buffers else 1)
     y = torch.empty(*x.shape[:-1], width, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(programs,)](
-        y, rows, weight.view(torch.int32), scales, bias, norm, None if residual is None else residual.contiguous(),
+        y, rows, weight.view(torch.int32), scales, bias, norm, residual,
         *(buffers[1] if buffers else (None, None)), rank, M, N, K, eps,
         KIND=kind, GROUP=group, PAIRS=pairs, SWIGLU=swiglu, COLS=tuning.columns(M),
         WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
@@ -331,7 +331,7 @@ def linear(
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
-    return y if world == 1 or buffers else symmetric.all_reduce(y, gather, rank, world)
+    return y if world == 1 or buffers else symmetric.all_reduce(y, gather, rank, world, of_all)
 
 
 @torch.library.register_fake("gptfast::linear")

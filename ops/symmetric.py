@@ -1,7 +1,7 @@
 """All-reduce and all-gather of a decode step: what ranks on the GPUs of one machine send each other, through memory
 that all can reach.
 
-    all_reduce(x, gather, rank, world)   the sum of all ranks, or their parts side by side, as an op
+    all_reduce(x, gather, rank, world)   the sum of all ranks [+ residual], or their parts side by side, as an op
     deliver, addresses                   the same inside another kernel: linear_triton.py's, which sums tile by tile
     symmetric_buffers(device)            the memory, or None
 
@@ -18,39 +18,40 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
+from ops import exchange
 from ops.common import MAX_ROWS, on_triton, op, pdl, tl, tlx, triton
 from ops.messages import content, missing, receive, send
 
-MAX_WORDS = 2**17  # of 4 bytes, a rank; more than that (a prefill) is NCCL's, whose strength is bandwidth
+MAX_WORDS = 2**17  # of 4 bytes, a rank; more than that (a prefill) is exchange.py's
 BLOCK = 256  # words a program of the all-reduce kernel
 MAX_FEATURES = 2**14  # of a row that the linear kernel sums
 
 
 @op("all_reduce")
-def all_reduce(x: Tensor, gather: bool, rank: int, world: int) -> Tensor:
-    """Of x (..., n) on every rank: the sum or, to gather, the ranks' parts side by side, (..., world n).
+def all_reduce(x: Tensor, gather: bool, rank: int, world: int, residual: Tensor | None = None) -> Tensor:
+    """Of x (..., n) on every rank: the sum [+ residual (..., n)] or, to gather, the ranks' parts side by side,
+    (..., world n), without a residual.
 
     Every rank gets the same bits. On GPUs with peer access one kernel does it, otherwise NCCL, and on a CPU gloo.
     """
     words = x.numel() * x.element_size() // 4
-    if (
-        on_triton(x)
-        and words <= MAX_WORDS
-        and x.shape[-1] * x.element_size() % 4 == 0
-        and (buffers := symmetric_buffers(x.device))
-    ):
-        return all_reduce_triton(x.contiguous(), gather, rank, world, *buffers[0])
+    if on_triton(x) and x.shape[-1] * x.element_size() % 4 == 0 and (buffers := symmetric_buffers(x.device)):
+        residual = None if residual is None else residual.contiguous()
+        if words <= MAX_WORDS:
+            return all_reduce_triton(x.contiguous(), gather, rank, world, *buffers[0], residual)
+        if not gather and world <= exchange.MOST_RANKS:
+            return exchange.inbox(x.device).sum(x.contiguous(), residual, world)
     if gather:
         parts = [torch.empty_like(x) for _ in range(world)]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts, -1)
     total = x.to(torch.float32 if x.is_cpu else x.dtype, copy=True)
     dist.all_reduce(total)
-    return total.to(x.dtype)
+    return (total if residual is None else total + residual).to(x.dtype)
 
 
 @torch.library.register_fake("gptfast::all_reduce")
-def all_reduce_fake(x, gather, rank, world):
+def all_reduce_fake(x, gather, rank, world, residual=None):
     return x.new_empty((*x.shape[:-1], x.shape[-1] * (world if gather else 1)))
 
 
@@ -80,13 +81,15 @@ def symmetric_buffers(device: torch.device) -> tuple | None:
     return ((buffers, counts[0]), (second, counts[1]), memory, handle) if ready.item() else None
 
 
-def all_reduce_triton(x, gather, rank, world, buffers, counts):
-    """One launch of the all-reduce kernel: x contiguous, in whole words of 4 bytes along its last dimension."""
+def all_reduce_triton(x, gather, rank, world, buffers, counts, residual=None):
+    """One launch of the all-reduce kernel: x contiguous, in whole words of 4 bytes along its last dimension; so is the
+    residual."""
     out = all_reduce_fake(x, gather, rank, world)
     width = x.shape[-1] * x.element_size() // 4
     words = x.numel() * x.element_size() // 4
     _all_reduce_kernel[(triton.cdiv(words, BLOCK),)](
-        out.view(torch.int32), x.view(torch.int32), buffers, counts, rank, words, width,
+        out.view(torch.int32), x.view(torch.int32), None if residual is None else residual.view(torch.int32), buffers,
+        counts, rank, words, width,
         WORLD=world, RANKS=triton.next_power_of_2(world), SLOTS=MAX_WORDS, GATHER=gather, DTYPE=_TRITON[x.dtype],
         BLOCK=BLOCK, num_warps=4, **pdl(x.device),
     )  # fmt: skip
@@ -126,13 +129,20 @@ if triton is not None:
             word = content(got, tl.int32)
         return word
 
+    @triton.jit
+    def _halves(words, DTYPE: tl.constexpr):
+        """The two 16-bit values of each word, as fp32."""
+        low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
+        return low.to(DTYPE, bitcast=True).to(tl.float32), high.to(DTYPE, bitcast=True).to(tl.float32)
+
     @triton.jit(do_not_specialize=["rank", "words"])  # all ranks run the same code, and so sum in the same order
     def _all_reduce_kernel(
-        out, x, buffers, counts, rank, words, width,
+        out, x, residual, buffers, counts, rank, words, width,
         WORLD: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, GATHER: tl.constexpr, DTYPE: tl.constexpr,
         BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """Each rank writes its words into everyone's buffer and waits for everyone's in its own."""
+        """Each rank writes its words into everyone's buffer and waits for everyone's in its own; to the sum all of them
+        add the residual, which they all have."""
         pid = tl.program_id(0)
         at = pid * BLOCK + tl.arange(0, BLOCK)[None, :]
         source = tl.arange(0, RANKS)[:, None]
@@ -143,17 +153,23 @@ if triton is not None:
             tlx.gdc_launch_dependents()
             tlx.gdc_wait()
         count = tl.load(counts + pid) + 1
+        if residual is not None:
+            own = tl.load(residual + at, mask=sent, other=0)
         got = deliver(tl.load(x + at, mask=sent, other=0), theirs, mine, at, mask, count, WORLD, SLOTS)
         if GATHER:
             tl.store(out + (at // width) * (WORLD * width) + source * width + at % width, got, mask=mask)
         elif DTYPE is tl.float32:
-            total = tl.sum(got.to(tl.float32, bitcast=True), 0)
-            tl.store(out + at, total.to(tl.int32, bitcast=True)[None, :], mask=sent)
+            total = tl.sum(got.to(tl.float32, bitcast=True), 0, keep_dims=True)
+            if residual is not None:
+                total += own.to(tl.float32, bitcast=True)
+            tl.store(out + at, total.to(tl.int32, bitcast=True), mask=sent)
         else:
-            low, high = got.to(tl.int16), (got >> 16).to(tl.int16)
-            low = tl.sum(low.to(DTYPE, bitcast=True).to(tl.float32), 0).to(DTYPE)
-            high = tl.sum(high.to(DTYPE, bitcast=True).to(tl.float32), 0).to(DTYPE)
-            low, high = low.to(tl.int16, bitcast=True).to(tl.int32), high.to(tl.int16, bitcast=True).to(tl.int32)
-            tl.store(out + at, ((high << 16) | (low & 0xFFFF))[None, :], mask=sent)
+            low, high = _halves(got, DTYPE)
+            low, high = tl.sum(low, 0, keep_dims=True), tl.sum(high, 0, keep_dims=True)
+            if residual is not None:
+                own_low, own_high = _halves(own, DTYPE)
+                low, high = low + own_low, high + own_high
+            low, high = low.to(DTYPE).to(tl.int16, bitcast=True), high.to(DTYPE).to(tl.int16, bitcast=True)
+            tl.store(out + at, (high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF), mask=sent)
         tl.debug_barrier()  # every thread has read the count
         tl.store(counts + pid, count)

@@ -52,10 +52,10 @@ def test_a_rehearsal_finds_the_kernels_of_a_run(found, case):
 
 
 def test_two_ranks_compile_what_all_launch(found):
-    """The first one adds residuals, the others do not."""
+    """The first one adds biases, the others do not."""
     first, second, third = map(set, found["ranks"])
     assert first != second == third
-    assert any("_all_reduce" in name for name in first & second)
+    assert all(any(name in kernel for kernel in first & second) for name in ("_all_reduce", "_exchange"))
 
 
 def test_kernels_are_compiled_by_processes_that_say_nothing(found):
@@ -82,6 +82,7 @@ def main() -> None:
             num_attention_heads=4,
             vocab_size=512,
             max_position_embeddings=4096,
+            attention_bias=True,
         )
         result = {case: compare(Path(folder), **how) for case, how in CASES.items()}
         result["ranks"] = [of_rank(Path(folder), rank) for rank in range(3)]
@@ -174,7 +175,7 @@ def of_rank(folder: Path, rank: int) -> list[str]:
     from triton.runtime.jit import JITFunction
 
     import generate
-    from ops import ahead, common, symmetric
+    from ops import ahead, common, exchange, symmetric
     from tp import TensorParallel
 
     rehearsals = []
@@ -182,10 +183,17 @@ def of_rank(folder: Path, rank: int) -> list[str]:
     take = patch.object(ops, "compiled_ahead", lambda rehearsal, *_: rehearsals.append(rehearsal) or nullcontext())
     with take:
         generate.load_models(*what, {"compile": True, "max_seq_length": 100}, [[1, 2, 3]])
-    changed = [(JITFunction, "run"), (common, "gpu"), (ops, "capture"), (symmetric, "symmetric_buffers")]
+    changed = [
+        (JITFunction, "run"),
+        (common, "gpu"),
+        (ops, "capture"),
+        (symmetric, "symmetric_buffers"),
+        (exchange, "inbox"),
+    ]
     with ExitStack() as patches:
         for module, name in changed:
             patches.enter_context(patch.object(module, name, getattr(module, name)))
+        patches.enter_context(patch.object(symmetric, "MAX_WORDS", 2**11))  # fewer than 64 tokens have
         found = ahead.rehearse(*rehearsals, common.Gpu("NVIDIA H200", (9, 0), 132), lambda launch: None)
     return [function.__name__ + key for function, key in found]
 

@@ -160,7 +160,7 @@ def test_mxfp4(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="quantised already"):
         load(packed, quantize="int8")
 
-    monkeypatch.setattr("ops.symmetric.all_reduce", lambda y, *rest: y)
+    monkeypatch.setattr("ops.symmetric.all_reduce", lambda y, gather, rank, world, x: y + x / world)
     x, block = torch.randn(2, 3, 64), load(packed).layers[1]
     expected, parts = block.block_sparse_moe(x, block.ffn_norm), []
     for rank in range(2):  # of 96 inner features, 64 and 32
@@ -269,7 +269,7 @@ def test_ranks_make_up_the_whole(tmp_path, kind, world, monkeypatch):
     """Each rank's mixture by itself, summed as the all-reduce would."""
     build(tmp_path, "qwen2_moe")
     convert(tmp_path, torch.float32)
-    monkeypatch.setattr("ops.symmetric.all_reduce", lambda y, *rest: y)
+    monkeypatch.setattr("ops.symmetric.all_reduce", lambda y, gather, rank, world, x: y + x / world)
     monkeypatch.setattr(TensorParallel, "heads", lambda self, H, Hkv: (range(H), range(Hkv)))  # 4 heads by 3 ranks
     x = torch.randn(2, 3, 64)
     block = load(tmp_path, quantize=kind).layers[1]

@@ -28,7 +28,7 @@ from generate import generate, load  # noqa: E402
 from gptq import Hessian, gptq  # noqa: E402
 from linear import Linear, quantize_linear  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
-from ops import linear_triton, packing, symmetric, tuning  # noqa: E402
+from ops import exchange, linear_triton, packing, symmetric, tuning  # noqa: E402
 from ops.common import MAX_ROWS  # noqa: E402
 from process.ranks import session  # noqa: E402
 from sampling import Sampler  # noqa: E402
@@ -138,7 +138,7 @@ def symmetric_buffers(world, slots):
 
 @pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("mode", ["sum fp32", "sum fp16", "gather"])
+@pytest.mark.parametrize("mode", ["sum fp32", "sum fp16", "sum and residual fp32", "sum and residual fp16", "gather"])
 def test_all_reduce_kernel(world, mode):
     """Rank 1's kernel, with what the other ranks send put into its buffer beforehand."""
     pytest.importorskip("triton")
@@ -146,13 +146,15 @@ def test_all_reduce_kernel(world, mode):
     memory, buffers = symmetric_buffers(world, symmetric.MAX_WORDS)
     counts = torch.zeros(symmetric.MAX_WORDS // symmetric.BLOCK, dtype=torch.int64)
     for number in (1, 2, 3):  # the two places take turns
-        x = torch.randn(world, 2, 3, 130).to(torch.float16 if mode == "sum fp16" else torch.float32)
+        x = torch.randn(world, 2, 3, 130).to(torch.float16 if mode.endswith("fp16") else torch.float32)
         for other in range(world):
             words = x[other].view(torch.int32).flatten().long()
             if other != rank:
                 memory[rank][number % 2, other, : len(words)] = words << 32 | number
-        out = symmetric.all_reduce_triton(x[rank], mode == "gather", rank, world, buffers, counts)
-        expected = torch.cat(list(x), -1) if mode == "gather" else x.float().sum(0).to(x.dtype)
+        residual = torch.randn(2, 3, 130).to(x.dtype) if "residual" in mode else None
+        out = symmetric.all_reduce_triton(x[rank], mode == "gather", rank, world, buffers, counts, residual)
+        total = x.float().sum(0) + (0 if residual is None else residual.float())
+        expected = torch.cat(list(x), -1) if mode == "gather" else total.to(x.dtype)
         torch.testing.assert_close(out, expected)
         mine = x[rank].view(torch.int32).flatten().long() << 32 | number
         assert all(torch.equal(buffer[number % 2, rank, : len(mine)], mine) for buffer in memory)
@@ -204,6 +206,36 @@ def test_linear_kernel_sums_or_gathers_over_ranks(world, kind, monkeypatch):
             got = place.gather(0, (number % 2).expand(1, rows, N))[0]
             assert torch.equal(got & 0xFFFFFFFF, number.expand(rows, N))
             torch.testing.assert_close((got >> 32).int().view(torch.float32), theirs[rank], rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
+@pytest.mark.parametrize("world,n", [(2, 5000), (3, 8192), (4, 100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_exchange_kernel(world, n, dtype):
+    """Rank 1's kernel, with what the other ranks write put into its inbox beforehand."""
+    pytest.importorskip("triton")
+    rank, blocks = 1, -(-n // exchange.BLOCK)
+    inboxes = [torch.zeros(exchange.inbox_bytes(world), dtype=torch.uint8) for _ in range(world)]
+    buffers = torch.tensor([inbox.data_ptr() for inbox in inboxes])
+    counts, flags = torch.zeros(exchange.BLOCKS, dtype=torch.int32), 2 * world * exchange.PLACE
+    places = [inbox[:flags].view(dtype).view(2, world, -1) for inbox in inboxes]
+    numbers = [inbox[flags:].view(torch.int32).view(2, world, -1) for inbox in inboxes]
+    for number in (1, 2, 3):  # the two places take turns
+        x, out = torch.randn(world, n).to(dtype), torch.full((n,), torch.nan, dtype=dtype)
+        for other in set(range(world)) - {rank}:
+            places[rank][number % 2, other, :n] = x[other]
+            numbers[rank][number % 2, other, :blocks] = number
+        residual = None if number == 2 else torch.randn(n).to(dtype)
+        exchange.sum_triton(out, x[rank], residual, buffers, counts, rank, world)
+        expected = torch.zeros(n)
+        for part in (*x, *(() if residual is None else (residual,))):
+            expected += part
+        assert torch.equal(out, expected.to(dtype))
+        for other in set(range(world)) - {rank}:
+            assert torch.equal(places[other][number % 2, rank, :n], x[rank])
+            assert (numbers[other][number % 2, rank, :blocks] == number).all()
+            assert not places[other][:, other].any()
+    assert (counts[:blocks] == 3).all() and not counts[blocks:].any()
 
 
 # --- in several processes ---------------------------------------------------------------------------------------------
