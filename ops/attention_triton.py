@@ -4,6 +4,8 @@ write, split-KV attention over keys and values in 16 or 8 bits, and the combinat
     attention_triton(qkv, k_cache, v_cache, ...)    one launch; see attention.py, whose axes and letters these are
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -416,19 +418,34 @@ if triton is not None:
 # Bytes of the following weights to prefetch: a third of what exceeds those that the next kernels' first programs ask
 # for by themselves, and at most so many. Measured on an H100, where more, or before the wait, was slower.
 PREFETCH, EARLY = 2**21, 14 * 2**20
-WARPS, SPLIT_KEYS = 4, 128  # of a program; the fewest keys of a KV split
+SPLIT_KEYS = 128  # the fewest keys of a KV split
+# KV splits of all rows and heads that the multiprocessors hold, two or three each; without splits, from how many on two
+# are too few.
+TWO_EACH, THREE_EACH, MANY = 264, 396, 132
 
 
-def _tiles(kind: str, DP: int, S: int, many: bool) -> tuple[int, int]:
-    """Keys of a warp in a step, and how many steps' tiles are on their way, as far as registers allow: with `many`
-    programs, those of three a multiprocessor."""
-    if kind == "16-bit":
-        return 16, 2 if S == 1 and DP <= 128 and not many else 1
-    return (32 if DP <= 128 and not many else 16), 1
+class Plan(NamedTuple):
+    """How a program goes through its keys, as registers allow. Measured on an H200."""
+
+    programs: int  # KV splits of all rows and heads that there may be
+    warps: int
+    keys: int  # of a warp in a step
+    tiles: int  # steps whose keys and values are on their way
+    maxnreg: int | None
 
 
-MANY = 132  # programs without a split, from which three a multiprocessor are faster, measured on an H200
-PROGRAMS = {False: 264, True: 396}  # KV splits of all rows and heads: what the multiprocessors hold, two or three each
+def plan(kind: str, DP: int, S: int, groups: int) -> Plan:
+    """For so many blocks of rows and heads, each of which has a program or more."""
+    wide, one = kind == "16-bit", S == 1 and DP <= 128
+    fits = THREE_EACH if wide else TWO_EACH
+    if one and groups > fits:  # in turns: of half the size, a program more or less is not as much
+        return Plan(groups, 2, 16 if wide else 32, 2 if wide else 1, None)
+    third = THREE_EACH // groups > TWO_EACH // groups  # whether three have room for a KV split more
+    if DP <= 128 and groups > MANY and (not one or (wide and third)):
+        return Plan(THREE_EACH, 4, 16, 1, 168)
+    if wide:
+        return Plan(TWO_EACH, 4, 16, 2 if one else 1, None)
+    return Plan(TWO_EACH, 4, 32 if DP <= 128 else 16, 1, None)
 
 
 @op("attention", mutates=("k_cache", "v_cache", "k_scales", "v_scales"))
@@ -461,26 +478,26 @@ def attention_triton(
     rows = 8 if S * G <= 8 else 16
     blocks = triton.cdiv(S * G, rows)
     real = min(rows, triton.next_power_of_2(G)) if S == 1 else rows
-    many = B * Hkv * blocks > MANY and DP <= 128
-    splits = max(1, min(64, PROGRAMS[many] // (B * Hkv * blocks), triton.cdiv(T, SPLIT_KEYS)))
+    groups, kind = B * Hkv * blocks, kv_cache.kind_of(k_cache)
+    how = plan(kind, DP, S, groups)
+    splits = max(1, min(64, how.programs // groups, triton.cdiv(T, SPLIT_KEYS)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
-    partial = torch.empty(B * Hkv * blocks * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
+    partial = torch.empty(groups * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
     lines = 0 if prefetch is None else max(0, min((prefetch.nbytes - EARLY) // 3, PREFETCH)) // 128
     # Those without a KV split help to prefetch, where one row leaves most multiprocessors idle.
-    programs = max(splits, 128 // (B * Hkv * blocks)) if lines and S == 1 else splits
-    kind = kv_cache.kind_of(k_cache)
-    how = kv_cache.widening(kind, qkv.dtype, launch["PDL"])
-    keys, tiles = _tiles(kind, DP, S, many)
+    programs = max(splits, 128 // groups) if lines and S == 1 else splits
+    to = kv_cache.widening(kind, qkv.dtype, launch["PDL"])
     _attention_kernel[(B * Hkv, programs, blocks)](
         out, qkv, k_cache, v_cache, k_scales, v_scales, input_pos.contiguous(), rope, q_norm, k_norm, sinks, partial,
-        counters(qkv.device, B * Hkv * blocks), prefetch, lines,
+        counters(qkv.device, groups), prefetch, lines,
         int(first_layer), S, T, Hkv, window, 0 if rope is None else rope.shape[0] - 1,
         *softmax.constants(D**-0.5 if scale is None else scale, soft_cap), eps,
         *k_cache.stride()[:2], *(k_cache if k_scales is None else k_scales).stride()[:2], G=G, D=D, DP=DP,
         ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows, NEW=1 if S == 1 else 16, STRIDE=k_cache.stride(2),
-        W=WARPS, HALVINGS=WARPS.bit_length() - 1, KEYS=keys, SPLITS=splits, SPLITS2=triton.next_power_of_2(splits),
-        SPLIT_KEYS=SPLIT_KEYS, PARTS=min(64 // real, triton.next_power_of_2(splits)), REAL=real, TILES=tiles, KIND=kind,
-        K_ASM=how.keys, V_ASM=how.values, BIAS=how.bias, UNIT=how.unit, LIFT=how.lift,
-        num_warps=WARPS, num_stages=1, maxnreg=168 if many else None, **launch,
+        W=how.warps, HALVINGS=how.warps.bit_length() - 1, KEYS=how.keys, SPLITS=splits,
+        SPLITS2=triton.next_power_of_2(splits), SPLIT_KEYS=SPLIT_KEYS,
+        PARTS=min(64 // real, triton.next_power_of_2(splits)), REAL=real, TILES=how.tiles, KIND=kind,
+        K_ASM=to.keys, V_ASM=to.values, BIAS=to.bias, UNIT=to.unit, LIFT=to.lift,
+        num_warps=how.warps, num_stages=1, maxnreg=how.maxnreg, **launch,
     )  # fmt: skip
     return out

@@ -319,6 +319,10 @@ def main() -> None:
         case = f"a cache in {kind}"
         qkv, cache = torch.empty(1, 1, 6 * 128, dtype=dtype), kv_cache.allocate((1, 1, 1024, 128), dtype, kind, "cpu")
         attention_triton(qkv, *cache[:2], pos, None, None, None, 0.0, 4, 0, None, 0.0, None, *cache[2:])
+    for kind in (None, *kv_cache.DTYPES):
+        case = f"many rows, keys and values in {kind}"
+        of_many = torch.empty(400, 1, 6 * 128, dtype=dtype), *kv_cache.allocate((400, 1, 32, 128), dtype, kind, "cpu")
+        attention_triton(*of_many[:3], pos, None, None, None, 0.0, 4, 0, None, 0.0, None, *of_many[3:])
     attention_prefill(qkv, *cache[:2], pos, None, None, None, 0.0, 4, 0, None, 0.0, None, *cache[2:])
 
     case, rng, history = "", torch.zeros(2, dtype=torch.int64), torch.zeros(1, 64, dtype=torch.int64)

@@ -15,9 +15,9 @@ if not CUDA:
 
 import ops  # noqa: E402
 from linear import Linear  # noqa: E402
-from ops import embedding, linear_triton, ngram, philox, sampling, tuning  # noqa: E402
+from ops import embedding, kv_cache, linear_triton, ngram, philox, sampling, tuning  # noqa: E402
 from ops.attention import _write_cache, attention_plain  # noqa: E402
-from ops.attention_triton import attention_triton  # noqa: E402
+from ops.attention_triton import attention_triton, plan  # noqa: E402
 from ops.packing import dequantize, pack_int4, pack_mxfp4, unpack_int4, unpack_mxfp4  # noqa: E402
 from ops.prefill import attention_prefill  # noqa: E402
 from ops.rms_norm import rms_norm  # noqa: E402
@@ -256,6 +256,37 @@ def test_attention(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
             end = min(int(pos[b]) + S, T)
             assert error(cache[b, :, pos[b] : end], other[b, :, pos[b] : end]) < 4e-3
             assert cache[b, :, end:].isnan().all()
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("two", "three", "warps"),
+    [
+        (264, 396, 4),
+        (3, 4, 4),  # as many as three a multiprocessor hold
+        (3, 3, 2),  # more
+        (4, 4, 4),  # as many as two hold
+    ],
+)
+def test_attention_of_many_rows(two, three, warps, kind, monkeypatch):
+    """Two rows of two key heads, which are many."""
+    for name, value in (("TWO_EACH", two), ("THREE_EACH", three), ("MANY", 3)):
+        monkeypatch.setattr(f"ops.attention_triton.{name}", value)
+    dtype, positions = torch.bfloat16 if CUDA else torch.float16, (150, 67)
+    how = plan("16-bit" if kind is None else kind, 64, 1, 4)
+    assert how.warps == (warps if kind is None or two > 3 else 2)
+    generator = torch.Generator().manual_seed(2)
+    qkv, *values, rope = make_attention(2, 1, 8, 2, 64, 200, 64, dtype, generator)
+    cache = kv_cache.allocate((2, 2, 200, 64), dtype, kind, "cpu")
+    for i, value in enumerate(values):
+        own = (value,) if kind is None else kv_cache.quantize(value, cache[i].dtype)
+        for to, part in zip(cache[i::2], own):
+            to[:, :, :200] = part
+    qkv, rope, pos, *cache = on_device(qkv, rope, torch.tensor(positions), *cache)
+    plain, rest = [t.clone() for t in cache], (pos, rope, None, None, 0.0, 8, 0, None, 0.0, None)
+    wide = [t.float() if kind is None else t for t in plain[:2]]
+    expected = attention_plain(qkv.float(), *wide, *rest, *plain[2:])
+    assert error(attention_triton(qkv, *cache[:2], *rest, *cache[2:]), expected) < 1e-2
 
 
 SCORES = [  # scale, soft cap, sinks
