@@ -432,6 +432,7 @@ class Plan(NamedTuple):
     keys: int  # of a warp in a step
     tiles: int  # steps whose keys and values are on their way
     maxnreg: int | None
+    early: bool = True  # whether programs start while those of the kernel before still hold some multiprocessors
 
 
 def plan(kind: str, DP: int, S: int, groups: int) -> Plan:
@@ -439,7 +440,7 @@ def plan(kind: str, DP: int, S: int, groups: int) -> Plan:
     wide, one = kind == "16-bit", S == 1 and DP <= 128
     fits = THREE_EACH if wide else TWO_EACH
     if one and groups > fits:  # in turns: of half the size, a program more or less is not as much
-        return Plan(groups, 2, 16 if wide else 32, 2 if wide else 1, None)
+        return Plan(groups, 2, 16 if wide else 32, 2 if wide else 1, None, early=False)
     third = THREE_EACH // groups > TWO_EACH // groups  # whether three have room for a KV split more
     if DP <= 128 and groups > MANY and (not one or (wide and third)):
         return Plan(THREE_EACH, 4, 16, 1, 168)
@@ -480,6 +481,7 @@ def attention_triton(
     real = min(rows, triton.next_power_of_2(G)) if S == 1 else rows
     groups, kind = B * Hkv * blocks, kv_cache.kind_of(k_cache)
     how = plan(kind, DP, S, groups)
+    early = {"launch_pdl": how.early} if launch["PDL"] else {}
     splits = max(1, min(64, how.programs // groups, triton.cdiv(T, SPLIT_KEYS)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty(groups * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
@@ -498,6 +500,6 @@ def attention_triton(
         SPLITS2=triton.next_power_of_2(splits), SPLIT_KEYS=SPLIT_KEYS,
         PARTS=min(64 // real, triton.next_power_of_2(splits)), REAL=real, TILES=how.tiles, KIND=kind,
         K_ASM=to.keys, V_ASM=to.values, BIAS=to.bias, UNIT=to.unit, LIFT=to.lift,
-        num_warps=how.warps, num_stages=1, maxnreg=how.maxnreg, **launch,
+        num_warps=how.warps, num_stages=1, maxnreg=how.maxnreg, **launch | early,
     )  # fmt: skip
     return out

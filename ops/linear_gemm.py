@@ -45,14 +45,17 @@ else:
     def _norm_kernel(out, x, gain, K, width, eps, O: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
         """out (rows, width) = x (rows, K) or, with a gain, its RMSNorm; zeros past K. O: see above; 0: features stay in
         order."""
-        if PDL:  # in this order: the GEMM's programs must find multiprocessors free, or they crowd on a few
-            tlx.gdc_wait()
-            tlx.gdc_launch_dependents()
-        x += tl.program_id(0).to(tl.int64) * K
         slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         k = slot
         if O > 0:
             k = slot // (8 * O) * (8 * O) + slot // 2 % 4 * (2 * O) + slot // 8 % O * 2 + slot % 2
+        gains = 1.0
+        if gain is not None:
+            gains = tl.load(gain + k, k < K, other=0.0).to(tl.float32)
+        if PDL:  # in this order: the GEMM's programs must find multiprocessors free, or they crowd on a few
+            tlx.gdc_wait()
+            tlx.gdc_launch_dependents()
+        x += tl.program_id(0).to(tl.int64) * K
         v = tl.load(x + k, k < K, other=0.0)
         if gain is not None:
             squares = tl.zeros((BLOCK,), tl.float32)
@@ -60,38 +63,46 @@ else:
                 at = start + tl.arange(0, BLOCK)
                 part = tl.load(x + at, at < K, other=0.0).to(tl.float32)
                 squares += part * part
-            v = v.to(tl.float32) * tl.rsqrt(tl.sum(squares, 0) / K + eps)
-            v *= tl.load(gain + k, k < K, other=0.0).to(tl.float32)
+            v = v.to(tl.float32) * tl.rsqrt(tl.sum(squares, 0) / K + eps) * gains
         tl.store(out + tl.program_id(0).to(tl.int64) * width + slot, v.to(out.dtype.element_ty), slot < width)
 
     @triton.jit
-    def _fixed_point_kernel(out, scales, x, gain, K, width, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    def _magnitude(v):
+        """|v| as an integer that compares alike, NaN being the largest."""
+        return tl.abs(v).to(tl.int32, bitcast=True)
+
+    @triton.jit
+    def _fixed_point_kernel(
+        out, scales, x, gain, K, width, eps, ALL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    ):  # fmt: skip
         """out int8 (rows, 2, width) and scales (rows,), of which 256 out[:, 0] + out[:, 1] times the scale are x
-        (rows, K) or, with a gain, its RMSNorm; zeros past K."""
+        (rows, K) or, with a gain, its RMSNorm; zeros past K. ALL: a block has all of a row."""
+        row, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        gains = 1.0
+        if gain is not None:
+            gains = tl.load(gain + k, k < K, other=0.0).to(tl.float32)
         if PDL:  # see _norm_kernel
             tlx.gdc_wait()
             tlx.gdc_launch_dependents()
-        row = tl.program_id(0).to(tl.int64)
         x += row * K
-        squares = tl.zeros((BLOCK,), tl.float32)
-        most = tl.zeros((BLOCK,), tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, K, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            v = tl.load(x + at, at < K, other=0.0).to(tl.float32)
-            if gain is not None:
-                squares += v * v
-                v *= tl.load(gain + at, at < K, other=0.0).to(tl.float32)
-            most = tl.maximum(most, tl.abs(v))
-            total += v
-        top = tl.max(most, 0)
-        finite = tl.sum(total, 0) * 0.0  # or NaN, which no maximum and no integer keeps
-        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         v = tl.load(x + k, k < K, other=0.0).to(tl.float32)
+        squares = v * v
+        v *= gains
+        most = _magnitude(v)
+        if not ALL:
+            squares = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, K, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                other = tl.load(x + at, at < K, other=0.0).to(tl.float32)
+                squares += other * other
+                if gain is not None:
+                    other *= tl.load(gain + at, at < K, other=0.0).to(tl.float32)
+                most = tl.maximum(most, _magnitude(other))
+        top = tl.max(most, 0).to(tl.float32, bitcast=True)
+        finite = top - top  # zero, or else NaN, which no integer keeps
         factor = 1.0
         if gain is not None:
             factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-            v *= tl.load(gain + k, k < K, other=0.0).to(tl.float32)
         q = v * tl.where(top > 0, LARGEST / top, 0.0)
         q = ((q + 12582912.0) - 12582912.0).to(tl.int32)  # to the nearest integer, ties to even
         high = (q + 128) >> 8
@@ -247,9 +258,16 @@ else:
             words, pairs = places(tile, N, K, KIND, GROUP, R, C, W)
         first = part * steps
         last = tl.minimum(first + steps, tl.cdiv(K, BK))
+        n = tile * BN + tl.arange(0, BN)
+        if s is not None and GROUP == 0:
+            scale = tl.load(s + n, n < N, other=0.0)
+        if bias is not None:
+            shift = tl.load(bias + n, n < N, other=0.0)
         if PDL:
             tlx.gdc_wait()
         m = tile_m * BM + tl.arange(0, BM)
+        if FIXED:
+            x_scale = tl.load(x_scales + m, m < M, other=0.0)
         of_x = m
         if FIXED:
             of_x = tile_m * (2 * BM) + tl.arange(0, 2 * BM)
@@ -279,6 +297,13 @@ else:
         if FIXED:
             high, low = tl.split(acc.reshape(BN, BM, 2))
             acc = high.to(tl.float32) * 256.0 + low.to(tl.float32)
+        outputs, of_y = N, n
+        if SWIGLU:
+            outputs, of_y = N // 2, tile * (BN // 2) + tl.arange(0, BN // 2)
+        stored = (of_y < outputs)[:, None] & (m < M)[None, :]
+        at = m[None, :].to(tl.int64) * outputs + of_y[:, None]
+        if residual is not None:
+            before = tl.load(residual + at, stored, other=0.0)
         if PDL:  # not before: what follows would take the places that become free first, all on a few multiprocessors
             tlx.gdc_launch_dependents()
         if SPLIT > 1:
@@ -293,25 +318,19 @@ else:
             acc = tl.zeros((BN, BM), tl.float32)
             for part in tl.static_range(SPLIT):
                 acc += tl.load(partial + inner + part * (BN * BM), cache_modifier=".cg")
-        n = tile * BN + tl.arange(0, BN)
         if KIND == "int8" and ASM is not None:
             acc *= 64.0
         if FIXED:
-            acc *= tl.load(x_scales + m, m < M, other=0.0)[None, :]
+            acc *= x_scale[None, :]
         if s is not None and GROUP == 0:
-            acc *= tl.load(s + n, n < N, other=0.0).to(tl.float32)[:, None]
+            acc *= scale.to(tl.float32)[:, None]
         if bias is not None:
-            acc += tl.load(bias + n, n < N, other=0.0).to(tl.float32)[:, None]
-        outputs = N
+            acc += shift.to(tl.float32)[:, None]
         if SWIGLU:
             gate, up = tl.split(acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 3, 1))
             acc = (gate * up / (1 + tl.exp(-gate))).reshape(BN // 2, BM)
-            n = tile * (BN // 2) + tl.arange(0, BN // 2)
-            outputs = N // 2
-        stored = (n < outputs)[:, None] & (m < M)[None, :]
-        at = m[None, :].to(tl.int64) * outputs + n[:, None]
         if residual is not None:
-            acc += tl.load(residual + at, stored, other=0.0).to(tl.float32)
+            acc += before.to(tl.float32)
         tl.store(y + at, acc.to(y.dtype.element_ty), stored)
 
 
@@ -393,7 +412,17 @@ def fixed_point(x: Tensor, norm: Tensor | None, eps: float, out: Tensor) -> Tens
     scales = torch.empty(M, dtype=torch.float32, device=x.device)
     block = min(WHOLE, triton.next_power_of_2(width))
     _fixed_point_kernel[(M, triton.cdiv(width, block))](
-        out, scales, x, norm, K, width, eps, BLOCK=block, num_warps=min(16, max(4, block // 512)), **pdl(x.device)
+        out,
+        scales,
+        x,
+        norm,
+        K,
+        width,
+        eps,
+        ALL=block >= K,
+        BLOCK=block,
+        num_warps=min(16, max(4, block // 512)),
+        **pdl(x.device),
     )
     return scales
 
