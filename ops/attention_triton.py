@@ -419,34 +419,29 @@ if triton is not None:
 # for by themselves, and at most so many. Measured on an H100, where more, or before the wait, was slower.
 PREFETCH, EARLY = 2**21, 14 * 2**20
 SPLIT_KEYS = 128  # the fewest keys of a KV split
-# KV splits of all rows and heads that the multiprocessors hold, two or three each; without splits, from how many on two
-# are too few.
-TWO_EACH, THREE_EACH, MANY = 264, 396, 132
+MANY = 132  # programs without a split, from which three a multiprocessor are faster, but for caches in 8 bits
+TWO_EACH, THREE_EACH = 264, 396  # KV splits of all rows and heads: what the multiprocessors hold, two or three each
 
 
 class Plan(NamedTuple):
-    """How a program goes through its keys, as registers allow. Measured on an H200."""
+    """How programs go through their keys, as far as registers allow. Measured on an H200, in steps of whole models."""
 
-    programs: int  # KV splits of all rows and heads that there may be
+    programs: int  # KV splits of all rows and heads, unless they are more without
     warps: int
     keys: int  # of a warp in a step
     tiles: int  # steps whose keys and values are on their way
     maxnreg: int | None
-    early: bool = True  # whether programs start while those of the kernel before still hold some multiprocessors
+    early: bool = True  # whether programs may take multiprocessors that the kernel before has left, while it goes on
 
 
 def plan(kind: str, DP: int, S: int, groups: int) -> Plan:
-    """For so many blocks of rows and heads, each of which has a program or more."""
+    """For so many groups of rows and heads, each of which is a program or more."""
     wide, one = kind == "16-bit", S == 1 and DP <= 128
-    fits = THREE_EACH if wide else TWO_EACH
-    if one and groups > fits:  # in turns: of half the size, a program more or less is not as much
+    if one and groups > TWO_EACH:  # small ones, so that all run at once; on a few multiprocessors they would crowd
         return Plan(groups, 2, 16 if wide else 32, 2 if wide else 1, None, early=False)
-    third = THREE_EACH // groups > TWO_EACH // groups  # whether three have room for a KV split more
-    if DP <= 128 and groups > MANY and (not one or (wide and third)):
+    if DP <= 128 and groups > MANY and (wide or not one):
         return Plan(THREE_EACH, 4, 16, 1, 168)
-    if wide:
-        return Plan(TWO_EACH, 4, 16, 2 if one else 1, None)
-    return Plan(TWO_EACH, 4, 32 if DP <= 128 else 16, 1, None)
+    return Plan(TWO_EACH, 4, 16 if wide or DP > 128 else 32, 2 if wide and one else 1, None)
 
 
 @op("attention", mutates=("k_cache", "v_cache", "k_scales", "v_scales"))

@@ -339,8 +339,7 @@ def tensor_parallel() -> str:
     return paragraphs(f"{about(result)}. GB/s that each GPU reads: {reads}.", table(header, cells))
 
 
-def two_gpus() -> str:
-    result = results("tp2_h200")
+def two_gpus(result: dict) -> str:
     one, two = (measured["rows"] for measured in result["gpus"].values())
     cells = []
     for a, b in zip(one, two):
@@ -348,7 +347,7 @@ def two_gpus() -> str:
         reading = f"{a['prefill_ms']:.1f} | {b['prefill_ms']:.1f} | **{a['prefill_ms'] / b['prefill_ms']:.2f}**"
         cells.append([a["mode"], f"{a['prompt_length']:,}", steps, reading if a["prompt_length"] > 5 else "||"])
     header = "weights | prompt | step, one GPU, ms | two | gain | first token, one GPU, ms | two | gain"
-    return paragraphs(about(result), table(header, cells), result["note"])
+    return paragraphs(f"{about(result)}.", table(header, cells), result.get("note", ""))
 
 
 def all_reduce() -> str:
@@ -421,7 +420,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quant_gemma3": lambda: quant(results("quant_gemma3")),
     "quant_7b": quant_7b,
     "tensor_parallel": tensor_parallel,
-    "two_gpus": two_gpus,
+    "two_gpus": lambda: paragraphs(*(two_gpus(results(name)) for name in ("tp2_h200", "tp2_prompts_h200"))),
     "all_reduce": all_reduce,
     "cpu": lambda: paragraphs(*(cpu(results(name)) for name in ("cpu_zen4", "cpu_zen4_avx2", "cpu"))),
 }
