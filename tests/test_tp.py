@@ -314,6 +314,7 @@ def _rank(directory: Path) -> None:
             _compare(path, config, dtype, None, tp)
         _compare(directory / "0.pth", plain, torch.float32, "int4:64", tp)  # quantised on the way
         _same_tokens(directory / "0.pth", plain, tp)
+        _same_sums(tp)
         print("all equal")
 
 
@@ -382,6 +383,16 @@ def _same_tokens(path, config, tp):
     every = [None] * tp.world
     torch.distributed.all_gather_object(every, texts)
     assert all(texts == other for other in every)
+
+
+def _same_sums(tp):
+    """On both sides of what limits the ways to sum, and in several messages; places take turns."""
+    generator = torch.Generator().manual_seed(1)
+    for n, residual in ((1000, True), (2**18, True), (2**18 + 8, False), (2**18 + 8, True), (2**23 + 8, True)):
+        parts = torch.randn(tp.world + residual, n, generator=generator).bfloat16()
+        x, *more = parts[[tp.rank, *range(tp.world, len(parts))]].to(place(tp))
+        found = symmetric.all_reduce(x, False, tp.rank, tp.world, *more)
+        torch.testing.assert_close(found.cpu(), parts.float().sum(0).bfloat16())
 
 
 def write_tiny_checkpoint(directory):
