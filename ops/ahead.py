@@ -33,7 +33,7 @@ def compiled_ahead(
 ) -> Iterator[None]:
     """A context at whose end the kernels are compiled that `rehearsal` launches for activations of `dtype`, on the meta
     device in the place of `device`; key: what else it depends on, and Triton's cache holds what was rehearsed with the
-    same key before. Of a machine's ranks the first two do it: it adds the biases of sums over ranks."""
+    same key before. Of a machine's ranks the first two do it: the very first adds the biases of sums."""
     process, does = None, int(os.environ.get("LOCAL_RANK", 0)) < 2
     if does and device.type == "cuda" and triton is not None and dtype.itemsize == 2:
         gpu = common.gpu(device)

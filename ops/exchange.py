@@ -9,6 +9,7 @@ megabytes; copy engines are no way out, as some virtual machines have them copy 
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ops.common import tl, triton
 
-MOST_RANKS = 4  # that write all they have to all others; of more, a ring (NCCL's) moves less
+MOST_RANKS = 2  # that write all they have to all others; of more, a ring (NCCL's) moves less
 PLACE = 2**24  # bytes of a message
 BLOCK = 4096  # values that a program sums
 BLOCKS = PLACE // (2 * BLOCK)  # of a message, at most: values have two bytes or more
@@ -95,10 +96,9 @@ class Inbox(NamedTuple):
     def sum(self, x: Tensor, residual: Tensor | None, world: int) -> Tensor:
         """Of all ranks' x (...) [+ residual (...)], both contiguous."""
         out, most = torch.empty_like(x), PLACE // x.element_size()
-        parts = [t.view(-1).split(most) for t in (out, x, x if residual is None else residual)]
-        for to, part, more in zip(*parts):
-            more = None if residual is None else more
-            sum_triton(to, part, more, self.buffers, self.counts, self.rank, world)
+        more = itertools.repeat(None) if residual is None else residual.view(-1).split(most)
+        for to, part, own in zip(out.view(-1).split(most), x.view(-1).split(most), more):
+            sum_triton(to, part, own, self.buffers, self.counts, self.rank, world)
         return out
 
 

@@ -412,18 +412,9 @@ def fixed_point(x: Tensor, norm: Tensor | None, eps: float, out: Tensor) -> Tens
     scales = torch.empty(M, dtype=torch.float32, device=x.device)
     block = min(WHOLE, triton.next_power_of_2(width))
     _fixed_point_kernel[(M, triton.cdiv(width, block))](
-        out,
-        scales,
-        x,
-        norm,
-        K,
-        width,
-        eps,
-        ALL=block >= K,
-        BLOCK=block,
-        num_warps=min(16, max(4, block // 512)),
+        out, scales, x, norm, K, width, eps, ALL=block >= K, BLOCK=block, num_warps=min(16, max(4, block // 512)),
         **pdl(x.device),
-    )
+    )  # fmt: skip
     return scales
 
 
