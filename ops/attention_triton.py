@@ -418,9 +418,9 @@ if triton is not None:
 # Bytes of the following weights to prefetch: a third of what exceeds those that the next kernels' first programs ask
 # for by themselves, and at most so many. Measured on an H100, where more, or before the wait, was slower.
 PREFETCH, EARLY = 2**21, 14 * 2**20
-SPLIT_KEYS = 128  # the fewest keys of a KV split
 MANY = 132  # programs without a split, from which three a multiprocessor are faster, but for caches in 8 bits
-TWO_EACH, THREE_EACH = 264, 396  # KV splits of all rows and heads: what the multiprocessors hold, two or three each
+# KV splits of all rows and heads: what the multiprocessors hold, one, two or three each.
+ONE_EACH, TWO_EACH, THREE_EACH = 132, 264, 396
 
 
 class Plan(NamedTuple):
@@ -431,6 +431,7 @@ class Plan(NamedTuple):
     keys: int  # of a warp in a step
     tiles: int  # steps whose keys and values are on their way
     maxnreg: int | None
+    split_keys: int = 128  # of a KV split, at least
     early: bool = True  # whether programs may take multiprocessors that the kernel before has left, while it goes on
 
 
@@ -441,7 +442,9 @@ def plan(kind: str, DP: int, S: int, groups: int) -> Plan:
         return Plan(groups, 2, 16 if wide else 32, 2 if wide else 1, None, early=False)
     if DP <= 128 and groups > MANY and (wide or not one):
         return Plan(THREE_EACH, 4, 16, 1, 168)
-    return Plan(TWO_EACH, 4, 16 if wide or DP > 128 else 32, 2 if wide and one else 1, None)
+    if wide and one:  # twice the warps halve the steps, and more keys need no KV splits, which wait for each other
+        return Plan(ONE_EACH, 8, 16, 2, None, split_keys=256)
+    return Plan(TWO_EACH, 4, 16 if wide or DP > 128 else 32, 1, None)
 
 
 @op("attention", mutates=("k_cache", "v_cache", "k_scales", "v_scales"))
@@ -477,7 +480,7 @@ def attention_triton(
     groups, kind = B * Hkv * blocks, kv_cache.kind_of(k_cache)
     how = plan(kind, DP, S, groups)
     early = {"launch_pdl": how.early} if launch["PDL"] else {}
-    splits = max(1, min(64, how.programs // groups, triton.cdiv(T, SPLIT_KEYS)))
+    splits = max(1, min(64, how.programs // groups, triton.cdiv(T, how.split_keys)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty(groups * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
     lines = 0 if prefetch is None else max(0, min((prefetch.nbytes - EARLY) // 3, PREFETCH)) // 128
@@ -492,7 +495,7 @@ def attention_triton(
         *k_cache.stride()[:2], *(k_cache if k_scales is None else k_scales).stride()[:2], G=G, D=D, DP=DP,
         ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows, NEW=1 if S == 1 else 16, STRIDE=k_cache.stride(2),
         W=how.warps, HALVINGS=how.warps.bit_length() - 1, KEYS=how.keys, SPLITS=splits,
-        SPLITS2=triton.next_power_of_2(splits), SPLIT_KEYS=SPLIT_KEYS,
+        SPLITS2=triton.next_power_of_2(splits), SPLIT_KEYS=how.split_keys,
         PARTS=min(64 // real, triton.next_power_of_2(splits)), REAL=real, TILES=how.tiles, KIND=kind,
         K_ASM=to.keys, V_ASM=to.values, BIAS=to.bias, UNIT=to.unit, LIFT=to.lift,
         num_warps=how.warps, num_stages=1, maxnreg=how.maxnreg, **launch | early,
