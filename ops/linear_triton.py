@@ -83,6 +83,37 @@ if triton is not None:
         return products.load(w, words, k // PER_WORD, inside, EVEN, KIND != "fp", wanted), pair
 
     @triton.jit
+    def _ask(
+        w, s, tile, k, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+        W: tl.constexpr, STEPS: tl.constexpr,
+    ):  # fmt: skip
+        """Ask for weights of a tile from k on, of so many steps or until the end of its rows, and of 4 bits for their
+        scales, to come to the L2 cache."""
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        UNITS: tl.constexpr = R if FOUR else 8 * R  # rows, or 8 rows of 4 bits, whose bytes along K lie together
+        CHUNK: tl.constexpr = 512 if FOUR else 64  # bytes of a unit that a warp's lanes hold at once
+        unit = tile * UNITS + tl.arange(0, UNITS)[:, None]
+        if FOUR:
+            blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
+            unit = tl.minimum(unit, N // 8 - 1)
+            OF_SCALES: tl.constexpr = 32 if KIND == "mxfp4" else 4096 // GROUP
+            _lines(s, unit, k // 128 * OF_SCALES, blocks * OF_SCALES, STEPS * W * C * OF_SCALES)
+            _lines(w, unit, k // 128 * CHUNK, blocks * CHUNK, STEPS * W * C * CHUNK)
+        else:
+            SIZE: tl.constexpr = 2 if KIND == "fp" else 1
+            _lines(w, tl.minimum(unit, N - 1), k * SIZE, K * SIZE, STEPS * W * C * CHUNK)
+
+    @triton.jit
+    def _lines(memory, row, first, width, SIZE: tl.constexpr):
+        """Ask for SIZE bytes of rows (n, 1) of `width` bytes from `first` on, a line of 128 bytes each lane."""
+        LINES: tl.constexpr = SIZE // 128 if SIZE > 128 else 1
+        at = tl.minimum(first + tl.arange(0, LINES)[None, :] * 128, width - 16)
+        at = memory.to(tl.int64) + row.to(tl.int64) * width + at
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, is_pure=False, pack=1
+        )
+
+    @triton.jit
     def bytes_of(chunk, i, j, W: tl.constexpr, C: tl.constexpr, COLS: tl.constexpr):
         """Where `pack_mxfp4` has the scales of chunks in 8 rows: of lane j's group or, for several rows, of all 4."""
         at = chunk * 32 + i * 4
@@ -105,7 +136,8 @@ if triton is not None:
         y, x, w, s, bias, norm, residual, buffers, counts, rank, M, N, K, eps,
         KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, COLS: tl.constexpr,
         WORLD: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W n(x) [+ bias], or if SWIGLU `swiglu` of it (M, N / 2); M <= COLS rows of x.
         If WORLD is not 1, W n(x) [+ bias] is summed over so many ranks before that, each tile by itself (symmetric.py),
@@ -166,6 +198,12 @@ if triton is not None:
         if PDL:
             tlx.gdc_launch_dependents()
         w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
+        if PDL and AHEAD > 0:
+            if not WHOLE:
+                _ask(w, s, tile, STEP, N, K, KIND, GROUP, R, C, W, AHEAD)
+            elif PERSIST:
+                if (tile + tl.num_programs(0)) * (8 * R) < N:
+                    _ask(w, s, tile + tl.num_programs(0), 0, N, K, KIND, GROUP, R, C, W, 1)
         if PDL:
             tlx.gdc_wait()
 
@@ -262,6 +300,7 @@ if triton is not None:
                 tl.store(counts + n // 8, count, mask=n < N)
 
 
+AHEAD = 1  # steps, or a tile, of weights that a program brings to the L2 cache while it waits for x
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4", torch.float4_e2m1fn_x2: "mxfp4"}
 
 
@@ -329,7 +368,7 @@ def linear(
         WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
         R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
-        num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
+        AHEAD=AHEAD, num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
     return y if world == 1 or buffers else symmetric.all_reduce(y, gather, rank, world, of_all)
 
