@@ -137,7 +137,7 @@ if triton is not None:
         KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, COLS: tl.constexpr,
         WORLD: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
         WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr,
-        PDL: tl.constexpr,
+        SQUARES: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W n(x) [+ bias], or if SWIGLU `swiglu` of it (M, N / 2); M <= COLS rows of x.
         If WORLD is not 1, W n(x) [+ bias] is summed over so many ranks before that, each tile by itself (symmetric.py),
@@ -213,9 +213,10 @@ if triton is not None:
         last = (K - 1) // STEP * STEP
         t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
         squares = tl.zeros((B * W, 16, 16), tl.float32)
-        if norm is not None and COLS == 1:  # here, where weights are on their way
-            of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
-            factor = 0.0 if IN_INT8 else tl.rsqrt(tl.sum(of_row, 0) / K + eps)
+        if SQUARES > 0:
+            factor = 0.0
+        if SQUARES > 0 and WHOLE and not PERSIST:
+            factor = products.norm_factor(xs, K, eps, W * 128, SQUARES, DTYPE)
         if WHOLE:
             b, x_scale, squares = products.operand(
                 squares, t, gains, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
@@ -247,6 +248,8 @@ if triton is not None:
                     acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
                     w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
                     t = t_next
+                if SQUARES > 0 and turn == 0:  # here, where the last weights are on their way
+                    factor = products.norm_factor(xs, K, eps, W * 128, SQUARES, DTYPE)
                 b, x_scale, squares = products.operand(
                     squares, t, gains, kx, last, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
                 )
@@ -256,6 +259,8 @@ if triton is not None:
                 w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
                 if not WHOLE:
                     t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
+                elif SQUARES > 0 and turn == 0:  # here, where the next weights are on their way
+                    factor = products.norm_factor(xs, K, eps, W * 128, SQUARES, DTYPE)
 
             if D > 1:
                 acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
@@ -270,10 +275,9 @@ if triton is not None:
                     if SMALL:  # see products.operand
                         total *= tl.where((half < 8) | (KIND == "mxfp4"), 2.0**-64, 2.0**-60)[None, :]
                     total = tl.sum(tl.sum(total.reshape(B, W, 2, 8), 2), 1).reshape(1, COLS)
-                    factor = tl.rsqrt(total / K + eps)
-                elif IN_INT8 and turn == 0:  # warps meet when the next weights are on their way: faster in int8
-                    factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
-                out *= factor
+                    out *= tl.rsqrt(total / K + eps)
+                else:
+                    out *= factor
             if P == 4 and GROUP == 0:
                 out *= scale.to(tl.float32)[:, None]
             if bias is not None:
@@ -368,7 +372,8 @@ def linear(
         WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
         R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
-        AHEAD=AHEAD, num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
+        AHEAD=AHEAD, SQUARES=triton.cdiv(K, W * 256) if norm is not None and M == 1 else 0,
+        num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
     return y if world == 1 or buffers else symmetric.all_reduce(y, gather, rank, world, of_all)
 
