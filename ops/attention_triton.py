@@ -307,6 +307,8 @@ if triton is not None:
         m_i = tl.full((W, ROWS), float("-inf"), tl.float32)
         l_i = tl.zeros((W, ROWS), tl.float32)
         acc = tl.zeros((W, ROWS, DP), tl.float32)
+        m_new = tl.full((ROWS,), float("-inf"), tl.float32)  # of one new key, which is put to them last
+        v_last = tl.zeros((1, DP), tl.float32)
         if split == splits - 1:
             k_new = turned(k_new, k_turns, k_norm, eps, D, DP, ROTARY)
             at = (pos + new).to(tl.int64)[:, None] * STRIDE
@@ -324,10 +326,8 @@ if triton is not None:
             tl.store(values + at + d[None, :], v_code, mask=to_v)
             if NEW == 1:
                 score = softmax.scores(tl.sum(q.to(tl.float32) * k_own, 1), scale, cap)
-                to_first = (tl.arange(0, W)[:, None] == 0) & (pos < T)
-                m_i = tl.where(to_first, score[None, :], float("-inf"))
-                l_i += tl.where(to_first, 1.0, 0.0)
-                acc += (l_i * (UNIT * LIFT))[:, :, None] * v_own[None, :, :]
+                m_new = tl.where(pos < T, score, float("-inf"))
+                v_last = v_own
             else:  # read back as part of a tile: faster than more products
                 tl.debug_barrier()
                 end = tl.minimum(pos + S, T)
@@ -384,13 +384,15 @@ if triton is not None:
             acc = (acc.reshape(W, ROWS, DP // 8, 8) - sums[:, :, None, :]).reshape(W, ROWS, DP)
         if KIND != "16-bit":
             acc *= 1.0 / (UNIT * LIFT)
-        m, share = _shares(m_i)
-        l = tl.sum(l_i * share, 0)
+        m = tl.maximum(tl.max(m_i, 0), m_new)
+        m = tl.where(m == float("-inf"), 0.0, m)
+        share, of_new = tl.exp2(m_i - m[None, :]), tl.exp2(m_new - m)
+        l = tl.sum(l_i * share, 0) + of_new
         y = (acc * share[:, :, None]).permute(1, 2, 0)  # (ROWS, DP, W)
         for part in tl.static_range(HALVINGS):  # splitting brings what warps hold together: a sum over axis 0 is slower
             even, odd = tl.split(y.reshape(ROWS, DP, W >> (part + 1), 2))
             y = even + odd
-        y = y.reshape(ROWS, DP)
+        y = y.reshape(ROWS, DP) + of_new[:, None] * v_last
 
         of_row = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G) * D
         mask = (row < S * G)[:, None] & (in_order < D)[None, :]
