@@ -137,7 +137,7 @@ if triton is not None:
         KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, COLS: tl.constexpr,
         WORLD: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
         WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr,
-        SQUARES: tl.constexpr, PDL: tl.constexpr,
+        STREAM: tl.constexpr, SQUARES: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W n(x) [+ bias], or if SWIGLU `swiglu` of it (M, N / 2); M <= COLS rows of x.
         If WORLD is not 1, W n(x) [+ bias] is summed over so many ranks before that, each tile by itself (symmetric.py),
@@ -247,6 +247,9 @@ if triton is not None:
                     )
                     acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
                     w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
+                    if PDL and STREAM:
+                        if k + AHEAD * STEP < K:
+                            _ask(w, s, tile, k + AHEAD * STEP, N, K, KIND, GROUP, R, C, W, 1)
                     t = t_next
                 if SQUARES > 0 and turn == 0:  # here, where the last weights are on their way
                     factor = products.norm_factor(xs, K, eps, W * 128, SQUARES, DTYPE)
@@ -257,6 +260,9 @@ if triton is not None:
             tile += tl.num_programs(0)
             if PERSIST:
                 w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
+                if PDL and STREAM and WHOLE:
+                    if (tile + tl.num_programs(0)) * (8 * R) < N:
+                        _ask(w, s, tile + tl.num_programs(0), 0, N, K, KIND, GROUP, R, C, W, 1)
                 if not WHOLE:
                     t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
                 elif SQUARES > 0 and turn == 0:  # here, where the next weights are on their way
@@ -305,6 +311,7 @@ if triton is not None:
 
 
 AHEAD = 1  # steps, or a tile, of weights that a program brings to the L2 cache while it waits for x
+STREAM = True  # and so far ahead of what it reads, later on
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4", torch.float4_e2m1fn_x2: "mxfp4"}
 
 
@@ -372,7 +379,7 @@ def linear(
         WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
         R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
-        AHEAD=AHEAD, SQUARES=triton.cdiv(K, W * 256) if norm is not None and M == 1 else 0,
+        AHEAD=AHEAD, STREAM=STREAM and AHEAD > 0, SQUARES=triton.cdiv(K, W * 256) if norm is not None and M == 1 else 0,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
     return y if world == 1 or buffers else symmetric.all_reduce(y, gather, rank, world, of_all)
