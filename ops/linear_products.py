@@ -354,14 +354,14 @@ if triton is not None:
         return acc
 
     @triton.jit
-    def norm_factor(x, K, eps, SPAN: tl.constexpr, STEPS: tl.constexpr, DTYPE: tl.constexpr):
-        """What RMSNorm multiplies one row of x with, whose words at x are read SPAN at a time, in so many steps."""
+    def squares_of_row(x, K, SPAN: tl.constexpr, DTYPE: tl.constexpr):
+        """The squares of one row of x, words at x, as SPAN sums."""
+        at = tl.arange(0, SPAN)
         squares = tl.zeros((SPAN,), tl.float32)
-        for step in tl.static_range(STEPS):
-            at = step * SPAN + tl.arange(0, SPAN)
-            low, high = _halves(tl.load(x + at, at < K // 2, other=0), DTYPE)
+        for start in range(0, K // 2, SPAN):
+            low, high = _halves(tl.load(x + start + at, start + at < K // 2, other=0), DTYPE)
             squares += low * low + high * high
-        return tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        return squares
 
     @triton.jit
     def _bytes(w, ASM: tl.constexpr):

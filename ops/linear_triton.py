@@ -83,37 +83,6 @@ if triton is not None:
         return products.load(w, words, k // PER_WORD, inside, EVEN, KIND != "fp", wanted), pair
 
     @triton.jit
-    def _ask(
-        w, s, tile, k, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-        W: tl.constexpr, STEPS: tl.constexpr,
-    ):  # fmt: skip
-        """Ask for weights of a tile from k on, of so many steps or until the end of its rows, and of 4 bits for their
-        scales, to come to the L2 cache."""
-        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
-        UNITS: tl.constexpr = R if FOUR else 8 * R  # rows, or 8 rows of 4 bits, whose bytes along K lie together
-        CHUNK: tl.constexpr = 512 if FOUR else 64  # bytes of a unit that a warp's lanes hold at once
-        unit = tile * UNITS + tl.arange(0, UNITS)[:, None]
-        if FOUR:
-            blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
-            unit = tl.minimum(unit, N // 8 - 1)
-            OF_SCALES: tl.constexpr = 32 if KIND == "mxfp4" else 4096 // GROUP
-            _lines(s, unit, k // 128 * OF_SCALES, blocks * OF_SCALES, STEPS * W * C * OF_SCALES)
-            _lines(w, unit, k // 128 * CHUNK, blocks * CHUNK, STEPS * W * C * CHUNK)
-        else:
-            SIZE: tl.constexpr = 2 if KIND == "fp" else 1
-            _lines(w, tl.minimum(unit, N - 1), k * SIZE, K * SIZE, STEPS * W * C * CHUNK)
-
-    @triton.jit
-    def _lines(memory, row, first, width, SIZE: tl.constexpr):
-        """Ask for SIZE bytes of rows (n, 1) of `width` bytes from `first` on, a line of 128 bytes each lane."""
-        LINES: tl.constexpr = SIZE // 128 if SIZE > 128 else 1
-        at = tl.minimum(first + tl.arange(0, LINES)[None, :] * 128, width - 16)
-        at = memory.to(tl.int64) + row.to(tl.int64) * width + at
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, is_pure=False, pack=1
-        )
-
-    @triton.jit
     def bytes_of(chunk, i, j, W: tl.constexpr, C: tl.constexpr, COLS: tl.constexpr):
         """Where `pack_mxfp4` has the scales of chunks in 8 rows: of lane j's group or, for several rows, of all 4."""
         at = chunk * 32 + i * 4
@@ -136,8 +105,7 @@ if triton is not None:
         y, x, w, s, bias, norm, residual, buffers, counts, rank, M, N, K, eps,
         KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, COLS: tl.constexpr,
         WORLD: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr,
-        STREAM: tl.constexpr, SQUARES: tl.constexpr, PDL: tl.constexpr,
+        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W n(x) [+ bias], or if SWIGLU `swiglu` of it (M, N / 2); M <= COLS rows of x.
         If WORLD is not 1, W n(x) [+ bias] is summed over so many ranks before that, each tile by itself (symmetric.py),
@@ -198,12 +166,6 @@ if triton is not None:
         if PDL:
             tlx.gdc_launch_dependents()
         w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
-        if PDL and AHEAD > 0:
-            if not WHOLE:
-                _ask(w, s, tile, STEP, N, K, KIND, GROUP, R, C, W, AHEAD)
-            elif PERSIST:
-                if (tile + tl.num_programs(0)) * (8 * R) < N:
-                    _ask(w, s, tile + tl.num_programs(0), 0, N, K, KIND, GROUP, R, C, W, 1)
         if PDL:
             tlx.gdc_wait()
 
@@ -213,10 +175,9 @@ if triton is not None:
         last = (K - 1) // STEP * STEP
         t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
         squares = tl.zeros((B * W, 16, 16), tl.float32)
-        if SQUARES > 0:
-            factor = 0.0
-        if SQUARES > 0 and WHOLE and not PERSIST:
-            factor = products.norm_factor(xs, K, eps, W * 128, SQUARES, DTYPE)
+        if norm is not None and COLS == 1:  # here, where weights are on their way
+            of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
+            factor = 0.0 if IN_INT8 else tl.rsqrt(tl.sum(of_row, 0) / K + eps)
         if WHOLE:
             b, x_scale, squares = products.operand(
                 squares, t, gains, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
@@ -247,12 +208,7 @@ if triton is not None:
                     )
                     acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
                     w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
-                    if PDL and STREAM:
-                        if k + AHEAD * STEP < K:
-                            _ask(w, s, tile, k + AHEAD * STEP, N, K, KIND, GROUP, R, C, W, 1)
                     t = t_next
-                if SQUARES > 0 and turn == 0:  # here, where the last weights are on their way
-                    factor = products.norm_factor(xs, K, eps, W * 128, SQUARES, DTYPE)
                 b, x_scale, squares = products.operand(
                     squares, t, gains, kx, last, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
                 )
@@ -260,13 +216,8 @@ if triton is not None:
             tile += tl.num_programs(0)
             if PERSIST:
                 w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
-                if PDL and STREAM and WHOLE:
-                    if (tile + tl.num_programs(0)) * (8 * R) < N:
-                        _ask(w, s, tile + tl.num_programs(0), 0, N, K, KIND, GROUP, R, C, W, 1)
                 if not WHOLE:
                     t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
-                elif SQUARES > 0 and turn == 0:  # here, where the next weights are on their way
-                    factor = products.norm_factor(xs, K, eps, W * 128, SQUARES, DTYPE)
 
             if D > 1:
                 acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
@@ -281,9 +232,10 @@ if triton is not None:
                     if SMALL:  # see products.operand
                         total *= tl.where((half < 8) | (KIND == "mxfp4"), 2.0**-64, 2.0**-60)[None, :]
                     total = tl.sum(tl.sum(total.reshape(B, W, 2, 8), 2), 1).reshape(1, COLS)
-                    out *= tl.rsqrt(total / K + eps)
-                else:
-                    out *= factor
+                    factor = tl.rsqrt(total / K + eps)
+                elif IN_INT8 and turn == 0:  # warps meet when the next weights are on their way: faster in int8
+                    factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
+                out *= factor
             if P == 4 and GROUP == 0:
                 out *= scale.to(tl.float32)[:, None]
             if bias is not None:
@@ -310,8 +262,6 @@ if triton is not None:
                 tl.store(counts + n // 8, count, mask=n < N)
 
 
-AHEAD = 1  # steps, or a tile, of weights that a program brings to the L2 cache while it waits for x
-STREAM = True  # and so far ahead of what it reads, later on
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4", torch.float4_e2m1fn_x2: "mxfp4"}
 
 
@@ -379,7 +329,6 @@ def linear(
         WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
         R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
-        AHEAD=AHEAD, STREAM=STREAM and AHEAD > 0, SQUARES=triton.cdiv(K, W * 256) if norm is not None and M == 1 else 0,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
     return y if world == 1 or buffers else symmetric.all_reduce(y, gather, rank, world, of_all)
