@@ -460,7 +460,7 @@ def _samples(llm: LLM, prompts: list[list[int]], args: argparse.Namespace) -> li
         texts = [llm.tokenizer.decode(prompt) + reply.text for prompt, reply in zip(prompts, answers)]
         if args.stream:
             texts[0] = ""  # it is there already, but for the end of its line
-        print("\n".join(texts))
+        print("\n".join(texts), flush=True)
         if profiler:
             profiler.export_chrome_trace(str(args.profile))
             if not args.profile.read_bytes().rstrip().endswith(b"}"):  # it does not say so itself

@@ -369,6 +369,13 @@ def test_measures_that_are_none(tiny, monkeypatch, capsys):
     assert "not compared" in err and "Average tokens/sec" in err
 
 
+def test_text_ends_its_line_before_what_follows_on_stderr(tiny):
+    command = [sys.executable, REPO / "generate.py", *run_args(tiny), "--prompt", "Hello", "--max_new_tokens", "3"]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    run = subprocess.run([*command, "--stream"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert run.returncode == 0 and "\nTime for inference 1: " in run.stdout, run.stdout
+
+
 @pytest.mark.parametrize("closed", ["<&- 2>&-", ">&-", "<&- >&- 2>&-"])
 def test_closed_streams(tiny, closed):
     command = [sys.executable, REPO / "generate.py", *run_args(tiny), "--prompt", "Hello", "--max_new_tokens", "3"]
