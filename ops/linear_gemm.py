@@ -199,7 +199,7 @@ else:
             q = tl.arange(0, P // 4)[None, None, :, None]
             w = w[:, :, None, None]
             if KIND == "int4":
-                scale, zero = products._halves(s, S)
+                scale, zero = products.halves(s, S)
                 out = ((w >> (4 * q + 16 * e) & 15) - 8).to(tl.float32) * scale[:, :, None, None]
                 out = (out + zero[:, :, None, None]).to(DTYPE)
             elif KIND == "mxfp4":

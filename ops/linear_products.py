@@ -114,7 +114,7 @@ if triton is not None:
         return out
 
     @triton.jit
-    def _halves(w, DTYPE: tl.constexpr):
+    def halves(w, DTYPE: tl.constexpr):
         """The two 16-bit values of each word, as fp32."""
         if tl.bfloat16 == DTYPE:
             low, high = (w << 16).to(tl.float32, bitcast=True), (w & -65536).to(tl.float32, bitcast=True)
@@ -130,8 +130,8 @@ if triton is not None:
             multiply: tl.constexpr = "mul.rn.bf16x2 $0, $1, $2;" if tl.bfloat16 == DTYPE else "mul.rn.f16x2 $0, $1, $2;"
             words = tl.inline_asm_elementwise(multiply, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
         else:
-            low_a, high_a = _halves(a, DTYPE)
-            low_b, high_b = _halves(b, DTYPE)
+            low_a, high_a = halves(a, DTYPE)
+            low_b, high_b = halves(b, DTYPE)
             high = (high_a * high_b).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16
             words = high | (low_a * low_b).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         return words
@@ -205,7 +205,7 @@ if triton is not None:
         if KIND == "mxfp4":
             acc = _add_products(acc, products, _per_row(power(s), 4, R, C, W, COLS), C * 4)
         elif KIND == "int4":
-            scale, _ = _halves(s, S)
+            scale, _ = halves(s, S)
             j = tl.arange(0, 4)[:, None, None, None, None]
             own = s  # of the groups, the one of lane j's part
             if GROUPS == 4:
@@ -214,7 +214,7 @@ if triton is not None:
             if GROUPS > 1:
                 first, second = tl.split(own)
                 own = tl.where(j < 2, first, second)
-            low, high = _halves(own, S)  # each meets both parts of `_sums`
+            low, high = halves(own, S)  # each meets both parts of `_sums`
             own = tl.join(tl.join(low, low), tl.join(high, high)).reshape(4, 8, W, R, C, 2, 2)
             rest = tl.dot(own.permute(2, 3, 1, 4, 6, 0, 5).reshape(W, R * 8, C * 16), sums)
             acc += _add_products(rest, products, _per_row(scale, GROUPS, R, C, W, COLS), C * GROUPS)
@@ -234,7 +234,7 @@ if triton is not None:
         """Values of 8 bits and their groups' scales, or (scale, zero) pairs of dtype S, as values in DTYPE; of int8
         with ASM, both in 64ths."""
         if PAIRS:
-            scale, zero = _halves(s, S)
+            scale, zero = halves(s, S)
             a = a.to(tl.float32) * scale + zero * (1 / 64 if KIND == "int8" and ASM is not None else 1.0)
         else:
             a = a.to(tl.float32) * s.to(tl.float32)
@@ -359,7 +359,7 @@ if triton is not None:
         at = tl.arange(0, SPAN)
         squares = tl.zeros((SPAN,), tl.float32)
         for start in range(0, K // 2, SPAN):
-            low, high = _halves(tl.load(x + start + at, start + at < K // 2, other=0), DTYPE)
+            low, high = halves(tl.load(x + start + at, start + at < K // 2, other=0), DTYPE)
             squares += low * low + high * high
         return squares
 
@@ -409,7 +409,7 @@ if triton is not None:
         PARTS: tl.constexpr = 4 if X > 4 else X  # in a fragment
         D: tl.constexpr = X // PARTS
         i = tl.arange(0, 8)[None, :, None, None, None, None]
-        low, high = _halves(t, DTYPE)
+        low, high = halves(t, DTYPE)
         top = tl.max(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 5, keep_dims=True), 0, keep_dims=True)
         exponent = tl.maximum(top, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000
         inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True) * 8192.0  # 2^13 / 2^exponent
@@ -479,7 +479,7 @@ if triton is not None:
             sums = tl.dot(tl.full((D * W, R * 8, 128), OFFSET, tl.int8), b, out_dtype=tl.int32)
             y = _whole(tl.dot(a, b, sums, out_dtype=tl.int32))  # of q - 8, or twice the values
             if KIND == "int4":
-                gain, zero = _halves(s, S)
+                gain, zero = halves(s, S)
                 zero = zero.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4) * (-1 / 8)
                 gain = gain.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
                 y = gain * y + zero * _whole(sums)

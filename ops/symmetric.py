@@ -19,6 +19,7 @@ import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
 from ops import exchange
+from ops import linear_products as products
 from ops.common import MAX_ROWS, on_triton, op, pdl, tl, tlx, triton
 from ops.messages import content, missing, receive, send
 
@@ -129,12 +130,6 @@ if triton is not None:
             word = content(got, tl.int32)
         return word
 
-    @triton.jit
-    def _halves(words, DTYPE: tl.constexpr):
-        """The two 16-bit values of each word, as fp32."""
-        low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
-        return low.to(DTYPE, bitcast=True).to(tl.float32), high.to(DTYPE, bitcast=True).to(tl.float32)
-
     @triton.jit(do_not_specialize=["rank", "words"])  # all ranks run the same code, and so sum in the same order
     def _all_reduce_kernel(
         out, x, residual, buffers, counts, rank, words, width,
@@ -164,10 +159,10 @@ if triton is not None:
                 total += own.to(tl.float32, bitcast=True)
             tl.store(out + at, total.to(tl.int32, bitcast=True), mask=sent)
         else:
-            low, high = _halves(got, DTYPE)
+            low, high = products.halves(got, DTYPE)
             low, high = tl.sum(low, 0, keep_dims=True), tl.sum(high, 0, keep_dims=True)
             if residual is not None:
-                own_low, own_high = _halves(own, DTYPE)
+                own_low, own_high = products.halves(own, DTYPE)
                 low, high = low + own_low, high + own_high
             low, high = low.to(DTYPE).to(tl.int16, bitcast=True), high.to(DTYPE).to(tl.int16, bitcast=True)
             tl.store(out + at, (high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF), mask=sent)
