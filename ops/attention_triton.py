@@ -307,6 +307,8 @@ if triton is not None:
         m_i = tl.full((W, ROWS), float("-inf"), tl.float32)
         l_i = tl.zeros((W, ROWS), tl.float32)
         acc = tl.zeros((W, ROWS, DP), tl.float32)
+        m_new = tl.full((ROWS,), float("-inf"), tl.float32)  # of one new key, which is put to them last
+        v_last = tl.zeros((1, DP), tl.float32)
         if split == splits - 1:
             k_new = turned(k_new, k_turns, k_norm, eps, D, DP, ROTARY)
             at = (pos + new).to(tl.int64)[:, None] * STRIDE
@@ -324,10 +326,8 @@ if triton is not None:
             tl.store(values + at + d[None, :], v_code, mask=to_v)
             if NEW == 1:
                 score = softmax.scores(tl.sum(q.to(tl.float32) * k_own, 1), scale, cap)
-                to_first = (tl.arange(0, W)[:, None] == 0) & (pos < T)
-                m_i = tl.where(to_first, score[None, :], float("-inf"))
-                l_i += tl.where(to_first, 1.0, 0.0)
-                acc += (l_i * (UNIT * LIFT))[:, :, None] * v_own[None, :, :]
+                m_new = tl.where(pos < T, score, float("-inf"))
+                v_last = v_own
             else:  # read back as part of a tile: faster than more products
                 tl.debug_barrier()
                 end = tl.minimum(pos + S, T)
@@ -384,13 +384,15 @@ if triton is not None:
             acc = (acc.reshape(W, ROWS, DP // 8, 8) - sums[:, :, None, :]).reshape(W, ROWS, DP)
         if KIND != "16-bit":
             acc *= 1.0 / (UNIT * LIFT)
-        m, share = _shares(m_i)
-        l = tl.sum(l_i * share, 0)
+        m = tl.maximum(tl.max(m_i, 0), m_new)
+        m = tl.where(m == float("-inf"), 0.0, m)
+        share, of_new = tl.exp2(m_i - m[None, :]), tl.exp2(m_new - m)
+        l = tl.sum(l_i * share, 0) + of_new
         y = (acc * share[:, :, None]).permute(1, 2, 0)  # (ROWS, DP, W)
         for part in tl.static_range(HALVINGS):  # splitting brings what warps hold together: a sum over axis 0 is slower
             even, odd = tl.split(y.reshape(ROWS, DP, W >> (part + 1), 2))
             y = even + odd
-        y = y.reshape(ROWS, DP)
+        y = y.reshape(ROWS, DP) + of_new[:, None] * v_last
 
         of_row = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G) * D
         mask = (row < S * G)[:, None] & (in_order < D)[None, :]
@@ -418,9 +420,10 @@ if triton is not None:
 # Bytes of the following weights to prefetch: a third of what exceeds those that the next kernels' first programs ask
 # for by themselves, and at most so many. Measured on an H100, where more, or before the wait, was slower.
 PREFETCH, EARLY = 2**21, 14 * 2**20
-SPLIT_KEYS = 128  # the fewest keys of a KV split
-MANY = 132  # programs without a split, from which three a multiprocessor are faster, but for caches in 8 bits
-TWO_EACH, THREE_EACH = 264, 396  # KV splits of all rows and heads: what the multiprocessors hold, two or three each
+FEW = 66  # programs without a split, up to which one a multiprocessor, of twice the warps, is faster
+MANY = 132  # and from which three are, but for caches in 8 bits
+# KV splits of all rows and heads: what the multiprocessors hold, one, two or three each.
+ONE_EACH, TWO_EACH, THREE_EACH = 132, 264, 396
 
 
 class Plan(NamedTuple):
@@ -431,6 +434,7 @@ class Plan(NamedTuple):
     keys: int  # of a warp in a step
     tiles: int  # steps whose keys and values are on their way
     maxnreg: int | None
+    split_keys: int = 128  # of a KV split, at least
     early: bool = True  # whether programs may take multiprocessors that the kernel before has left, while it goes on
 
 
@@ -441,6 +445,8 @@ def plan(kind: str, DP: int, S: int, groups: int) -> Plan:
         return Plan(groups, 2, 16 if wide else 32, 2 if wide else 1, None, early=False)
     if DP <= 128 and groups > MANY and (wide or not one):
         return Plan(THREE_EACH, 4, 16, 1, 168)
+    if wide and one and groups <= FEW:  # up to 256 keys are one step, without KV splits, which wait for each other
+        return Plan(ONE_EACH, 8, 32, 1, None, split_keys=256)
     return Plan(TWO_EACH, 4, 16 if wide or DP > 128 else 32, 2 if wide and one else 1, None)
 
 
@@ -477,7 +483,7 @@ def attention_triton(
     groups, kind = B * Hkv * blocks, kv_cache.kind_of(k_cache)
     how = plan(kind, DP, S, groups)
     early = {"launch_pdl": how.early} if launch["PDL"] else {}
-    splits = max(1, min(64, how.programs // groups, triton.cdiv(T, SPLIT_KEYS)))
+    splits = max(1, min(64, how.programs // groups, triton.cdiv(T, how.split_keys)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty(groups * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
     lines = 0 if prefetch is None else max(0, min((prefetch.nbytes - EARLY) // 3, PREFETCH)) // 128
@@ -492,7 +498,7 @@ def attention_triton(
         *k_cache.stride()[:2], *(k_cache if k_scales is None else k_scales).stride()[:2], G=G, D=D, DP=DP,
         ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows, NEW=1 if S == 1 else 16, STRIDE=k_cache.stride(2),
         W=how.warps, HALVINGS=how.warps.bit_length() - 1, KEYS=how.keys, SPLITS=splits,
-        SPLITS2=triton.next_power_of_2(splits), SPLIT_KEYS=SPLIT_KEYS,
+        SPLITS2=triton.next_power_of_2(splits), SPLIT_KEYS=how.split_keys,
         PARTS=min(64 // real, triton.next_power_of_2(splits)), REAL=real, TILES=how.tiles, KIND=kind,
         K_ASM=to.keys, V_ASM=to.values, BIAS=to.bias, UNIT=to.unit, LIFT=to.lift,
         num_warps=how.warps, num_stages=1, maxnreg=how.maxnreg, **launch | early,

@@ -224,6 +224,7 @@ def make_attention(B, S, H, Hkv, D, T, rotary, dtype, generator):
     "B,S,H,Hkv,D,T,rotary,window,norm,positions",
     [
         (1, 1, 4, 4, 64, 512, 64, 0, False, [300]),  # several parts
+        (2, 1, 4, 2, 64, 512, 64, 0, False, [256, 257]),  # one part, which one step reads, and two
         (2, 3, 8, 2, 32, 200, 16, 0, True, [0, 150]),  # grouped heads, partial rotation, head norms, an empty row
         (2, 1, 4, 2, 80, 600, 80, 100, False, [520, 37]),  # a window, a head dimension that is no power of two
         (1, 16, 6, 2, 16, 96, 16, 20, False, [64]),
@@ -260,21 +261,24 @@ def test_attention(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
 
 @pytest.mark.parametrize("kind", [None, "int8", "fp8"])
 @pytest.mark.parametrize(
-    ("many", "two", "warps"),
+    ("few", "many", "two", "warps"),
     [
-        (4, 264, 4),
-        (3, 264, 4),  # many
-        (3, 4, 4),  # as many as two a multiprocessor hold
-        (3, 3, 2),  # more
+        (4, 4, 264, 8),  # few
+        (3, 4, 264, 4),
+        (0, 3, 264, 4),  # many
+        (0, 3, 4, 4),  # as many as two a multiprocessor hold
+        (0, 3, 3, 2),  # more
     ],
 )
-def test_attention_of_many_rows(many, two, warps, kind, monkeypatch):
-    """Two rows of two key heads, which are many."""
+def test_attention_of_many_rows(few, many, two, warps, kind, monkeypatch):
+    """Two rows of two key heads, which are few or many."""
+    monkeypatch.setattr("ops.attention_triton.FEW", few)
     monkeypatch.setattr("ops.attention_triton.MANY", many)
     monkeypatch.setattr("ops.attention_triton.TWO_EACH", two)
     dtype, positions = torch.bfloat16 if CUDA else torch.float16, (150, 67)
     how = plan("16-bit" if kind is None else kind, 64, 1, 4)
-    assert how.warps == warps and (how.maxnreg is None) == (many == 4 or warps == 2 or kind is not None)
+    assert how.warps == (warps if kind is None else min(warps, 4))
+    assert (how.maxnreg is None) == (many == 4 or warps == 2 or kind is not None)
     generator = torch.Generator().manual_seed(2)
     qkv, *values, rope = make_attention(2, 1, 8, 2, 64, 200, 64, dtype, generator)
     cache = kv_cache.allocate((2, 2, 200, 64), dtype, kind, "cpu")
