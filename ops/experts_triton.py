@@ -125,7 +125,7 @@ else:
             inside = chunk < blocks
         if KIND == "mxfp4":
             pair = products.load(
-                s, row8 * (blocks * 32) + bytes_of(chunk, i, j, W, C, COLS), 0, inside, EVEN, False, wanted
+                s, row8 * (blocks * 32) + bytes_of(chunk, i, j, W, C, COLS), 0, inside, EVEN, None, wanted
             )
         elif KIND == "int4":
             pairs = i * (256 // GROUP) + chunk // 2 * (8 * 256 // GROUP)
@@ -139,7 +139,7 @@ else:
                 pairs += tl.arange(0, GROUPS)[None, None, None, None, None, :]
             pairs = row8 * (tl.cdiv(K, 256) * (8 * 256 // GROUP)) + pairs
             s = s.to(tl.pointer_type(tl.int32))
-            pair = products.load(s, pairs, 0, inside, EVEN, False, wanted)
+            pair = products.load(s, pairs, 0, inside, EVEN, None, wanted)
         if not FOUR:
             row = expert.to(tl.int64) * N + tl.minimum((here * R + r) * 8 + i, N - 1)
             words = row * (K // PER_WORD) + (chunk * 16 + j * 4 + u)
@@ -148,7 +148,8 @@ else:
                 _, _, expert, _ = _unit(used, count, S, tile, step, T, U, DOWN, tl.arange(0, W)[:, None])
                 n = tile * (R * 8) + tl.arange(0, R * 8)[None, :]
                 pair = tl.load(s + expert.to(tl.int64) * N + n, n < N, other=0.0).to(tl.float32)
-        return products.load(w, words, 0, inside, EVEN, KIND != "fp", wanted), pair
+        ONCE: tl.constexpr = None if KIND == "fp" else "evict_first"
+        return products.load(w, words, 0, inside, EVEN, ONCE, wanted), pair
 
     @triton.jit
     def _rows(

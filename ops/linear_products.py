@@ -162,8 +162,10 @@ if triton is not None:
         return tl.maximum(exponent.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def load(base, at, k, inside, EVEN: tl.constexpr, ONCE: tl.constexpr = False, wanted=None):
-        """A tile (j i W R C u) from base + at + k, see `flat`; beyond an uneven K, zeros. Anything, if not wanted."""
+    def load(base, at, k, inside, EVEN: tl.constexpr, ONCE: tl.constexpr = None, wanted=None):
+        """A tile (j i W R C u) from base + at + k, see `flat`; beyond an uneven K, zeros. Anything, if not wanted.
+
+        ONCE: for what nothing reads again, how it goes through the caches, "evict_first" or, not through L1, ".cg"."""
         W: tl.constexpr = at.shape[2]
         R: tl.constexpr = at.shape[3]
         C: tl.constexpr = at.shape[4]
@@ -176,7 +178,8 @@ if triton is not None:
             base + flat(at, W, R, C) + k,
             mask,
             other=None if EVEN else 0,
-            eviction_policy="evict_first" if ONCE else "",
+            eviction_policy="evict_first" if ONCE == "evict_first" else "",
+            cache_modifier=".cg" if ONCE == ".cg" else "",
         )
         return unflat(tile, W, R, C)
 
