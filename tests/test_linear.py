@@ -1,3 +1,5 @@
+import ctypes
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from linear import (
     quantizer,
 )
 from model import RMSNorm
+from ops.common import L2_FETCH_GRANULARITY
 
 KINDS = ["int8", "fp8", *(f"int4:{G}" for G in GROUPS)]
 SIZES = [(96, 256), (48, 576), (33, 65), (7, 31), (1, 1), (16, 40)]  # (N, K)
@@ -221,3 +224,11 @@ def test_matmul_on_cuda(mode, N, K):
     for rows in (1, 2, 7, 8, 16, 17, 64):
         x = torch.randn(1, rows, K, dtype=torch.bfloat16)
         assert relative(layer(x.cuda()).cpu(), x.double() @ plain.t()) < 1e-2, rows
+
+
+@pytest.mark.cuda
+def test_what_misses_l2_brings_a_line_once_a_layer_is_packed():
+    make("int8", 96, 256)[1].cuda().pack(torch.bfloat16)
+    found = ctypes.c_size_t()
+    ctypes.CDLL("libcuda.so.1").cuCtxGetLimit(ctypes.byref(found), L2_FETCH_GRANULARITY)
+    assert found.value == 128
