@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,8 @@ def _mark(key: object) -> Path:
 
 def _compile(rehearsal: Callable[[], object], gpu: Gpu, mark: Path) -> None:
     """In a process for that alone: rehearse, with a process a kernel, as many at a time as there are processors."""
+    from triton.backends.nvidia import driver as nvidia
+
     ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     for number in ends:  # it ends with the command, and says nothing of it
         signal.signal(number, signal.SIG_DFL)
@@ -70,26 +73,35 @@ def _compile(rehearsal: Callable[[], object], gpu: Gpu, mark: Path) -> None:
     triton.runtime.cache.triton_key()  # once for all of them
     running = set()
 
-    def compile(launch: Callable[[], object]) -> None:
+    def start(job: Callable[[], object]) -> None:
         if len(running) >= len(os.sched_getaffinity(0)):
             running.discard(os.wait()[0])
         if (pid := os.fork()) == 0:
             try:
-                launch()
+                job()
             finally:
                 os._exit(0)
         running.add(pid)
 
+    def compile(launch: Callable[[], Any]) -> None:
+        def job() -> None:
+            kernel = launch()
+            if hasattr(nvidia, "make_launcher"):  # Triton 3.6 compiles C for each list of argument types, by gcc
+                nvidia.CudaLauncher(kernel.src, kernel.metadata)
+
+        start(job)
+
+    start(nvidia.CudaUtils)  # compiles the C that calls the driver
     rehearse(rehearsal, gpu, compile)
     while running:
         running.discard(os.wait()[0])
     mark.touch()
 
 
-def rehearse(rehearsal: Callable[[], object], gpu: Gpu, compile: Callable[[Callable[[], object]], object]) -> set:
+def rehearse(rehearsal: Callable[[], object], gpu: Gpu, compile: Callable[[Callable[[], Any]], object]) -> set:
     """Run `rehearsal`, whose tensors on the meta device stand for such a GPU's, and have each kernel that it launches
-    compiled once, by a launch that only does that. Returns (function, Triton's key) of each. From now on this process
-    is good for nothing else."""
+    compiled once, by a launch that only does that and returns it. Returns (function, Triton's key) of each. From now on
+    this process is good for nothing else."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
@@ -114,7 +126,7 @@ def rehearse(rehearsal: Callable[[], object], gpu: Gpu, compile: Callable[[Calla
                 compile(only_compile)
             return True
 
-        def only_compile() -> object:
+        def only_compile() -> Any:
             return run(kernel, *args, grid=grid, warmup=True, **options)
 
         triton.knobs.runtime.jit_cache_hook = hook
