@@ -37,14 +37,16 @@ if triton is not None:
     @triton.jit
     def _weights(
         w, s, tile, k, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, COLS: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, wanted=None,
+        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, PERSIST: tl.constexpr,
     ):  # fmt: skip
-        """The words of a tile of W at k and, of groups, int32 pairs of scale and zero or, without zeros, scales; if
-        they are wanted."""
+        """The words of a tile of W at k and, of groups, int32 pairs of scale and zero or, without zeros, scales."""
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if FOUR else 4  # 4 bits' words lie 8 rows together
         j, i, warp, r, u = _axes(W, R)
         chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
+        wanted = None
+        if PERSIST:
+            wanted = tile * (8 * R) < N
         pair = 0
         if FOUR:
             blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
@@ -94,21 +96,6 @@ if triton is not None:
         return place
 
     @triton.jit
-    def _step(tile, k, K, programs):
-        """A program's tile and k, or where K is past the first step of its next tile."""
-        over = k >= K
-        return tl.where(over, tile + programs, tile), tl.where(over, 0, k)
-
-    @triton.jit
-    def _ask(memory, size, W: tl.constexpr):
-        """Ask for so many bytes to come to the L2 cache."""
-        at = tl.minimum(tl.arange(0, W * 32) * 128, size - 2)
-        at = memory.to(tl.int64) + at.to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, is_pure=False, pack=1
-        )
-
-    @triton.jit
     def bytes_of(chunk, i, j, W: tl.constexpr, C: tl.constexpr, COLS: tl.constexpr):
         """Where `pack_mxfp4` has the scales of chunks in 8 rows: of lane j's group or, for several rows, of all 4."""
         at = chunk * 32 + i * 4
@@ -131,8 +118,7 @@ if triton is not None:
         y, x, w, s, bias, norm, residual, buffers, counts, rank, M, N, K, eps,
         KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, COLS: tl.constexpr,
         WORLD: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
-        DEEP: tl.constexpr, CONSTANTS: tl.constexpr, PDL: tl.constexpr,
+        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W n(x) [+ bias], or if SWIGLU `swiglu` of it (M, N / 2); M <= COLS rows of x.
         If WORLD is not 1, W n(x) [+ bias] is summed over so many ranks before that, each tile by itself (symmetric.py),
@@ -192,17 +178,7 @@ if triton is not None:
         tile = tl.program_id(0)
         if PDL:
             tlx.gdc_launch_dependents()
-        w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN)
-        if DEEP and (PERSIST or not WHOLE):
-            tile_at, k_at = _step(tile, STEP, K, tl.num_programs(0))
-            w_next, s_next = _weights(
-                w, s, tile_at, k_at, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN,
-                tile_at * (8 * R) < N if PERSIST else None,
-            )  # fmt: skip
-        if PDL and CONSTANTS and norm is not None:
-            _ask(norm, K * 2, W)
-        if PDL and CONSTANTS and P == 4 and GROUP == 0:
-            _ask(s + tile * (R * 8), R * 8 * 2, W)
+        w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
         if PDL:
             tlx.gdc_wait()
 
@@ -249,18 +225,7 @@ if triton is not None:
                         squares, t, gains, kx, k - STEP, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
                     )
                     acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
-                    if DEEP:
-                        w_now, s_now = w_next, s_next
-                        tile_at, k_at = _step(tile, k + STEP, K, tl.num_programs(0))
-                        w_next, s_next = _weights(
-                            w, s, tile_at, k_at, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN,
-                            tile_at * (8 * R) < N if PERSIST else k + STEP < K,
-                        )  # fmt: skip
-                    else:
-                        w_now, s_now = _weights(
-                            w, s, tile, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN,
-                            tile * (8 * R) < N if PERSIST else None,
-                        )  # fmt: skip
+                    w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
                     t = t_next
                 if norm is not None and LATER and turn == 0:
                     of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
@@ -271,16 +236,7 @@ if triton is not None:
             acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
             tile += tl.num_programs(0)
             if PERSIST:
-                if DEEP:
-                    w_now, s_now = w_next, s_next
-                    tile_at, k_at = _step(tile, STEP, K, tl.num_programs(0))
-                    w_next, s_next = _weights(
-                        w, s, tile_at, k_at, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, tile_at * (8 * R) < N
-                    )
-                else:
-                    w_now, s_now = _weights(
-                        w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, tile * (8 * R) < N
-                    )
+                w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
                 if not WHOLE:
                     t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
 
@@ -328,9 +284,6 @@ if triton is not None:
                 tl.store(counts + n // 8, count, mask=n < N)
 
 
-DEEPER = set()  # weights (N, K) of which two steps are on their way
-CONSTANTS = False
-TRY = {}
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4", torch.float4_e2m1fn_x2: "mxfp4"}
 
 
@@ -380,7 +333,6 @@ def linear(
     M = len(rows)
     group, pairs = group_of(K, kind, scales)
     how = tuning.configuration("fp8" if group and kind == "int8" else kind, N, K, M, x.device)
-    how = TRY.get((N, K), how) if M == 1 else how
     R, C, W = how.tile_rows // 8, how.k_repeat, how.num_warps
     launch, processors = pdl(x.device), tuning.processors(x.device)
     hopper = launch["PDL"]
@@ -399,7 +351,6 @@ def linear(
         WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
         R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
-        DEEP=M == 1 and (N, K) in DEEPER, CONSTANTS=CONSTANTS,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
     return y if world == 1 or buffers else symmetric.all_reduce(y, gather, rank, world, of_all)
