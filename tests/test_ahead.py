@@ -101,9 +101,8 @@ def compiled(folder: str) -> dict:
     from ops import common, rms_norm
 
     os.environ["TRITON_CACHE_DIR"] = os.environ["TRITON_LIBCUDA_PATH"] = folder
-    subprocess.run(
-        ["cc", "-shared", "-o", f"{folder}/libcuda.so.1", "-x", "c", os.devnull], check=True
-    )  # links, no more
+    # a driver to link with, no more
+    subprocess.run(["cc", "-shared", "-o", f"{folder}/libcuda.so.1", "-x", "c", os.devnull], check=True)
     x, tokens = torch.empty(4, 64, dtype=torch.bfloat16, device="meta"), torch.empty(1, 4, dtype=torch.int64).to("meta")
 
     def rehearsal(hinder):
