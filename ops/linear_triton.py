@@ -103,6 +103,14 @@ if triton is not None:
         return place
 
     @triton.jit
+    def _ask(memory, size, W: tl.constexpr):
+        """Ask for so many bytes, at most 4096 W of them, to come to the L2 cache."""
+        at = memory.to(tl.int64) + tl.minimum(tl.arange(0, W * 32) * 128, size - 2).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, is_pure=False, pack=1
+        )
+
+    @triton.jit
     def bytes_of(chunk, i, j, W: tl.constexpr, C: tl.constexpr, COLS: tl.constexpr):
         """Where `pack_mxfp4` has the scales of chunks in 8 rows: of lane j's group or, for several rows, of all 4."""
         at = chunk * 32 + i * 4
@@ -190,6 +198,11 @@ if triton is not None:
         if STAGES == 2:
             w_next, s_next = _weights(w, s, tile, STEP, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, 2)
         if PDL:
+            # Constants, which weights have driven out of the L2 cache since the last step, have come back by then.
+            if norm is not None:
+                _ask(norm, K * 2, W)
+            if P == 4 and GROUP == 0:
+                _ask(s + tile * (R * 8), R * 16, W)
             tlx.gdc_wait()
 
         PART: tl.constexpr = 2 if SWIGLU else 1
