@@ -38,20 +38,13 @@ if triton is not None:
     def _weights(
         w, s, tile, k, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, COLS: tl.constexpr,
         R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, PERSIST: tl.constexpr,
-        STAGES: tl.constexpr,
     ):  # fmt: skip
-        """The words of a tile of W at k and, of groups, int32 pairs of scale and zero or, without zeros, scales. Of two
-        stages, at K or beyond those of the program's next tile."""
+        """The words of a tile of W at k and, of groups, int32 pairs of scale and zero or, without zeros, scales."""
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if FOUR else 4  # 4 bits' words lie 8 rows together
         j, i, warp, r, u = _axes(W, R)
         chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
         wanted = None
-        if STAGES == 2:
-            wanted = k < K
-            if PERSIST:
-                tile = tl.where(wanted, tile, tile + tl.num_programs(0))
-                k = tl.where(wanted, k, 0)
         if PERSIST:
             wanted = tile * (8 * R) < N
         pair = 0
@@ -103,14 +96,6 @@ if triton is not None:
         return place
 
     @triton.jit
-    def _ask(memory, size, W: tl.constexpr):
-        """Ask for so many bytes, at most 4096 W of them, to come to the L2 cache."""
-        at = memory.to(tl.int64) + tl.minimum(tl.arange(0, W * 32) * 128, size - 2).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, is_pure=False, pack=1
-        )
-
-    @triton.jit
     def bytes_of(chunk, i, j, W: tl.constexpr, C: tl.constexpr, COLS: tl.constexpr):
         """Where `pack_mxfp4` has the scales of chunks in 8 rows: of lane j's group or, for several rows, of all 4."""
         at = chunk * 32 + i * 4
@@ -133,8 +118,7 @@ if triton is not None:
         y, x, w, s, bias, norm, residual, buffers, counts, rank, M, N, K, eps,
         KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, COLS: tl.constexpr,
         WORLD: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
-        STAGES: tl.constexpr, PDL: tl.constexpr,
+        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W n(x) [+ bias], or if SWIGLU `swiglu` of it (M, N / 2); M <= COLS rows of x.
         If WORLD is not 1, W n(x) [+ bias] is summed over so many ranks before that, each tile by itself (symmetric.py),
@@ -194,15 +178,8 @@ if triton is not None:
         tile = tl.program_id(0)
         if PDL:
             tlx.gdc_launch_dependents()
-        w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, 1)
-        if STAGES == 2:
-            w_next, s_next = _weights(w, s, tile, STEP, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, 2)
+        w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
         if PDL:
-            # Constants, which weights have driven out of the L2 cache since the last step, have come back by then.
-            if norm is not None:
-                _ask(norm, K * 2, W)
-            if P == 4 and GROUP == 0:
-                _ask(s + tile * (R * 8), R * 16, W)
             tlx.gdc_wait()
 
         PART: tl.constexpr = 2 if SWIGLU else 1
@@ -248,15 +225,7 @@ if triton is not None:
                         squares, t, gains, kx, k - STEP, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
                     )
                     acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
-                    following = k
-                    if STAGES == 2:
-                        w_now, s_now = w_next, s_next
-                        following = k + STEP
-                    w_next, s_next = _weights(
-                        w, s, tile, following, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, STAGES
-                    )
-                    if STAGES == 1:
-                        w_now, s_now = w_next, s_next
+                    w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
                     t = t_next
                 if norm is not None and LATER and turn == 0:
                     of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
@@ -267,15 +236,7 @@ if triton is not None:
             acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
             tile += tl.num_programs(0)
             if PERSIST:
-                following = 0
-                if STAGES == 2:
-                    w_now, s_now = w_next, s_next
-                    following = STEP
-                w_next, s_next = _weights(
-                    w, s, tile, following, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, STAGES
-                )
-                if STAGES == 1:
-                    w_now, s_now = w_next, s_next
+                w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
                 if not WHOLE:
                     t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
 
@@ -390,7 +351,6 @@ def linear(
         WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
         R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
-        STAGES=how.stages if programs < tiles or step < K else 1,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
     return y if world == 1 or buffers else symmetric.all_reduce(y, gather, rank, world, of_all)

@@ -122,16 +122,13 @@ def candidates(weight: torch.Tensor, K: int, processors: int) -> list[Configurat
     and weights in flight fit, and fill, the registers."""
     kind, tiles = linear_triton.kind_of(weight), linear_triton.out_features(weight) // 8
     result = {}  # a set in order
-    ranges = (2, 4, 8), (1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 3, 4, 6), (1, 2)
-    for R, C, W, programs, stages in itertools.product(*ranges):
-        registers, words = min(240, REGISTERS // (32 * W * programs) // 8 * 8), 4 * R * C * stages
+    for R, C, W, programs in itertools.product((2, 4, 8), (1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 3, 4, 6)):
+        registers, words = min(240, REGISTERS // (32 * W * programs) // 8 * 8), 4 * R * C
         in_flight = min(programs, -(-tiles // R // processors) or 1) * 32 * W * words * 4  # bytes
-        step = tuning.CHUNK[kind] * W * C
-        useful = stages == 1 or (W > 2 and step < K and words + 48 <= registers and in_flight >= 32 * 1024)
-        if step < 2 * K and words + 32 <= registers and in_flight >= 12 * 1024 and useful:
-            result[Configuration(8 * R, C, W, registers, programs, stages)] = None
+        if tuning.CHUNK[kind] * W * C < 2 * K and words + 32 <= registers and in_flight >= 12 * 1024:
+            result[Configuration(8 * R, C, W, registers, programs)] = None
             if tiles // R > programs * processors:
-                result[Configuration(8 * R, C, W, registers, 0, stages)] = None
+                result[Configuration(8 * R, C, W, registers, 0)] = None
     return list(result)
 
 

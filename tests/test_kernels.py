@@ -196,31 +196,6 @@ def test_programs_of_several_tiles_whose_step_is_all_of_K(kind, rows, monkeypatc
         assert error(out, plain(x.float(), dense, None, gain)) < 4e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", [1, 5, 13])
-@pytest.mark.parametrize(
-    ("k_repeat", "num_warps", "ctas_per_sm"),
-    [
-        (1, 2, 0),  # a program a tile, of several steps
-        (1, 2, 1),  # programs of several tiles
-        (2, 16, 1),  # and of one step a tile
-    ],
-)
-def test_two_steps_on_their_way_change_nothing(kind, rows, k_repeat, num_warps, ctas_per_sm, monkeypatch):
-    monkeypatch.setattr(tuning, "processors", lambda _: 2)
-    generator = torch.Generator().manual_seed(8)
-    for K in (1024, 992):
-        w, s, _ = make_weight(kind, 88, K, DTYPES[-1], generator)
-        x, gain = make_rows(rows, K, generator=generator).to(DTYPES[-1]), torch.rand(K, generator=generator)
-        x, w, s, gain = on_device(x, w, s, gain.to(DTYPES[-1]))
-        found = []
-        for stages in (1, 2):
-            choice = tuning.Configuration(16, k_repeat, num_warps, 128, ctas_per_sm, stages)
-            monkeypatch.setattr(tuning, "configuration", lambda *_, choice=choice: choice)
-            found.append(linear_triton.linear(x, w, s, None, gain, 1e-5, out_dtype=torch.float32))
-        assert torch.equal(*found) and found[0].isfinite().all()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3])
