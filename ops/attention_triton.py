@@ -132,9 +132,12 @@ if triton is not None:
         return p, l_i * alpha + tl.sum(p, 2), m_new, alpha[:, :, None]
 
     @triton.jit
-    def _shares(m):
-        """The largest of each column of maxima m (parts, rows), and what the sums that belong to them count there."""
+    def _shares(m, one=None):
+        """The largest of each column of maxima m (parts, rows), and of one more (rows,), and what the sums that belong
+        to m count there."""
         top = tl.max(m, 0)
+        if one is not None:
+            top = tl.maximum(top, one)
         top = tl.where(top == float("-inf"), 0.0, top)
         return top, tl.exp2(m - top[None, :])
 
@@ -384,9 +387,8 @@ if triton is not None:
             acc = (acc.reshape(W, ROWS, DP // 8, 8) - sums[:, :, None, :]).reshape(W, ROWS, DP)
         if KIND != "16-bit":
             acc *= 1.0 / (UNIT * LIFT)
-        m = tl.maximum(tl.max(m_i, 0), m_new)
-        m = tl.where(m == float("-inf"), 0.0, m)
-        share, of_new = tl.exp2(m_i - m[None, :]), tl.exp2(m_new - m)
+        m, share = _shares(m_i, m_new)
+        of_new = tl.exp2(m_new - m)
         l = tl.sum(l_i * share, 0) + of_new
         y = (acc * share[:, :, None]).permute(1, 2, 0)  # (ROWS, DP, W)
         for part in tl.static_range(HALVINGS):  # splitting brings what warps hold together: a sum over axis 0 is slower
