@@ -4,7 +4,6 @@ Kernels start by programmatic dependent launch (PDL): the next one comes up earl
 that another kernel writes, before it waits for the previous one. Weights must not come from the kernel launched before.
 """
 
-import ctypes
 import functools
 import os
 import sys
@@ -25,7 +24,6 @@ if torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ o
     except ImportError:  # all of it or none
         triton = tl = tlx = None
 
-L2_FETCH_GRANULARITY = 5  # CU_LIMIT_MAX_L2_FETCH_GRANULARITY of CUDA's driver API
 MAX_ROWS = 16  # of the kernels of a decode step; with more a step is a prefill, and cuBLAS is the right tool
 
 
@@ -69,16 +67,6 @@ def is_hopper(device: torch.device) -> bool:
 def pdl(device: torch.device) -> dict[str, bool]:
     """How a kernel is launched that waits for the one before by itself, where the GPU can do so."""
     return {"PDL": True, "launch_pdl": True} if is_hopper(device) else {"PDL": False}
-
-
-@functools.cache
-def fetch_lines(device: torch.device) -> None:
-    """From now on, have a miss in a GPU's L2 cache bring 128 bytes, a line, instead of 64. Weights in 8 bits are read
-    by 64 of a row at a time: 2 % of a step. (For the driver it is a hint.)"""
-    if device.type == "cuda" and torch.version.cuda:
-        with torch.cuda.device(device):
-            torch.cuda.synchronize()  # which makes the device's context this thread's
-            ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(L2_FETCH_GRANULARITY, ctypes.c_size_t(128))
 
 
 @functools.cache

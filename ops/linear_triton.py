@@ -20,12 +20,15 @@ Axes: M rows of x, N rows of W, K what is summed; of a tile j and i a warp's 4 x
 repetitions along rows and K (tile_rows / 8 and k_repeat), u a lane's words; B blocks of 8 columns, X parts of x.
 """
 
+import ctypes
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from ops import linear_products as products
 from ops import symmetric, tuning
-from ops.common import MAX_ROWS, fetch_lines, few_rows_on_triton, on_triton, op, pdl, tl, tlx, triton
+from ops.common import MAX_ROWS, few_rows_on_triton, on_triton, op, pdl, tl, tlx, triton
 from ops.packing import group_size, pack_4_bits, pack_grouped
 
 # Kernels. ASM and PDL are off in the interpreter and on GPUs before Hopper, where plain Triton does the same.
@@ -284,6 +287,7 @@ if triton is not None:
                 tl.store(counts + n // 8, count, mask=n < N)
 
 
+L2_FETCH_GRANULARITY = 5  # CU_LIMIT_MAX_L2_FETCH_GRANULARITY of CUDA's driver API
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4", torch.float4_e2m1fn_x2: "mxfp4"}
 
 
@@ -363,6 +367,16 @@ def _(
 ):  # fmt: skip
     width = (out_features(weight) // 2 if swiglu else out_features(weight)) * (world if gather else 1)
     return x.new_empty((*x.shape[:-1], width), dtype=out_dtype or x.dtype)
+
+
+@functools.cache
+def fetch_lines(device: torch.device) -> None:
+    """From now on, have a miss in a GPU's L2 cache bring 128 bytes, a line, instead of 64. Weights in 8 bits are read
+    by 64 of a row at a time: 2 % of a step. (For the driver it is a hint.)"""
+    if device.type == "cuda" and torch.version.cuda:
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # which makes the device's context this thread's
+            ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(L2_FETCH_GRANULARITY, ctypes.c_size_t(128))
 
 
 def pack(layer, dtype: torch.dtype) -> bool:

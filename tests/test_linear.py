@@ -17,7 +17,7 @@ from linear import (
     quantizer,
 )
 from model import RMSNorm
-from ops.common import L2_FETCH_GRANULARITY
+from ops.linear_triton import L2_FETCH_GRANULARITY
 
 KINDS = ["int8", "fp8", *(f"int4:{G}" for G in GROUPS)]
 SIZES = [(96, 256), (48, 576), (33, 65), (7, 31), (1, 1), (16, 40)]  # (N, K)
