@@ -33,7 +33,8 @@ def all_reduce(x: Tensor, gather: bool, rank: int, world: int, residual: Tensor 
     """Of x (..., n) on every rank: the sum [+ residual (..., n)] or, to gather, the ranks' parts side by side,
     (..., world n), without a residual.
 
-    Every rank gets the same bits. On GPUs with peer access one kernel does it, otherwise NCCL, and on a CPU gloo.
+    Every rank gets the same bits. On GPUs with peer access a kernel of ours does it, but for what is large and of more
+    than two ranks or gathered; otherwise NCCL, and on a CPU gloo.
     """
     words = x.numel() * x.element_size() // 4
     if on_triton(x) and x.shape[-1] * x.element_size() % 4 == 0 and (buffers := symmetric_buffers(x.device)):
