@@ -12,7 +12,7 @@ from torch import Tensor
 from ops import kv_cache, linear_products, softmax
 from ops.common import counters, op, pdl, tl, tlx, triton
 from ops.fragments import flat, unflat
-from ops.rotary import turned, turns
+from ops.rotary import gains, turned, turns
 
 if triton is not None:
 
@@ -132,14 +132,18 @@ if triton is not None:
         return p, l_i * alpha + tl.sum(p, 2), m_new, alpha[:, :, None]
 
     @triton.jit
-    def _shares(m, one=None):
-        """The largest of each column of maxima m (parts, rows), and of one more (rows,), and what the sums that belong
-        to m count there."""
+    def _shares(m):
+        """The largest of each column of maxima m (parts, rows), and what the sums that belong to m count there."""
         top = tl.max(m, 0)
-        if one is not None:
-            top = tl.maximum(top, one)
         top = tl.where(top == float("-inf"), 0.0, top)
         return top, tl.exp2(m - top[None, :])
+
+    @triton.jit
+    def _together(m, l, m_too, l_too):
+        """The larger of two maxima, and the sums that belong to them there."""
+        top = tl.maximum(m, m_too)
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        return top, l * tl.exp2(m - safe) + l_too * tl.exp2(m_too - safe)
 
     @triton.jit
     def _combine(
@@ -157,7 +161,8 @@ if triton is not None:
         there = (part < splits) & (row < S * G)[None, :]
         m, share = _shares(tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg"))
         l = tl.sum(tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg") * share, 0)
-        l = softmax.with_sink(l, m, sinks, h * G + row % G, row < S * G)
+        if sinks is not None:
+            l = softmax.with_sink(l, m, softmax.sinks_of(sinks, h * G + row % G, row < S * G))
         y = tl.zeros((REAL, DP), tl.float32)
         for first in tl.static_range(0, SPLITS, PARTS):
             part = first + tl.arange(0, PARTS)[:, None]
@@ -284,9 +289,15 @@ if triton is not None:
             v_scale_next = _scaled(v_pairs, begin + STEP, key_of_s, at_s, end)
         row = block * ROWS + tl.arange(0, ROWS)
         last = pos + row // G  # the last key that a row sees
-        new = tl.arange(0, NEW)
+        if NEW == 1:  # for every row of queries again, so that no warp waits for another's part of it
+            new, writes = tl.zeros((ROWS,), tl.int32), tl.arange(0, ROWS) == 0
+        else:
+            new = tl.arange(0, NEW)
+            writes = new < S
         q_turns = turns(rope, last, max_position, DP, ROTARY)
         k_turns = turns(rope, pos + new, max_position, DP, ROTARY)
+        q_gain, k_gain = gains(q_norm, D, DP), gains(k_norm, D, DP)
+        sink = softmax.sinks_of(sinks, h * G + row % G, row < S * G)
         if PDL:
             tlx.gdc_wait()
 
@@ -304,18 +315,18 @@ if triton is not None:
         v_new = tl.load((k_rows + Hkv * D)[:, None] + d[None, :], mask=ours & (d < D)[None, :], other=0.0)
         if prefetch is not None:
             _prefetch(prefetch, lines, W)
-        q = turned(q, q_turns, q_norm, eps, D, DP, ROTARY)
+        q = turned(q, q_turns, q_gain, eps, D, DP, ROTARY, q_norm is not None)
 
         # Warps go through their keys by themselves, and are put together at the end.
         m_i = tl.full((W, ROWS), float("-inf"), tl.float32)
         l_i = tl.zeros((W, ROWS), tl.float32)
         acc = tl.zeros((W, ROWS, DP), tl.float32)
         m_new = tl.full((ROWS,), float("-inf"), tl.float32)  # of one new key, which is put to them last
-        v_last = tl.zeros((1, DP), tl.float32)
+        v_last = tl.zeros((ROWS, DP), tl.float32)
         if split == splits - 1:
-            k_new = turned(k_new, k_turns, k_norm, eps, D, DP, ROTARY)
+            k_new = turned(k_new, k_turns, k_gain, eps, D, DP, ROTARY, k_norm is not None)
             at = (pos + new).to(tl.int64)[:, None] * STRIDE
-            written = (new < S) & (pos + new < T)
+            written = writes & (pos + new < T)
             to_k, to_v = written[:, None] & (n < D)[None, :], written[:, None] & (d < D)[None, :]
             if KIND == "16-bit":
                 k_own, v_own = k_new.to(tl.float32), v_new.to(tl.float32)  # as the cache has them
@@ -365,18 +376,20 @@ if triton is not None:
                 products = tl.dot(q, _keys(k_tile, W, X, KEYS, KIND, DTYPE, K_ASM), unbiased)
                 if KIND != "16-bit":
                     products *= _per_key(k_scale, scale / (UNIT * OF_Q), W, ROWS, KEYS)
+                if following < end:  # otherwise most of a short context's instructions would load nothing
                     k_scale = _scaled(k_pairs, following, key_of_s, at_s, end)
-                k_tile = _cached(k_words, following, key_of_k, word_of_k, at_k, first, end, DW, DPW, SW)
+                    k_tile = _cached(k_words, following, key_of_k, word_of_k, at_k, first, end, DW, DPW, SW)
                 scores, seen = _seen(softmax.scores(products, of_scores, cap), t + key_of_p, end, last, window)
                 p, l_i, m_i, alpha = _softmax_step(scores, l_i, m_i)
                 if KIND != "16-bit":
                     p = tl.where(seen, p * _per_key(v_scale, LIFT, W, ROWS, KEYS), 0.0)
-                    v_scale = _scaled(v_pairs, following, key_of_s, at_s, end)
                 p = p.to(DTYPE).reshape(W, ROWS, Y // 2, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).reshape(W, ROWS, KEYS)
                 acc = tl.dot(p, _values(v_tile, W, Z, KEYS, KIND, DTYPE, V_ASM), acc * alpha)
                 if BIAS > 0.0:
                     sums = tl.dot(p, tl.full((W, KEYS, 8), BIAS * UNIT, tl.float32).to(DTYPE), sums * alpha)
-                v_tile = _cached(v_words, following, key_of_v, word_of_v, at_v, first, end, DW, DPW, SW)
+                if following < end:
+                    v_scale = _scaled(v_pairs, following, key_of_s, at_s, end)
+                    v_tile = _cached(v_words, following, key_of_v, word_of_v, at_v, first, end, DW, DPW, SW)
                 if TILES == 2:
                     k_tile, k_next = k_next, k_tile
                     v_tile, v_next = v_next, v_tile
@@ -387,9 +400,10 @@ if triton is not None:
             acc = (acc.reshape(W, ROWS, DP // 8, 8) - sums[:, :, None, :]).reshape(W, ROWS, DP)
         if KIND != "16-bit":
             acc *= 1.0 / (UNIT * LIFT)
-        m, share = _shares(m_i, m_new)
-        of_new = tl.exp2(m_new - m)
-        l = tl.sum(l_i * share, 0) + of_new
+        m, l = tl.reduce((m_i, l_i), 0, _together)
+        m, l = _together(m, l, m_new, tl.where(m_new == float("-inf"), 0.0, 1.0))
+        top = tl.where(m == float("-inf"), 0.0, m)
+        share, of_new = tl.exp2(m_i - top[None, :]), tl.exp2(m_new - top)
         y = (acc * share[:, :, None]).permute(1, 2, 0)  # (ROWS, DP, W)
         for part in tl.static_range(HALVINGS):  # splitting brings what warps hold together: a sum over axis 0 is slower
             even, odd = tl.split(y.reshape(ROWS, DP, W >> (part + 1), 2))
@@ -415,7 +429,8 @@ if triton is not None:
                 base, sinks, place, splits, block, in_order, S, Hkv, h, G, D, DP, ROWS, REAL, SPLITS, SPLITS2, PARTS
             )
         else:
-            l = softmax.with_sink(l, m, sinks, h * G + row % G, row < S * G)
+            if sinks is not None:
+                l = softmax.with_sink(l, m, sink)
             tl.store(out + of_row[:, None] + in_order[None, :], (y / l[:, None]).to(out.dtype.element_ty), mask=mask)
 
 

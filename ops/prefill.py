@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ops import common, kv_cache, prefill_cudnn, softmax
 from ops.common import op, tl, triton
-from ops.rotary import turned, turns
+from ops.rotary import gains, turned, turns
 
 BLOCKS = {  # by the head dimension, up to: queries of a program, keys of a step, and how many steps' are on their way
     128: (128, 64, 3),
@@ -46,12 +46,14 @@ if triton is not None:
         cached = b.to(tl.int64) * stride_b + at.to(tl.int64) * STRIDE + d
         written = inside & (at < T)
         if head < H:
-            x = turned(x, turns(rope, pos + s, max_position, DP, ROTARY), q_norm, eps, D, DP, ROTARY)
+            angles = turns(rope, pos + s, max_position, DP, ROTARY)
+            x = turned(x, angles, gains(q_norm, D, DP), eps, D, DP, ROTARY, q_norm is not None)
             tl.store(q_out + (token * H + head) * D + d, x, mask=inside)
         else:
             cache, scales, own = v_cache, v_scales, (head - H - HKV).to(tl.int64)
             if head < H + HKV:
-                x = turned(x, turns(rope, pos + s, max_position, DP, ROTARY), k_norm, eps, D, DP, ROTARY)
+                angles = turns(rope, pos + s, max_position, DP, ROTARY)
+                x = turned(x, angles, gains(k_norm, D, DP), eps, D, DP, ROTARY, k_norm is not None)
                 cache, scales, own = k_cache, k_scales, (head - H).to(tl.int64)
             if KIND == "16-bit":
                 code = x.to(cache.dtype.element_ty)
@@ -171,7 +173,8 @@ if triton is not None:
             acc, l_i, m_i = _step(q, k, v, acc, l_i, m_i, seen, scale, cap, True)
             k_at += BLOCK_N * STRIDE
             v_at += BLOCK_N * STRIDE
-        l_i = softmax.with_sink(l_i, m_i, sinks, head, True)
+        if sinks is not None:
+            l_i = softmax.with_sink(l_i, m_i, softmax.sinks_of(sinks, head, True))
         tl.store(out + rows, (acc / l_i[:, None]).to(out.dtype.element_ty), mask=inside)
 
 

@@ -19,7 +19,7 @@ def rotate(x: Tensor, positions: Tensor, rope: Tensor) -> Tensor:
 
 
 if triton is None:
-    turns = turned = None
+    gains = turns = turned = None
 else:
 
     @triton.jit
@@ -33,12 +33,22 @@ else:
         return turns
 
     @triton.jit
-    def turned(heads, turns, norm, eps, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr):
+    def gains(norm, D: tl.constexpr, DP: tl.constexpr):
+        """A norm's gain (1, DP), if there is a norm."""
+        d = tl.arange(0, DP)[None, :]
+        gain = 1.0
+        if norm is not None:
+            gain = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+        return gain
+
+    @triton.jit
+    def turned(
+        heads, turns, gain, eps, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr
+    ):  # fmt: skip
         """Heads (R, DP), zeros past D, normalised if asked and rotated."""
         d = tl.arange(0, DP)[None, :]
         x = heads.to(tl.float32)
-        if norm is not None:
-            gain = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+        if NORM:
             x = (x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None] * gain).to(heads.dtype).to(tl.float32)
         if ROTARY:
             even, odd = tl.split(x.reshape(x.shape[0], DP // 2, 2))

@@ -17,7 +17,7 @@ def constants(scale: float, soft_cap: float) -> tuple[float, float | None]:
 
 
 if triton is None:
-    scores = with_sink = None
+    scores = sinks_of = with_sink = None
 else:
 
     @triton.jit
@@ -29,9 +29,14 @@ else:
         return out
 
     @triton.jit
-    def with_sink(l, m, sinks, heads, mask):
-        """The denominator l, in units of exp2(m), with what the sinks of `heads` add to it, if there are any."""
+    def sinks_of(sinks, heads, mask):
+        """The sinks of `heads` in units of log2 e, if there are any."""
+        found = 0.0
         if sinks is not None:
-            sink = tl.load(sinks + heads, mask=mask, other=0.0).to(tl.float32) * 1.4426950408889634
-            l += tl.exp2(sink - tl.where(m == float("-inf"), 0.0, m))
-        return l
+            found = tl.load(sinks + heads, mask=mask, other=0.0).to(tl.float32) * 1.4426950408889634
+        return found
+
+    @triton.jit
+    def with_sink(l, m, sink):
+        """The denominator l, in units of exp2(m), with what sinks add to it."""
+        return l + tl.exp2(sink - tl.where(m == float("-inf"), 0.0, m))
