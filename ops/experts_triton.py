@@ -251,9 +251,7 @@ else:
         t = _rows(xs, kx, used, count, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
         squares = tl.zeros((1, 16, 16), tl.float32)
         if WHOLE:
-            b, x_scale, squares = products.operand(
-                squares, t, None, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
-            )
+            b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
         PART: tl.constexpr = 1 if DOWN else 2
         outputs = N // PART
         col = tl.arange(0, COLS)
@@ -280,17 +278,13 @@ else:
             if not WHOLE:
                 for step in range(W, units, W):
                     t_next = _rows(xs, kx, used, count, S, tile, step, T, U, M, K, COLS, DOWN, SPAN, X, W)
-                    b, x_scale, squares = products.operand(
-                        squares, t, None, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
-                    )
+                    b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
                     acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIR, R, C, W, COLS, DOWN, ASM)
                     w_now, s_now = _weights(
                         w, s, used, count, S, tile, step, wanted, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
                     )  # fmt: skip
                     t = t_next
-                b, x_scale, squares = products.operand(
-                    squares, t, None, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
-                )
+                b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
             acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIR, R, C, W, COLS, DOWN, ASM)
             tile += tl.num_programs(0)
             if PERSIST:

@@ -262,18 +262,15 @@ if triton is not None:
 
     @triton.jit
     def operand(
-        squares, t, gains, kx, k, K, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-        W: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
-        DTYPE: tl.constexpr,
+        squares, t, gain, KIND: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+        COLS: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
     ):  # fmt: skip
-        """What the step at k multiplies weights with, from words t of x and, if there is a norm, its gains: the
+        """What a step multiplies weights with, from words t of x and, if there is a norm, those of its gain: the
         operand, of 16 bits in D parts along K; its scale where products are of int8 or for several rows and int4 its
         `_sums`; and with a norm and several rows, sums of squares so far, for 4 bits with ASM in other units: of the 16
         rows, 2^64 and, of int4, 2^60."""
-        if gains is not None:
-            gain = load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
-            if COLS == 1:
-                t = _times(t, gain, DTYPE, ASM)
+        if gain is not None and COLS == 1:
+            t = _times(t, gain, DTYPE, ASM)
         scale = 0.0
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         if COLS == 1 and ((KIND == "int8" and GROUP == 0) or FOUR):
@@ -293,7 +290,7 @@ if triton is not None:
                 t *= tl.where(ul == 0, 2.0**64, 2.0**60).to(DTYPE)
             elif KIND == "mxfp4" and ASM is not None:
                 t *= 2.0**64
-            if gains is not None and COLS > 1:
+            if gain is not None and COLS > 1:
                 # The sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing; here of two
                 # halves of each row, which as the 16 rows of a fragment need the fewest moves.
                 L: tl.constexpr = 2 if X > 1 else 1

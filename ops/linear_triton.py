@@ -181,6 +181,11 @@ if triton is not None:
         tile = tl.program_id(0)
         if PDL:
             tlx.gdc_launch_dependents()
+        # The gain of one row comes before weights, which since the last step have driven it out of the L2 cache, and
+        # then a step ahead, like x.
+        gain = None
+        if norm is not None and COLS == 1:
+            gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
         w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
         if PDL:
             tlx.gdc_wait()
@@ -200,9 +205,9 @@ if triton is not None:
             if not IN_INT8:
                 factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
         if WHOLE:
-            b, x_scale, squares = products.operand(
-                squares, t, gains, kx, 0, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
-            )
+            if norm is not None and COLS > 1:
+                gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
+            b, x_scale, squares = products.operand(squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
         rounds = 1
         if PERSIST:
             rounds = tl.cdiv(tl.cdiv(N, 8 * R) - tile, tl.num_programs(0))
@@ -224,24 +229,32 @@ if triton is not None:
                 squares = tl.zeros(squares.shape, tl.float32)
                 for k in range(STEP, K, STEP):
                     t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
-                    b, x_scale, squares = products.operand(
-                        squares, t, gains, kx, k - STEP, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
-                    )
+                    own = gain
+                    if norm is not None and COLS == 1:
+                        gain_next = products.load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
+                    elif norm is not None:
+                        own = products.load(gains, kx, (k - STEP) // 2, kx < (K - k + STEP) // 2, EVEN)
+                    b, x_scale, squares = products.operand(squares, t, own, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
                     acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
                     w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
                     t = t_next
+                    if norm is not None and COLS == 1:
+                        gain = gain_next
                 if norm is not None and LATER and turn == 0:
                     of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
                     factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
-                b, x_scale, squares = products.operand(
-                    squares, t, gains, kx, last, K, KIND, GROUP, R, C, W, COLS, D, EVEN, ASM, DTYPE
-                )
+                last_gain = gain
+                if norm is not None and COLS > 1:
+                    last_gain = products.load(gains, kx, last // 2, kx < (K - last) // 2, EVEN)
+                b, x_scale, squares = products.operand(squares, t, last_gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
             acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
             tile += tl.num_programs(0)
             if PERSIST:
                 w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
                 if not WHOLE:
                     t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
+                    if norm is not None and COLS == 1:
+                        gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
 
             if D > 1:
                 acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
