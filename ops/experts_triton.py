@@ -41,24 +41,30 @@ else:
         RENORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
         PDL: tl.constexpr,
     ):  # fmt: skip
-        """h (M, C) = RMSNorm of x; logits fp32 (M, E) of some experts and a row in each program. The last program to
-        come writes count and slots, used int32 (1 + S), and their weights, fp32 (S, M), both 0 past count."""
+        """h (M, C) = RMSNorm of x; logits fp32 (M, E) of some experts and a row in each program. Of several rows, the
+        last program to come writes count and slots, used int32 (1 + S), and their weights, fp32 (S, M), both 0 past
+        count. Of one row, that is up's: see `_chosen`."""
         block, m = tl.program_id(0), tl.program_id(1)
         e, c = block * BE + tl.arange(0, BE), tl.arange(0, BC)
         if PDL:
             tlx.gdc_launch_dependents()
         own = tl.load(gate + e[:, None] * C + c[None, :], (e < E)[:, None] & (c < C)[None, :], other=0.0)
         v = tl.load(gain + c, c < C, other=0.0).to(tl.float32)
+        score = tl.zeros((BE,), tl.float32)
+        if shift is not None:
+            score = tl.load(shift + e, e < E, other=0.0).to(tl.float32)
         if PDL:
             tlx.gdc_wait()
         row = tl.load(x + m * C + c, c < C, other=0.0).to(tl.float32)
         v = (row * tl.rsqrt(tl.sum(row * row, 0) / C + eps) * v).to(h.dtype.element_ty)
         if block == 0:
             tl.store(h + m * C + c, v, c < C)
-        score = tl.sum(own.to(tl.float32) * v.to(tl.float32)[None, :], 1)
-        if shift is not None:
-            score += tl.load(shift + e, e < E, other=0.0).to(tl.float32)
+        score += tl.sum(own.to(tl.float32) * v.to(tl.float32)[None, :], 1)
+        # The last bits are for an expert's index: see `_chosen`.
+        score = (score.to(tl.int32, bitcast=True) & -EXPERTS).to(tl.float32, bitcast=True)
         tl.store(logits + m * E + e, score, e < E)
+        if ROWS == 1:
+            return
         tl.debug_barrier()
         if tl.atomic_add(done, 1, sem="acq_rel") < tl.num_programs(0) * tl.num_programs(1) - 1:
             return
@@ -66,17 +72,11 @@ else:
         rows, e = tl.arange(0, ROWS)[:, None], tl.arange(0, EXPERTS)[None, :]
         rest = tl.load(logits + rows * E + e, (rows < M) & (e < E), other=-3e38, cache_modifier=".cg")
         p = tl.exp(rest - tl.max(rest, 1, keep_dims=True))
-        if ROWS == 1:  # one look at all pairs, faster than so many maxima
-            mine, theirs = rest.reshape(EXPERTS, 1), rest.reshape(1, EXPERTS)
-            first = tl.arange(0, EXPERTS)
-            ahead = (theirs > mine) | ((theirs == mine) & (first[None, :] < first[:, None]))
-            chosen = tl.sum(ahead.to(tl.int32), 1).reshape(1, EXPERTS) < TOP
-        else:
-            chosen = (rows < 0) & (e < 0)
-            for _ in tl.static_range(TOP):
-                best = e == tl.argmax(rest, 1, keep_dims=True)
-                chosen |= best
-                rest = tl.where(best, float("-inf"), rest)
+        chosen = (rows < 0) & (e < 0)
+        for _ in tl.static_range(TOP):
+            best = e == tl.argmax(rest, 1, keep_dims=True)
+            chosen |= best
+            rest = tl.where(best, float("-inf"), rest)
         if RENORMALIZE:
             p = tl.where(chosen, p, 0.0)
         p = tl.where(chosen, p / tl.sum(p, 1, keep_dims=True), 0.0)
@@ -90,9 +90,33 @@ else:
         tl.store(weights + e * M + rows, 0.0, (e >= count) & (e < S) & (rows < M))
 
     @triton.jit
-    def _unit(used, count, S, tile, step, T, U, DOWN: tl.constexpr, warp):
-        """Of each warp at a step of a tile: its slot, its unit there, its expert, and whether it has something to do;
-        where it has not, it is to read what it finds."""
+    def _chosen(logits, E, TOP: tl.constexpr, EXPERTS: tl.constexpr, W: tl.constexpr):
+        """Of one row's logits, each expert's slot, TOP for the others, its index and its score, (W, EXPERTS): warps
+        find them by themselves, the greatest first and of equal ones the first, as whole numbers with the index in the
+        last bits, of which a warp has the maximum in one instruction. (One program alone, the last to write logits,
+        took 2 us more.)"""
+        LEAST: tl.constexpr = -(2**31)
+        e = tl.broadcast_to(tl.arange(0, EXPERTS)[None, :], (W, EXPERTS))
+        score = tl.load(logits + e, e < E, other=float("-inf"), cache_modifier=".cg")
+        score = tl.where(score == score, score, float("-inf"))  # a NaN still is an expert
+        key = score.to(tl.int32, bitcast=True)
+        key ^= (key >> 31) & 0x7FFFFFFF  # in the order of floats
+        key = tl.where(e < E, (key & -EXPERTS) | (EXPERTS - 1 - e), LEAST + TOP)
+        for turn in tl.static_range(TOP):
+            key = tl.where(key == tl.max(key, 1)[:, None], LEAST + turn, key)
+        slot = tl.where(key < LEAST + TOP, key - LEAST, TOP)
+        return slot, e, score
+
+    @triton.jit
+    def _shares(slot, score, TOP: tl.constexpr, RENORMALIZE: tl.constexpr):
+        """What `_chosen` weigh, (W, EXPERTS)."""
+        p = tl.exp(score - tl.max(score, 1)[:, None])
+        return p / tl.sum(tl.where(slot < TOP, p, 0.0) if RENORMALIZE else p, 1)[:, None]
+
+    @triton.jit
+    def _unit(count, S, tile, step, T, U, DOWN: tl.constexpr, warp):
+        """Of each warp at a step of a tile: its slot, its unit there, and whether it has something to do; where it has
+        not, it is to read what it finds."""
         at = step + warp
         if DOWN:
             live = at < count * U
@@ -102,25 +126,36 @@ else:
             live = at < U
             unit = tl.minimum(at, U - 1)
             slot = tl.minimum(tile // T, S - 1) + 0 * unit
-        return slot, unit, tl.load(used + 1 + slot, cache_modifier=".cg"), live
+        return slot, unit, live
+
+    @triton.jit
+    def _expert(used, slots, indices, slot):
+        """The expert of a slot, of one row's `_chosen` or, without it, as memory has it."""
+        if slots is None:
+            expert = tl.load(used + 1 + slot, cache_modifier=".cg")
+        else:
+            expert = tl.max(tl.max(tl.where(slots == slot, indices, 0), 1), 0)
+        return expert.to(tl.int64)
 
     @triton.jit
     def _weights(
-        w, s, used, count, S, tile, step, wanted, T, U, N, K, KIND: tl.constexpr, GROUP: tl.constexpr,
+        w, s, used, expert, count, S, tile, step, wanted, T, U, N, K, KIND: tl.constexpr, GROUP: tl.constexpr,
         COLS: tl.constexpr, DOWN: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
     ):  # fmt: skip
         """The words of a tile at a step of W units and, for int4, its scales and zeros; for kinds of 8 bits going down,
-        each warp's scales of rows (W, 8 R)."""
+        each warp's scales of rows (W, 8 R). expert int64 is up's; down, each unit has its own."""
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if FOUR else 4  # 4 bits' words lie 8 rows together
         j, i, warp, r, u = _axes(W, R)
-        _, unit, expert, _ = _unit(used, count, S, tile, step, T, U, DOWN, warp)
+        slot, unit, _ = _unit(count, S, tile, step, T, U, DOWN, warp)
+        if DOWN:
+            expert = _expert(used, None, None, slot)
         chunk = unit * C + tl.arange(0, C)[None, None, None, None, :, None]
         here = tile if DOWN else tile % T
         pair = 0.0
         if FOUR:
             blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
-            row8 = expert.to(tl.int64) * (N // 8) + tl.minimum(here * R + r, N // 8 - 1)
+            row8 = expert * (N // 8) + tl.minimum(here * R + r, N // 8 - 1)
             words = row8 * (blocks * 128) + (chunk * 128 + i * 16 + j * 4 + u)
             inside = chunk < blocks
         if KIND == "mxfp4":
@@ -141,25 +176,26 @@ else:
             s = s.to(tl.pointer_type(tl.int32))
             pair = products.load(s, pairs, 0, inside, EVEN, None, wanted)
         if not FOUR:
-            row = expert.to(tl.int64) * N + tl.minimum((here * R + r) * 8 + i, N - 1)
+            row = expert * N + tl.minimum((here * R + r) * 8 + i, N - 1)
             words = row * (K // PER_WORD) + (chunk * 16 + j * 4 + u)
             inside = (chunk * 16 + j * 4) * PER_WORD < K
             if DOWN and KIND != "fp":
-                _, _, expert, _ = _unit(used, count, S, tile, step, T, U, DOWN, tl.arange(0, W)[:, None])
+                slot, _, _ = _unit(count, S, tile, step, T, U, DOWN, tl.arange(0, W)[:, None])
                 n = tile * (R * 8) + tl.arange(0, R * 8)[None, :]
-                pair = tl.load(s + expert.to(tl.int64) * N + n, n < N, other=0.0).to(tl.float32)
+                of_rows = _expert(used, None, None, slot) * N + n
+                pair = tl.load(s + of_rows, n < N, other=0.0).to(tl.float32)
         ONCE: tl.constexpr = None if KIND == "fp" else "evict_first"
         return products.load(w, words, 0, inside, EVEN, ONCE, wanted), pair
 
     @triton.jit
     def _rows(
-        xs, kx, used, count, S, tile, step, T, U, M, K, COLS: tl.constexpr, DOWN: tl.constexpr, SPAN: tl.constexpr,
+        xs, kx, count, S, tile, step, T, U, M, K, COLS: tl.constexpr, DOWN: tl.constexpr, SPAN: tl.constexpr,
         X: tl.constexpr, W: tl.constexpr,
     ):  # fmt: skip
         """The words of x that meet `_weights`; kx are those of a unit, of SPAN words."""
         B: tl.constexpr = (COLS + 7) // 8
         warp = tl.arange(0, W)[None, None, :, None, None, None]
-        slot, unit, _, live = _unit(used, count, S, tile, step, T, U, DOWN, warp)
+        slot, unit, live = _unit(count, S, tile, step, T, U, DOWN, warp)
         at = unit * SPAN + kx
         inside = live & (at < K // 2)
         row = 0 * slot
@@ -189,16 +225,17 @@ else:
 
     @triton.jit
     def _experts_kernel(
-        y, x, w, s, bias, residual, used, weights, S, M, N, K, KIND: tl.constexpr, GROUP: tl.constexpr,
-        DOWN: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr,
-        C: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr,
-        ASM: tl.constexpr, PDL: tl.constexpr,
+        y, x, w, s, bias, residual, used, weights, logits, E, S, M, N, K, KIND: tl.constexpr, GROUP: tl.constexpr,
+        DOWN: tl.constexpr, TOP: tl.constexpr, RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, LIMIT: tl.constexpr,
+        ALPHA: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """Up: y (S, M, N / 2) = weights * SwiGLU of W x [+ bias], of x (M, K). DOWN: y (M, N) = [residual +] the sum
         over slots of W x [+ weights * bias], of x (S, M, K). M is at most COLS. See linear_triton._linear_kernel.
 
         Up, kernels that depend on this one may start when its wait is over, so that going down may look for the used
-        experts, and ask for its first weights, before it waits itself.
+        experts, and ask for its first weights, before it waits itself. Of one row each program finds the used experts
+        by itself, from `logits`, and the first one writes them down for that.
         """
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         P: tl.constexpr = 2 if KIND == "fp" else 8 if FOUR else 4  # values in a word
@@ -233,22 +270,41 @@ else:
                 tlx.gdc_launch_dependents()
             else:
                 tlx.gdc_wait()
-                tlx.gdc_launch_dependents()
+        if not DOWN:
+            t = _rows(xs, kx, S, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
+        slots, indices = None, None
+        if logits is not None:
+            slots, indices, scores = _chosen(logits, E, TOP, EXPERTS, W)
         count = S
         if COLS > 1:  # one row uses as many experts as there may be
             count = tl.load(used, cache_modifier=".cg")
         tiles, units = count * T, U
         if DOWN:
             tiles, units = T, count * U
-        if tile >= tiles:
+        if COLS > 1 and tile >= tiles:
             return
-        wanted = None
+        wanted, expert = None, None
+        if not DOWN:
+            expert = _expert(used, slots, indices, tile // T)
         w_now, s_now = _weights(
-            w, s, used, count, S, tile, 0, wanted, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
+            w, s, used, expert, count, S, tile, 0, wanted, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
         )  # fmt: skip
-        if PDL and DOWN:
-            tlx.gdc_wait()
-        t = _rows(xs, kx, used, count, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
+        if logits is not None:
+            shares = _shares(slots, scores, TOP, RENORMALIZE)
+            if tile == 0:
+                tl.store(used, S)
+                tl.store(used + 1 + slots, indices, slots < TOP)
+                tl.store(weights + slots, shares, slots < TOP)
+                if PDL:  # before other kernels come up
+                    tl.inline_asm_elementwise(
+                        "fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [tile], tl.int32, is_pure=False, pack=1
+                    )
+        if PDL and not DOWN:
+            tlx.gdc_launch_dependents()
+        if DOWN:
+            if PDL:
+                tlx.gdc_wait()
+            t = _rows(xs, kx, count, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
         squares = tl.zeros((1, 16, 16), tl.float32)
         if WHOLE:
             b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
@@ -265,8 +321,10 @@ else:
             of_y = here * (R * 8 // PART) + tl.arange(0, R * 8 // PART)
             stored = (of_y < outputs)[:, None] & (col < M)[None, :]
             if not DOWN:
-                expert = tl.load(used + 1 + slot, cache_modifier=".cg").to(tl.int64)
-                weight = tl.load(weights + slot * M + col, col < M, other=0.0)
+                if slots is None:
+                    weight = tl.load(weights + slot * M + col, col < M, other=0.0)
+                else:
+                    weight = tl.max(tl.sum(tl.where(slots == slot, shares, 0.0), 1), 0) + tl.zeros((COLS,), tl.float32)
                 if P == 4:
                     scale = tl.load(s + expert * N + n, n < N, other=0.0).to(tl.float32)
                 if bias is not None:
@@ -277,22 +335,26 @@ else:
             acc = tl.zeros((D * W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
             if not WHOLE:
                 for step in range(W, units, W):
-                    t_next = _rows(xs, kx, used, count, S, tile, step, T, U, M, K, COLS, DOWN, SPAN, X, W)
+                    t_next = _rows(xs, kx, count, S, tile, step, T, U, M, K, COLS, DOWN, SPAN, X, W)
                     b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
                     acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIR, R, C, W, COLS, DOWN, ASM)
                     w_now, s_now = _weights(
-                        w, s, used, count, S, tile, step, wanted, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
+                        w, s, used, expert, count, S, tile, step, wanted, T, U, N, K,
+                        KIND, GROUP, COLS, DOWN, R, C, W, EVEN,
                     )  # fmt: skip
                     t = t_next
                 b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
             acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIR, R, C, W, COLS, DOWN, ASM)
             tile += tl.num_programs(0)
             if PERSIST:
+                if not DOWN:
+                    expert = _expert(used, slots, indices, tl.minimum(tile // T, S - 1))
                 w_now, s_now = _weights(
-                    w, s, used, count, S, tile, 0, tile < tiles, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
+                    w, s, used, expert, count, S, tile, 0, tile < tiles, T, U, N, K,
+                    KIND, GROUP, COLS, DOWN, R, C, W, EVEN,
                 )  # fmt: skip
                 if not WHOLE:
-                    t = _rows(xs, kx, used, count, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
+                    t = _rows(xs, kx, count, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
 
             if D > 1:
                 acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
@@ -303,9 +365,9 @@ else:
             if DOWN:
                 if bias is not None:
                     for slot in range(count):
-                        expert = tl.load(used + 1 + slot, cache_modifier=".cg").to(tl.int64)
                         weight = tl.load(weights + slot * M + col, col < M, other=0.0)
-                        shift = tl.load(bias + expert * N + n, n < N, other=0.0).to(tl.float32)
+                        of_rows = _expert(used, None, None, slot) * N + n
+                        shift = tl.load(bias + of_rows, n < N, other=0.0).to(tl.float32)
                         out += shift[:, None] * weight[None, :]
             else:
                 if P == 4:
@@ -334,7 +396,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Which experts rows x (M, C) are sent to by the router `gate` (E, C): used int32 (1 + S), their number and then
     their indices in ascending order, and weights fp32 (S, M), 0 where a row is not sent there. S is as many as there
-    may be, min(E, M k). h (M, C) becomes the RMSNorm of x, logits fp32 (M, E) the scores."""
+    may be, min(E, M k). h (M, C) becomes the RMSNorm of x, logits fp32 (M, E) the scores. Of one row, used and weights
+    are left to `experts` going up."""
     (M, C), E = x.shape, len(gate)
     S = min(E, M * top_k)
     used = torch.empty(1 + S, dtype=torch.int32, device=x.device)
@@ -354,7 +417,7 @@ def _(h, logits, x, norm, eps, gate, bias, top_k, renormalize):
     return x.new_empty(1 + S, dtype=torch.int32), x.new_empty(S, len(x), dtype=torch.float32)
 
 
-@op("experts")
+@op("experts", ("used", "weights"))
 def experts(
     x: Tensor,
     weight: Tensor,
@@ -367,11 +430,14 @@ def experts(
     down: bool,
     limit: float = 0.0,
     alpha: float = 1.0,
+    logits: Tensor | None = None,
+    renormalize: bool = False,
 ) -> Tensor:
     """One product of the used experts, see `route`, in one launch; n: experts whose rows the weight has.
 
     Up: x (M, K) -> weights * SwiGLU of W x [+ bias], (S, M, N / 2). Down: x (S, M, K) -> [residual +] the sum over
-    experts of W x [+ weights * bias], (M, N). In x's dtype; bias (E, N).
+    experts of W x [+ weights * bias], (M, N). In x's dtype; bias (E, N). `used` and `weights` are `route`'s; of one row
+    going up writes them, from route's `logits`.
     """
     (M, K), S = x.shape[-2:], len(weights)
     N, kind = out_features(weight) // n, kind_of(weight)
@@ -383,8 +449,9 @@ def experts(
     programs = min(tiles, how.ctas_per_sm * processors or tiles)
     y = torch.empty(*((M, N) if down else (S, M, N // 2)), dtype=x.dtype, device=x.device)
     _experts_kernel[(programs,)](
-        y, x, weight.view(torch.int32), scales, bias, residual, used, weights, S, M, N, K,
-        KIND=kind, GROUP=group_of(K, kind, scales)[0], DOWN=down, LIMIT=limit, ALPHA=alpha,
+        y, x, weight.view(torch.int32), scales, bias, residual, used, weights, logits, n, S, M, N, K,
+        KIND=kind, GROUP=group_of(K, kind, scales)[0], DOWN=down, TOP=0 if logits is None else S,
+        RENORMALIZE=renormalize, EXPERTS=triton.next_power_of_2(n), LIMIT=limit, ALPHA=alpha,
         COLS=tuning.columns(M), R=R, C=C, W=W, WHOLE=not down and units <= W, PERSIST=programs < tiles,
         EVEN=K % (C * tuning.CHUNK[kind]) == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
@@ -394,7 +461,9 @@ def experts(
 
 
 @torch.library.register_fake("gptfast::experts")
-def _(x, weight, scales, bias, n, used, weights, residual, down, limit=0.0, alpha=1.0):
+def _(
+    x, weight, scales, bias, n, used, weights, residual, down, limit=0.0, alpha=1.0, logits=None, renormalize=False
+):  # fmt: skip
     M, N = x.shape[-2], out_features(weight) // n
     return x.new_empty((M, N) if down else (len(weights), M, N // 2))
 
@@ -407,7 +476,8 @@ def run(layer, x: Tensor, norm: nn.RMSNorm, residual: Tensor | None) -> Tensor |
     rows, up, down, E = x.reshape(-1, x.shape[-1]).contiguous(), layer.cond_ffn.w13, layer.cond_ffn.w2, layer.gate
     h, logits = torch.empty_like(rows), torch.empty(len(rows), len(E.weight), dtype=torch.float32, device=x.device)
     used, weights = route(h, logits, rows, norm.weight, norm.eps, E.weight, E.bias, layer.top_k, layer.renormalize)
-    hidden = experts(h, up.weight, up.scales, up.bias, len(E.weight), used, weights, None, False, *clamp)
+    choice = (logits, layer.renormalize) if len(rows) == 1 else ()
+    hidden = experts(h, up.weight, up.scales, up.bias, len(E.weight), used, weights, None, False, *clamp, *choice)
     residual = None if residual is None else residual.reshape(rows.shape).contiguous()
     y = experts(hidden, down.weight, down.scales, down.bias, len(E.weight), used, weights, residual, True)
     return y.view(x.shape)
