@@ -124,6 +124,14 @@ else:
             x = (x + 12582912.0) - 12582912.0  # to the nearest integer, ties to even
             q = (x.to(tl.int32) + 128).to(tl.uint8)
         else:
-            q = x.to(tl.float8e4nv)
-            x = q.to(tl.float32)
+            # To 3 bits behind the leading one, or to a multiple of 2^-9, ties to even, and put together: ptxas 12.8
+            # takes a wrong register where values become e4m3, are stored in fours and widened again, and Triton's
+            # interpreter loses a carry.
+            bits = x.to(tl.int32, bitcast=True)
+            of_two = tl.maximum((bits & 0x7F800000).to(tl.float32, bitcast=True), 0.015625)
+            x = (x + of_two * 1572864.0) - of_two * 1572864.0
+            normal = ((x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 20) - 960  # the exponent's bias: 7 instead of 127
+            code = tl.where(tl.abs(x) < 0.015625, (tl.abs(x) * 512.0).to(tl.int32), normal) | ((bits >> 24) & 128)
+            code = tl.where(x == x, code, 127)
+            q = code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
         return q, scale, x * scale[:, None]
