@@ -142,7 +142,7 @@ def prompts() -> str:
         return [r["mode"], f"{r['prompt_length']:,}", speed, f"{r['memory_gigabytes']:.1f}"]
 
     header = "weights | prompt | first token, ms | tok/s | MFU | GB in use"
-    return _of_runs("prompts prompts_quantised prompts_int8 prompts_int4 prompts_long", header, cells)
+    return _of_runs("prompts prompts_peer prompts_quantised prompts_int8 prompts_int4 prompts_long", header, cells)
 
 
 def contexts() -> str:
