@@ -1,7 +1,8 @@
 """Mixture of experts of a decode step (1 to 16 rows) on an NVIDIA GPU: three Triton kernels, no word to the host.
 
     run(layer, x, norm, residual)   the backend of experts.py
-    route(x, norm, ...)             RMSNorm, the router's scores, the top k, and which experts are used at all
+    route(x, norm, ...)             RMSNorm, the router's scores and, of several rows, the top k, and which experts are
+                                    used at all; of one row, `experts` going up finds them
     experts(x, weight, ...)         one product of all used experts: gate and up, with SwiGLU, or down, with their sum
 
 Weights are those of linear_triton.py with all experts' rows below one another, and so is the product, in the same

@@ -229,12 +229,14 @@ if triton is not None:
                 squares = tl.zeros(squares.shape, tl.float32)
                 for k in range(STEP, K, STEP):
                     t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
-                    own = gain
+                    gain_now = gain
                     if norm is not None and COLS == 1:
                         gain_next = products.load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
                     elif norm is not None:
-                        own = products.load(gains, kx, (k - STEP) // 2, kx < (K - k + STEP) // 2, EVEN)
-                    b, x_scale, squares = products.operand(squares, t, own, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
+                        gain_now = products.load(gains, kx, (k - STEP) // 2, kx < (K - k + STEP) // 2, EVEN)
+                    b, x_scale, squares = products.operand(
+                        squares, t, gain_now, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
+                    )
                     acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
                     w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
                     t = t_next
@@ -243,10 +245,10 @@ if triton is not None:
                 if norm is not None and LATER and turn == 0:
                     of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
                     factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
-                last_gain = gain
+                gain_now = gain
                 if norm is not None and COLS > 1:
-                    last_gain = products.load(gains, kx, last // 2, kx < (K - last) // 2, EVEN)
-                b, x_scale, squares = products.operand(squares, t, last_gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
+                    gain_now = products.load(gains, kx, last // 2, kx < (K - last) // 2, EVEN)
+                b, x_scale, squares = products.operand(squares, t, gain_now, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
             acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
             tile += tl.num_programs(0)
             if PERSIST:
