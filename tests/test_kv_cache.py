@@ -75,10 +75,15 @@ def test_encode_rounds_as_quantize_does(kind):
     expected, expected_scales = kv_cache.quantize(x, kv_cache.DTYPES[kind])
     q, scales, own = torch.empty_like(expected), torch.empty_like(x[:, 0]), torch.empty_like(x)
     _encode[(1,)](q, scales, own, x, kind, 32, 64)
-    assert torch.equal(scales.bfloat16(), expected_scales)
     assert torch.equal(own, kv_cache.dequantize(q, scales, torch.float32))
-    differs = q.view(torch.uint8) != expected.view(torch.uint8)
-    assert not differs[:16].any() and differs.float().mean() < (0.01 if CUDA else 1e-6)  # division rounds otherwise
+    exact, found = x / scales[:, None], own / scales[:, None]
+    step = torch.ones_like(exact) if kind == "int8" else 2 ** exact.abs().clamp(min=2**-6).log2().floor() / 8
+    assert ((exact - found).abs() <= 0.5 * step * (1 + 2**-14)).all()
+    if CUDA:  # where division rounds otherwise
+        torch.testing.assert_close(scales, expected_scales.float(), rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(scales.bfloat16(), expected_scales)
+        assert torch.equal(q.view(torch.uint8), expected.view(torch.uint8))
 
 
 def expected_attention(qkv, cache, positions, H, window, soft_cap, sinks):
