@@ -289,8 +289,11 @@ if triton is not None:
             v_scale_next = _scaled(v_pairs, begin + STEP, key_of_s, at_s, end)
         row = block * ROWS + tl.arange(0, ROWS)
         last = pos + row // G  # the last key that a row sees
-        if NEW == 1:  # for every row of queries again, so that no warp waits for another's part of it
-            new, writes = tl.zeros((ROWS,), tl.int32), tl.arange(0, ROWS) == 0
+        # One new key for every row of queries again, so that no warp waits for another's part of it, where its program
+        # has the registers.
+        COPIES: tl.constexpr = ROWS if W == 8 else 1
+        if NEW == 1:
+            new, writes = tl.zeros((COPIES,), tl.int32), tl.arange(0, COPIES) == 0
         else:
             new = tl.arange(0, NEW)
             writes = new < S
@@ -322,7 +325,7 @@ if triton is not None:
         l_i = tl.zeros((W, ROWS), tl.float32)
         acc = tl.zeros((W, ROWS, DP), tl.float32)
         m_new = tl.full((ROWS,), float("-inf"), tl.float32)  # of one new key, which is put to them last
-        v_last = tl.zeros((ROWS, DP), tl.float32)
+        v_last = tl.zeros((COPIES, DP), tl.float32)
         if split == splits - 1:
             k_new = turned(k_new, k_turns, k_gain, eps, D, DP, ROTARY, k_norm is not None)
             at = (pos + new).to(tl.int64)[:, None] * STRIDE
