@@ -132,13 +132,6 @@ if triton is not None:
         return p, l_i * alpha + tl.sum(p, 2), m_new, alpha[:, :, None]
 
     @triton.jit
-    def _shares(m):
-        """The largest of each column of maxima m (parts, rows), and what the sums that belong to m count there."""
-        top = tl.max(m, 0)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        return top, tl.exp2(m - top[None, :])
-
-    @triton.jit
     def _together(m, l, m_too, l_too):
         """The larger of two maxima, and the sums that belong to them there."""
         top = tl.maximum(m, m_too)
@@ -159,8 +152,10 @@ if triton is not None:
         part = tl.arange(0, SPLITS2)[:, None]
         at = of_part + part * (ROWS * (DP + 2)) + DP
         there = (part < splits) & (row < S * G)[None, :]
-        m, share = _shares(tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg"))
-        l = tl.sum(tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg") * share, 0)
+        m = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        l = tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg")
+        m, l = tl.reduce((m, l), 0, _together)
+        m = tl.where(m == float("-inf"), 0.0, m)
         if sinks is not None:
             l = softmax.with_sink(l, m, softmax.sinks_of(sinks, h * G + row % G, row < S * G))
         y = tl.zeros((REAL, DP), tl.float32)
