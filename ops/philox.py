@@ -49,6 +49,10 @@ else:
     @triton.jit
     def advance(rng, done):
         """Count a draw, when the last of program_id(0) is through."""
-        if tl.atomic_add(done, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        rows = tl.num_programs(0)
+        before = 0
+        if rows > 1:
+            before = tl.atomic_add(done, 1, sem="acq_rel")
+        if before == rows - 1:
             tl.store(done, 0)
             tl.store(rng + 1, tl.load(rng + 1) + 1)

@@ -74,7 +74,7 @@ def logit_threshold_plain(logits, temperature, top_k, min_p):
     return torch.maximum(least, values[:, -1:]) if top_k else least
 
 
-SETTLED, SCANNED = 1024, 8192  # logits that a program takes: of one row, and at most of many
+SETTLED, SCANNED = 512, 8192  # logits that a program takes: of one row, and at most of many
 PROGRAMS = 2112  # that are wanted at most: 16 a multiprocessor
 
 
@@ -105,7 +105,7 @@ def _sample(out, logits, temperature, top_k, min_p, rng=None, noise=0.0, history
     blocks, count = triton.cdiv(V, block), triton.cdiv(V, part)
     maxima = torch.empty(B, count if filtered else 0, dtype=torch.float32, device=device)
     best = torch.empty(B, blocks, dtype=torch.int64, device=device)
-    listed = torch.empty(B, V if filtered else 0, dtype=torch.int32, device=device)
+    listed = torch.empty(B, V if filtered else 0, dtype=torch.int64, device=device)  # pairs of logit and token
     options = {"COUNT": count, **pdl(device)}
     if filtered:
         _maxima_kernel[(B, triton.cdiv(V, SETTLED))](
@@ -115,7 +115,7 @@ def _sample(out, logits, temperature, top_k, min_p, rng=None, noise=0.0, history
         out, logits, rng, counters(device, 2 * B + 1), maxima, best, listed, history, pos,
         0 if history is None else history.shape[1], V, k, 1 / temperature, noise, margin,
         BLOCK=block, SETTLED=SETTLED, BLOCKS=blocks, BLOCKS2=triton.next_power_of_2(blocks),
-        COUNT2=triton.next_power_of_2(count), FILTER=filtered, num_warps=8, **options,
+        COUNT2=triton.next_power_of_2(count), FILTER=filtered, num_warps=4, **options,
     )  # fmt: skip
     return out
 
@@ -138,11 +138,14 @@ if triton is not None:
         return tl.sum(one + (two << 21) + (three << 42), 0)
 
     @triton.jit
+    def _apart(counts):
+        return counts & 0x1FFFFF, counts >> 21 & 0x1FFFFF, counts >> 42
+
+    @triton.jit
     def _raised(limit, reached, counts, k, shift):
         """The limit with the most in its two bits at `shift` that k ranks still reach, and how many do; reached: how
         many reach the limit as it is."""
-        ONE: tl.constexpr = 0x1FFFFF
-        one, two, three = counts & ONE, counts >> 21 & ONE, counts >> 42
+        one, two, three = _apart(counts)
         most = (one >= k).to(tl.uint32) + (two >= k).to(tl.uint32) + (three >= k).to(tl.uint32)
         reached = tl.where(three >= k, three, tl.where(two >= k, two, tl.where(one >= k, one, reached)))
         return limit + (most << shift), reached
@@ -180,14 +183,51 @@ if triton is not None:
         return (bits.to(tl.int64) << 32) + (0x7FFFFFFF - token).to(tl.int64)
 
     @triton.jit
+    def _both_ends(high, low, other_high, other_low):
+        return tl.maximum(high, other_high), tl.minimum(low, other_low)
+
+    @triton.jit
+    def _better(drawn, rank, other_drawn, other_rank):
+        keep = drawn > other_drawn
+        return tl.where(keep, drawn, other_drawn), tl.where(keep, rank, other_rank)
+
+    @triton.jit
+    def _limit(tops, there, k):
+        """The largest of the maxima that are there, and a limit that k of them reach and, as a rule, few more: the k-th
+        largest logit reaches it, too. Fewer steps than for the k-th largest of them, each of which takes a while."""
+        ends = tl.where(there, tops, float("-inf")), tl.where(there, tops, float("inf"))
+        largest, low = tl.reduce(ends, 0, _both_ends)
+        high = largest
+        low = tl.maximum(low, high - 256.0)  # some may be infinite
+        limit = tl.full((), float("-inf"), tl.float32)
+        reached = tl.sum(there.to(tl.int64), 0)
+        turn = 0
+        while (reached > k + k // 4) & (high > low) & (turn < 16):
+            step = (high - low) * 0.25
+            first, second, third = low + step, low + 2 * step, low + 3 * step
+            one, two = (there & (tops >= first)).to(tl.int64), (there & (tops >= second)).to(tl.int64)
+            one, two, three = _apart(tl.sum(one + (two << 21) + ((there & (tops >= third)).to(tl.int64) << 42), 0))
+            high = tl.where(three >= k, high, tl.where(two >= k, third, tl.where(one >= k, second, first)))
+            low = tl.where(three >= k, third, tl.where(two >= k, second, tl.where(one >= k, first, low)))
+            limit = tl.where(one >= k, low, limit)
+            reached = tl.where(three >= k, three, tl.where(two >= k, two, tl.where(one >= k, one, reached)))
+            turn += 1
+        return largest, limit
+
+    @triton.jit
+    def _listed(pairs):
+        """Logits and tokens of a list."""
+        return (pairs >> 32).to(tl.int32).to(tl.float32, bitcast=True), pairs.to(tl.int32)
+
+    @triton.jit
     def _sample_kernel(
         out, logits, rng, counters, maxima, best, listed, history, pos, width, V, k, scale, noise, margin,
         BLOCK: tl.constexpr, SETTLED: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS2: tl.constexpr, COUNT: tl.constexpr,
         COUNT2: tl.constexpr, FILTER: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """Draw from the tokens of a block or, if FILTER, list those that may be in: at least as large as the k-th
-        largest of the maxima, which is at most the k-th largest logit. The last program of a row settles the rest,
-        SETTLED of them at a time.
+        """Draw from the tokens of a block or, if FILTER, list those that may be in: at least as large as what k of the
+        maxima reach. The last program of a row settles the rest, SETTLED of them at a time: it draws from all that are
+        listed, and again from those with larger logits when k of these are.
         Without rng, out is the smallest logit that is in.
 
         counters: two a row, how many are listed and how many programs arrived, and at the end how many rows are done.
@@ -208,23 +248,14 @@ if triton is not None:
         if FILTER:
             part = tl.arange(0, COUNT2)
             tops = tl.load(maxima + row * COUNT + part, mask=part < COUNT, other=float("-inf"))
-            largest = tl.max(tops, 0)
-            least_likely = largest + margin  # min_p's limit
-            largest = _ordered(largest)
-            tops = _ordered(tops)
-            # the largest limit that k of them reach, in its upper 16 bits
-            limit, shift = _common(largest, tl.min(tl.where(part < COUNT, tops, largest), 0))
-            reached = tl.full((), COUNT, tl.int64)
-            limit = tl.where(reached < k, tl.zeros((), tl.uint32), limit)  # too few to tell: all may be in
-            while (shift >= 16) & (reached > k):
-                counts = _reaching(tops, part < COUNT, limit, shift.to(tl.uint32))
-                limit, reached = _raised(limit, reached, counts, k, shift.to(tl.uint32))
-                shift -= 2
-            kept = (token < V) & (_ordered(x) >= limit) & (x >= least_likely)
+            largest, limit = _limit(tops, part < COUNT, k)
+            # NaN is in; least likely is what min_p lets in
+            kept = (token < V) & ~(x < limit) & ~(x < largest + margin)
             count = tl.sum(kept.to(tl.int32), 0)
             if count > 0:
                 place = tl.atomic_add(state, count, sem="relaxed") + tl.cumsum(kept.to(tl.int32), 0) - 1
-                tl.store(listed + place, token, mask=kept)
+                pairs = (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) + token
+                tl.store(listed + place, pairs, mask=kept)
         else:
             drawn = tl.where(token < V, _noisy(x, token, row, scale, noise, rng), lowest)
             tl.store(best + block, tl.max(drawn, 0))
@@ -233,35 +264,54 @@ if triton is not None:
             return
         tl.debug_barrier()
 
+        at = 0
+        if history is not None:
+            at = tl.load(pos + row) + 1
+        winner = tl.full((), lowest, tl.int64)
         if FILTER:
             n = tl.load(state, cache_modifier=".cg")
             lane = tl.arange(0, SETTLED)
-            token = tl.load(listed + lane, mask=lane < n, other=0, cache_modifier=".cg")  # in general these are all
-            x = tl.load(logits + token)
+            pairs = tl.load(listed + lane, mask=lane < V, other=0, cache_modifier=".cg")  # in general these are all
+            x, token = _listed(pairs)
             ranks = _ordered(x)
-            limit, shift = _common(largest, limit)  # which all of them reach
-            reached = n.to(tl.int64)
-            while (shift >= 0) & (reached > k):
-                counts = _reaching(ranks, lane < n, limit, shift.to(tl.uint32))
-                for i in range(SETTLED, n, SETTLED):
-                    more = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
-                    counts += _reaching(_ordered(tl.load(logits + more)), i + lane < n, limit, shift.to(tl.uint32))
-                limit, reached = _raised(limit, reached, counts, k, shift.to(tl.uint32))
-                shift -= 2
-            winner = tl.full((), lowest, tl.int64)
-            least = tl.full((), float("inf"), tl.float32)
-            for i in range(0, n, SETTLED):
-                more = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
-                x = tl.load(logits + more)
-                within = (i + lane < n) & (_ordered(x) >= limit)
-                if rng is None:
-                    least = tl.minimum(least, tl.min(tl.where(within, x, float("inf")), 0))
-                else:
-                    drawn = tl.where(within, _noisy(x, more, row, scale, noise, rng), lowest)
-                    winner = tl.maximum(winner, tl.max(drawn, 0))
-            tl.store(state, 0)
             if rng is None:
+                # the largest limit that k of them reach: of what both ends of them have in common, all do
+                limit, shift = _common(_ordered(largest), _ordered(limit))
+                reached = n.to(tl.int64)
+                while (shift >= 0) & (reached > k):
+                    counts = _reaching(ranks, lane < n, limit, shift.to(tl.uint32))
+                    for i in range(SETTLED, n, SETTLED):
+                        pairs = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
+                        x, _ = _listed(pairs)
+                        counts += _reaching(_ordered(x), i + lane < n, limit, shift.to(tl.uint32))
+                    limit, reached = _raised(limit, reached, counts, k, shift.to(tl.uint32))
+                    shift -= 2
+                least = tl.full((), float("inf"), tl.float32)
+                for i in range(0, n, SETTLED):
+                    pairs = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
+                    x, _ = _listed(pairs)
+                    within = (i + lane < n) & (_ordered(x) >= limit)
+                    least = tl.minimum(least, tl.min(tl.where(within, x, float("inf")), 0))
                 tl.store(out + row, least)
+            else:
+                drawn = tl.where(lane < n, _noisy(x, token, row, scale, noise, rng), lowest)
+                bound, larger = tl.zeros((), tl.uint32), tl.zeros((), tl.int32) + k
+                while larger >= k:
+                    winner, rank = tl.reduce((tl.where(ranks > bound, drawn, lowest), ranks), 0, _better)
+                    for i in range(SETTLED, n, SETTLED):
+                        pairs = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
+                        x, token = _listed(pairs)
+                        more = (i + lane < n) & (_ordered(x) > bound)
+                        next_drawn = tl.where(more, _noisy(x, token, row, scale, noise, rng), lowest)
+                        next_drawn, next_rank = tl.reduce((next_drawn, _ordered(x)), 0, _better)
+                        winner, rank = _better(winner, rank, next_drawn, next_rank)
+                    larger = tl.sum(((lane < n) & (ranks > rank)).to(tl.int32), 0)
+                    for i in range(SETTLED, n, SETTLED):
+                        pairs = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
+                        x, _ = _listed(pairs)
+                        larger += tl.sum(((i + lane < n) & (_ordered(x) > rank)).to(tl.int32), 0)
+                    bound = rank
+            tl.store(state, 0)
         else:
             blocks = tl.arange(0, BLOCKS2)
             winner = tl.max(tl.load(best + blocks, mask=blocks < BLOCKS, other=lowest, cache_modifier=".cg"), 0)
@@ -270,7 +320,6 @@ if triton is not None:
             winner = 0x7FFFFFFF - (winner & 0xFFFFFFFF)
             tl.store(out + row, winner)
             if history is not None:
-                at = tl.load(pos + row) + 1
                 tl.store(pos + row, at)
                 tl.store(history + row * width + at, winner)
             advance(rng, counters + 2 * tl.num_programs(0))

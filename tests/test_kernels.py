@@ -416,6 +416,18 @@ def test_sample_draws_what_the_reference_draws(B, V, programs, temperature, top_
     assert torch.equal(history, states[1][1])  # written only when asked to
 
 
+def test_sample_draws_again_where_many_listed_tokens_are_out():
+    """Sorted logits: of their maxima's parts, 20 hold the 20 largest, and 2,560 others, more than settled at once."""
+    logits = torch.linspace(1, 0, 9000).repeat(2, 1).to(DEVICE)
+    logits[1, 40:] = -math.inf
+    states = [torch.tensor([seed, 0], device=DEVICE) for seed in (3, 3)]
+    drawn = torch.stack([sampling.sample_triton(logits, 1.0, 20, 0.0, states[0]) for _ in range(20)])
+    expected = torch.stack([sampling.sample_plain(logits, 1.0, 20, 0.0, states[1]) for _ in range(20)])
+    assert torch.equal(drawn, expected) and len(set(drawn[:, 0].tolist())) > 5
+    logits[0], logits[1, 100:200] = math.nan, math.nan  # nothing is promised but a token of the vocabulary
+    assert all(0 <= token < 9000 for token in sampling.sample_triton(logits, 1.0, 20, 0.1, states[0]).tolist())
+
+
 def test_sample_keeps_ties_and_takes_the_first_when_greedy():
     logits = torch.zeros(1, 1500, device=DEVICE)
     logits[0, [7, 70, 1400]] = 1.0
