@@ -326,15 +326,15 @@ class Transformer(nn.Module):
 
     def pack(self, dtype: torch.dtype) -> None:
         """Lay the weights out for the device they are on and activations of `dtype`. Called once, after loading."""
-        for i, layer in enumerate(self.layers):
-            for module in list(layer.modules()):
-                if isinstance(module, FeedForward):
-                    module.merge()
-            for module in layer.modules():
-                if isinstance(module, (Linear, Mixture)):
-                    module.pack(dtype)
-            following = layer.block_sparse_moe.gate if layer.block_sparse_moe else layer.feed_forward.first
-            ops.prepare_attention(layer.attention, first_layer=i == 0, following=following.weight)
+        later = None
+        for layer in reversed(self.layers):
+            for module in [m for m in layer.modules() if isinstance(m, FeedForward)]:
+                module.merge()
+            for module in [m for m in layer.modules() if isinstance(m, (Linear, Mixture))]:
+                module.pack(dtype)
+            soon = layer.feed_forward and layer.feed_forward.first.weight
+            ops.prepare_attention(layer.attention, layer is self.layers[0], soon, later)
+            later = layer.attention.wqkv.weight
             if self.norm.weight.is_cuda:
                 torch.cuda.empty_cache()  # the tensors replaced leave holes that none of the new ones fits
         self.output.pack(dtype)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops import cpu, kv_cache, prefill
-from ops.attention_triton import attention_triton
+from ops.attention_triton import attention_triton, prefetch_lines
 from ops.common import MAX_ROWS, on_triton, op
 from ops.linear import half_is_slow
 from ops.rms_norm import rms_norm
@@ -35,12 +35,17 @@ class AttentionLayer(Protocol):
     q_norm: nn.RMSNorm | None  # over each head, before RoPE
     k_norm: nn.RMSNorm | None
     first_layer: bool  # whether positions and caches may just have been written when this layer starts
-    prefetch: Tensor | None  # weights that will be read soon, whose first part a GPU brings to its L2 cache meanwhile
+    prefetch: Tensor | None  # weights that will be read, whose first part a GPU brings to its L2 cache meanwhile
+    prefetch_lines: int  # how many lines of 128 bytes
 
 
-def prepare(layer: AttentionLayer, first_layer: bool = True, following: Tensor | None = None) -> None:
-    """Tell a layer where it stands: whether it is the model's first, and what weights are read a while after it."""
-    layer.first_layer, layer.prefetch = first_layer, following
+def prepare(
+    layer: AttentionLayer, first_layer: bool = True, soon: Tensor | None = None, later: Tensor | None = None
+) -> None:
+    """Tell a layer where it stands: whether it is the model's first, and what weights are read soon after it or, if
+    those depend on its result, later."""
+    layer.first_layer, layer.prefetch = first_layer, later if soon is None else soon
+    layer.prefetch_lines = prefetch_lines(soon, later)
 
 
 def attention(
@@ -61,7 +66,7 @@ def attention(
     rest = (*usual, layer.scale, layer.soft_cap, layer.sinks, *scales)
     kernels = on_triton(qkv) and qkv.element_size() == 2 and kv_cache.supports(k_cache)
     if kernels and qkv.shape[1] <= MAX_ROWS:
-        more = {"prefetch": layer.prefetch, "first_layer": layer.first_layer}
+        more = {"prefetch": layer.prefetch, "prefetch_lines": layer.prefetch_lines, "first_layer": layer.first_layer}
         return attention_triton(qkv, k_cache, v_cache, input_pos.to(qkv.device), *rest, **more)
     if kernels and prefill.supports(k_cache):
         return prefill.attention_prefill(qkv, k_cache, v_cache, input_pos, *rest)

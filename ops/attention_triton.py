@@ -432,13 +432,22 @@ if triton is not None:
             tl.store(out + of_row[:, None] + in_order[None, :], (y / l[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-# Bytes of the following weights to prefetch: a third of what exceeds those that the next kernels' first programs ask
-# for by themselves, and at most so many. Measured on an H100, where more, or before the wait, was slower.
+# Bytes of weights to prefetch: of those that are read soon, a third of what exceeds what the next kernels' first
+# programs ask for by themselves, and at most so many. Measured on an H100 and an H200, where more, or before the wait,
+# was slower. Much of the gain is the wait of the programs that do it: the next kernel's weights let those before pass.
 PREFETCH, EARLY = 2**21, 14 * 2**20
+LATER = 2**22  # and of those that are read behind a mixture's experts
 FEW = 66  # programs without a split, up to which one a multiprocessor, of twice the warps, is faster
 MANY = 132  # and from which three are, but for caches in 8 bits
 # KV splits of all rows and heads: what the multiprocessors hold, one, two or three each.
 ONE_EACH, TWO_EACH, THREE_EACH = 132, 264, 396
+
+
+def prefetch_lines(soon: Tensor | None, later: Tensor | None) -> int:
+    """How many lines of 128 bytes of these weights to bring to the L2 cache."""
+    if soon is not None:
+        return max(0, min((soon.nbytes - EARLY) // 3, PREFETCH)) // 128
+    return 0 if later is None else min(later.nbytes, LATER) // 128
 
 
 class Plan(NamedTuple):
@@ -483,6 +492,7 @@ def attention_triton(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
     prefetch: Tensor | None = None,
+    prefetch_lines: int = 0,
     first_layer: bool = True,
 ) -> Tensor:
     """One launch of the attention kernel, S <= 16."""
@@ -501,7 +511,7 @@ def attention_triton(
     splits = max(1, min(64, how.programs // groups, triton.cdiv(T, how.split_keys)))
     out = torch.empty(B, S, n_head * D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty(groups * splits * rows * (DP + 2), dtype=torch.float32, device=qkv.device)
-    lines = 0 if prefetch is None else max(0, min((prefetch.nbytes - EARLY) // 3, PREFETCH)) // 128
+    lines = 0 if prefetch is None else prefetch_lines
     # Those without a KV split help to prefetch, where one row leaves most multiprocessors idle.
     programs = max(splits, 128 // groups) if lines and S == 1 else splits
     to = kv_cache.widening(kind, qkv.dtype, launch["PDL"])

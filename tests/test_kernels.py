@@ -249,7 +249,7 @@ def test_attention(B, S, H, Hkv, D, T, rotary, window, norm, positions, dtype):
     arguments = (pos, rope, q_norm, k_norm, 1e-5, H, window)
     expected = attention_plain(qkv.float(), k_expected, v_expected, *arguments)
     for _ in range(2):  # the counters are left as they were found
-        out = attention_triton(qkv, k_cache, v_cache, *arguments, prefetch=qkv)
+        out = attention_triton(qkv, k_cache, v_cache, *arguments, prefetch=qkv, prefetch_lines=qkv.nbytes // 128)
         fit = min(S, T - int(pos.max()))
         assert error(out[:, :fit], expected[:, :fit]) < 1e-2
     for cache, other in ((k_cache, k_expected), (v_cache, v_expected)):
