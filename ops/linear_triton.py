@@ -181,10 +181,11 @@ if triton is not None:
         tile = tl.program_id(0)
         if PDL:
             tlx.gdc_launch_dependents()
-        # The gain of one row comes before weights, which since the last step have driven it out of the L2 cache, and
-        # then a step ahead, like x.
+        # A gain comes before weights, which since the last step have driven it out of the L2 cache, and then a step
+        # ahead, like x, where there are registers for that.
+        GAIN_AHEAD: tl.constexpr = COLS == 1 or (COLS == 8 and FOUR)
         gain = None
-        if norm is not None and COLS == 1:
+        if norm is not None and GAIN_AHEAD:
             gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
         w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
         if PDL:
@@ -205,7 +206,7 @@ if triton is not None:
             if not IN_INT8:
                 factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
         if WHOLE:
-            if norm is not None and COLS > 1:
+            if norm is not None and not GAIN_AHEAD:
                 gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
             b, x_scale, squares = products.operand(squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
         rounds = 1
@@ -230,7 +231,7 @@ if triton is not None:
                 for k in range(STEP, K, STEP):
                     t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
                     gain_now = gain
-                    if norm is not None and COLS == 1:
+                    if norm is not None and GAIN_AHEAD:
                         gain_next = products.load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
                     elif norm is not None:
                         gain_now = products.load(gains, kx, (k - STEP) // 2, kx < (K - k + STEP) // 2, EVEN)
@@ -240,13 +241,13 @@ if triton is not None:
                     acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
                     w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
                     t = t_next
-                    if norm is not None and COLS == 1:
+                    if norm is not None and GAIN_AHEAD:
                         gain = gain_next
                 if norm is not None and LATER and turn == 0:
                     of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
                     factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
                 gain_now = gain
-                if norm is not None and COLS > 1:
+                if norm is not None and not GAIN_AHEAD:
                     gain_now = products.load(gains, kx, last // 2, kx < (K - last) // 2, EVEN)
                 b, x_scale, squares = products.operand(squares, t, gain_now, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
             acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
@@ -255,7 +256,7 @@ if triton is not None:
                 w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
                 if not WHOLE:
                     t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
-                    if norm is not None and COLS == 1:
+                    if norm is not None and GAIN_AHEAD:
                         gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
 
             if D > 1:
