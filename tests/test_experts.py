@@ -21,6 +21,7 @@ from linear import MXFP4, Linear, Plain
 from measure import prefill_flops, weight_bytes
 from model import ModelConfig
 from ops import experts_gemm, experts_triton, tuning
+from ops.attention_triton import prefetch_lines
 from ops.common import counters
 from ops.experts import mixture_plain
 from ops.rms_norm import rms_norm
@@ -98,6 +99,28 @@ def test_logits_equal_transformers(tmp_path, name):
         pos = lengths + step
         torch.testing.assert_close(logits[:, 0], expected[torch.arange(3), pos - 1], atol=1e-4, rtol=0)
         logits = model(tokens.gather(1, pos[:, None]), pos, cache)
+
+
+def test_attention_knows_which_weights_follow(tmp_path):
+    """Those of a dense layer, or of the layer behind a mixture's experts, as they are packed."""
+    build(tmp_path, "qwen3_moe-not-normalised")
+    convert(tmp_path, torch.float32)
+    dense, mixed = load(tmp_path).layers
+    assert dense.attention.prefetch is dense.feed_forward.w13.weight and mixed.attention.prefetch is None
+    build(tmp_path / "mixed", "qwen3_moe")
+    convert(tmp_path / "mixed", torch.float32)
+    first, last = load(tmp_path / "mixed").layers
+    assert first.attention.prefetch is last.attention.wqkv.weight and last.attention.prefetch is None
+    assert [layer.attention.first_layer for layer in (first, last)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "mib,soon,later", [(7, 0, 0), (8, 0, 2**15), (14, 0, 2**15), (17, 2**13, 2**15), (90, 2**14, 2**15)]
+)
+def test_how_much_is_prefetched(mib, soon, later):
+    weight = torch.empty(mib * 2**20, dtype=torch.uint8, device="meta")
+    assert prefetch_lines(weight, None) == prefetch_lines(weight, weight) == soon
+    assert prefetch_lines(None, weight) == later and prefetch_lines(None, None) == 0
 
 
 def test_experts_in_one_tensor_are_those_apart(tmp_path):
