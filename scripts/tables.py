@@ -29,6 +29,7 @@ REPO = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "benchmarks/README.md")
 PICTURE = "benchmarks/speed.svg"
 MODES = ("bf16", "int8", "int4")
+DENSE = ("h100", "h200", "h200_8b")  # results of dense models
 FULL_NAMES = {"7B": "Llama-2-7B", "70B": "Llama-2-70B"}  # of gpt-fast's short ones
 
 
@@ -108,7 +109,7 @@ def speed() -> str:
         title = f"{about(result)}. It reads {result['read_bandwidth'] / 1e9:.0f} GB/s."
         return paragraphs(title, table(header, rows), result.get("note", ""))
 
-    return paragraphs(*(part(results(name)) for name in ("h100", "h200")))
+    return paragraphs(*(part(results(name)) for name in DENSE))
 
 
 def rows() -> str:
@@ -121,7 +122,7 @@ def rows() -> str:
         )
         return paragraphs(f"{result['device']}, commit {commit(result)}, same run as above.", table(header, cells))
 
-    return paragraphs(*(part(results(name)) for name in ("h100", "h200")))
+    return paragraphs(*(part(results(name)) for name in DENSE))
 
 
 def _of_runs(names: str, header: str, cells: Callable[[dict], list]) -> str:
