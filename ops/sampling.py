@@ -192,15 +192,16 @@ if triton is not None:
         return tl.where(keep, drawn, other_drawn), tl.where(keep, rank, other_rank)
 
     @triton.jit
-    def _limit(tops, there, k):
-        """The largest of the maxima that are there, and a limit that k of them reach and, as a rule, few more: the k-th
-        largest logit reaches it, too. Fewer steps than for the k-th largest of them, each of which takes a while."""
+    def _limit(tops, there, k, COUNT: tl.constexpr):
+        """The largest of the COUNT maxima that are there, and a limit that k of them reach and, as a rule, few more. So
+        the k-th largest logit reaches it, too. (The k-th largest maximum itself would take three times as many steps.)
+        """
         ends = tl.where(there, tops, float("-inf")), tl.where(there, tops, float("inf"))
         largest, low = tl.reduce(ends, 0, _both_ends)
         high = largest
         low = tl.maximum(low, high - 256.0)  # some may be infinite
         limit = tl.full((), float("-inf"), tl.float32)
-        reached = tl.sum(there.to(tl.int64), 0)
+        reached = tl.full((), COUNT, tl.int64)
         turn = 0
         while (reached > k + k // 4) & (high > low) & (turn < 16):
             step = (high - low) * 0.25
@@ -225,9 +226,9 @@ if triton is not None:
         BLOCK: tl.constexpr, SETTLED: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS2: tl.constexpr, COUNT: tl.constexpr,
         COUNT2: tl.constexpr, FILTER: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """Draw from the tokens of a block or, if FILTER, list those that may be in: at least as large as what k of the
-        maxima reach. The last program of a row settles the rest, SETTLED of them at a time: it draws from all that are
-        listed, and again from those with larger logits when k of these are.
+        """Draw from the tokens of a block or, if FILTER, list those that may be in: whose logits reach what k of the
+        maxima do. The last program of a row settles the rest, SETTLED of them at a time: it draws from all that are
+        listed and, where k of them have larger logits than the winner, which then was not in, again from those.
         Without rng, out is the smallest logit that is in.
 
         counters: two a row, how many are listed and how many programs arrived, and at the end how many rows are done.
@@ -248,9 +249,8 @@ if triton is not None:
         if FILTER:
             part = tl.arange(0, COUNT2)
             tops = tl.load(maxima + row * COUNT + part, mask=part < COUNT, other=float("-inf"))
-            largest, limit = _limit(tops, part < COUNT, k)
-            # NaN is in; least likely is what min_p lets in
-            kept = (token < V) & ~(x < limit) & ~(x < largest + margin)
+            largest, limit = _limit(tops, part < COUNT, k, COUNT)
+            kept = (token < V) & ~(x < limit) & ~(x < largest + margin)  # NaN is in, so that some token always is
             count = tl.sum(kept.to(tl.int32), 0)
             if count > 0:
                 place = tl.atomic_add(state, count, sem="relaxed") + tl.cumsum(kept.to(tl.int32), 0) - 1
