@@ -73,7 +73,7 @@ def attention(
     known = layer.scale == k_cache.shape[3] ** -0.5 and not layer.soft_cap and layer.sinks is None
     known = known and (q_norm is None or q_norm.dtype is qkv.dtype)
     if known and cpu.supports_attention(qkv, k_cache, v_cache, input_pos):
-        return cpu.attention(qkv, k_cache, v_cache, input_pos, *usual)
+        return cpu.attention(qkv, k_cache, v_cache, input_pos, *usual, *scales)
     return attention_plain(qkv, k_cache, v_cache, input_pos.to(qkv.device), *rest)
 
 

@@ -4,7 +4,7 @@
 #pragma once
 #include <stdint.h>
 
-enum Kind : int32_t { FP32, BF16, INT8, INT4 };
+enum Kind : int32_t { FP32, BF16, INT8, INT4, FP8 };
 
 // A linear layer. Floating weights are rows (N, K). Integers are packed (see packing.py): tiles of LANES rows, N padded
 // to 16 of them, K to `padded`.
@@ -35,14 +35,16 @@ struct Product {
 struct Attention {
   const void* qkv;
   void *k, *v, *y;
+  uint16_t *k_scales, *v_scales;  // bf16 (B, Hkv, T), of caches in 8 bits
   const int64_t* pos;
   const float* rope;  // (turns, rotary / 2, 2) or null
   const void *q_norm, *k_norm;
   int64_t B, S, T, H, Hkv, D, of_row, of_head;  // of_...: between rows and heads of the caches
+  int64_t scales_of_row, scales_of_head;
   int64_t turns, rotary, window;
   float eps;
-  int32_t half;   // the caches
-  int32_t half_x; // qkv and y
+  int32_t kind;    // of the caches: FP32, BF16, INT8 (q + 128), FP8 (e4m3)
+  int32_t half_x;  // qkv and y
   int32_t half_norm;
 };
 
@@ -56,10 +58,11 @@ struct Layer {
 // All layers of a model: x (B, S, C) to y, both of the model's dtype
 struct Step {
   const Layer* layers;
-  void* const* caches;  // a key cache and a value cache a layer
+  void* const* caches;  // keys and values of a layer, and the scales of both, or null
   const void* x;
   void* y;
   int64_t n_layer, C;
+  int32_t half;  // x and y
   Attention attention;  // what is the same in all layers
 };
 

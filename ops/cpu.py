@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ops import cpu_library as native
+from ops import kv_cache
 from ops.common import op
 from ops.packing import in_16_bits, pack_rows
 
@@ -134,35 +135,45 @@ def _linear_fake(x, weight, scales, zeros, bias, norm, eps, residual, N, fp32, s
     return x.new_empty((*x.shape[:-1], N // 2 if swiglu else N), dtype=torch.float32 if fp32 else x.dtype)
 
 
+def supports_cache(cache: Tensor, dtype: torch.dtype) -> bool:
+    """Whether keys or values are kept as this library reads them, for activations of `dtype`."""
+    D = cache.shape[-1]
+    return cache.dtype in (dtype, *kv_cache.DTYPES.values()) and D % 8 == 0 and cache.stride()[2:] == (D, 1)
+
+
 def supports_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor) -> bool:
     """Whether `attention` supports these. Caches may be the first positions of longer ones."""
-    dtype, D = qkv.dtype, k_cache.shape[-1]
+    dtype = qkv.dtype
     return (
         qkv.is_cpu
         and dtype in (torch.float32, torch.bfloat16)
-        and k_cache.dtype is v_cache.dtype is dtype
-        and D % 8 == 0
+        and k_cache.dtype is v_cache.dtype
+        and supports_cache(k_cache, dtype)
         and qkv.shape[1] <= most_rows(dtype)
         and input_pos.dtype is torch.int64
-        and k_cache.stride()[2:] == (D, 1)
         and k_cache.stride() == v_cache.stride()
         and ready()
     )
 
 
+CACHES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float8_e4m3fn: 4}  # cpu.h's Kind
+
+
 def describe_attention(
-    k_cache: Tensor, input_pos: Tensor, rope: Tensor | None, B: int, S: int, H: int
+    k_cache: Tensor, k_scales: Tensor | None, input_pos: Tensor, rope: Tensor | None, B: int, S: int, H: int
 ) -> native.Attention:
     """What is the same for all layers."""
     _, Hkv, T, D = k_cache.shape
-    sizes = {"B": B, "S": S, "T": T, "H": H, "Hkv": Hkv, "D": D, "half": k_cache.element_size() == 2}
+    sizes = {"B": B, "S": S, "T": T, "H": H, "Hkv": Hkv, "D": D, "kind": CACHES[k_cache.dtype]}
     sizes |= {"of_row": k_cache.stride(0), "of_head": k_cache.stride(1)}
+    if k_scales is not None:
+        sizes |= {"scales_of_row": k_scales.stride(0), "scales_of_head": k_scales.stride(1)}
     if rope is not None:
         sizes |= {"rope": rope.data_ptr(), "turns": rope.shape[0], "rotary": 2 * rope.shape[1]}
     return native.Attention(pos=input_pos.data_ptr(), **sizes)
 
 
-@op("cpu_attention", mutates=("k_cache", "v_cache"))
+@op("cpu_attention", mutates=("k_cache", "v_cache", "k_scales", "v_scales"))
 def attention(
     qkv: Tensor,
     k_cache: Tensor,
@@ -174,20 +185,25 @@ def attention(
     eps: float,
     n_head: int,
     window: int,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """What `supports_attention` said; see attention.py."""
     qkv, input_pos = qkv.contiguous(), input_pos.contiguous()
     y = _attention_fake(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window)
-    call = describe_attention(k_cache, input_pos, rope, *qkv.shape[:2], n_head)
+    call = describe_attention(k_cache, k_scales, input_pos, rope, *qkv.shape[:2], n_head)
     call.qkv, call.k, call.v, call.y = (t.data_ptr() for t in (qkv, k_cache, v_cache, y))
+    call.k_scales, call.v_scales = address(k_scales), address(v_scales)
     call.q_norm, call.k_norm, call.eps, call.window = address(q_norm), address(k_norm), eps, window
-    call.half_x = call.half_norm = call.half
+    call.half_x = call.half_norm = qkv.element_size() == 2
     native.library().gptfast_attention(call, torch.get_num_threads())
     return y
 
 
 @torch.library.register_fake("gptfast::cpu_attention")
-def _attention_fake(qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window):
+def _attention_fake(
+    qkv, k_cache, v_cache, input_pos, rope, q_norm, k_norm, eps, n_head, window, k_scales=None, v_scales=None
+):
     return qkv.new_empty((*qkv.shape[:2], n_head * k_cache.shape[-1]))
 
 

@@ -811,14 +811,71 @@ void turned(const Attention& a, int64_t at, const void* norm, int64_t position, 
   }
 }
 
+constexpr bool scaled(int kind) { return kind == INT8 || kind == FP8; }
+constexpr int64_t bytes_of(int kind) { return scaled(kind) ? 1 : kind == BF16 ? 2 : 4; }
+
+// Eight bytes from `from` on as int32. (Of a conversion between short vectors gcc 12 makes a move for each.)
+template <class Byte>
+INLINE Ints8 bytes8(const void* from) {
+#if defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64((const __m128i*)from);
+  return (Ints8)((Byte)-1 < 0 ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#else
+  typedef Byte Eight __attribute__((vector_size(8)));
+  return __builtin_convertvector(load<Eight>(from), Ints8);
+#endif
+}
+
+// Eight values of a cache, without their scale
+template <int KIND>
+INLINE Floats8 cached8(const void* from, int64_t at) {
+  if constexpr (!scaled(KIND)) return widen8(from, at, KIND == BF16);
+  from = (const char*)from + at;
+  if constexpr (KIND == INT8) return __builtin_convertvector(bytes8<uint8_t>(from) - 128, Floats8);
+  // The sign stays where extending it put it. The exponent's bias is 7 instead of 127.
+  return (Floats8)((Words8)bytes8<int8_t>(from) << 20 & 0x87f00000) * 0x1p120f;
+}
+
+// A head (D,) in 8 bits, and its scale: kv_cache.py's quantize
+void encode(const Attention& a, const float* head, uint8_t* to, uint16_t* scale) {
+  float top = 0x1p-100f, sum = 0;
+  for (int64_t d = 0; d < a.D; d++) top = fabsf(head[d]) > top ? fabsf(head[d]) : top, sum += head[d];
+  top = sum != sum ? sum : top / (a.kind == INT8 ? 127 : 448);  // NaN stays
+  uint32_t bits = (load<uint32_t>(&top) + 0xffff) & 0xffff0000;
+  *scale = bits >> 16;
+  const float grid = load<float>(&bits);
+  for (int64_t d = 0; d < a.D; d++) {
+    const float x = head[d] / grid;
+    if (a.kind == INT8) {
+      to[d] = x == x ? (uint8_t)(int32_t)(rintf(x) + 128) : 128;
+      continue;
+    }
+    // To 3 bits behind the leading one, or to a multiple of 2^-9
+    uint32_t word = load<uint32_t>(&x), exponent = word & 0x7f800000;
+    const float of_two = load<float>(&exponent) > 0x1p-6f ? load<float>(&exponent) : 0x1p-6f;
+    const float y = fabsf(x) + of_two * 0x1.8p20f - of_two * 0x1.8p20f;
+    const uint32_t code = y < 0x1p-6f ? (uint32_t)(y * 512) : (load<uint32_t>(&y) >> 20) - 960;
+    to[d] = (x == x ? code : 127) | (word >> 24 & 128);
+  }
+}
+
 // Keys and values of row b's token s and key head h, into the caches
 void write_cache(const Attention& a, int64_t b, int64_t s, int64_t h, float* head) {
   const int64_t position = a.pos[b] + s, at = b * a.of_row + h * a.of_head + position * a.D;
   const int64_t from = (b * a.S + s) * (a.H + 2 * a.Hkv) * a.D + (a.H + h) * a.D;
   if (position >= a.T) return;
-  turned(a, from, a.k_norm, position, head);
-  for (int64_t d = 0; d < a.D; d += 8) narrow8(load<Floats8>(head + d), a.k, at + d, a.half);
-  for (int64_t d = 0; d < a.D; d += 8) narrow8(widen8(a.qkv, from + a.Hkv * a.D + d, a.half_x), a.v, at + d, a.half);
+  const int64_t of_scale = b * a.scales_of_row + h * a.scales_of_head + position;
+  for (int value = 0; value < 2; value++) {
+    void* to = value ? a.v : a.k;
+    if (value)
+      for (int64_t d = 0; d < a.D; d += 8) store(head + d, widen8(a.qkv, from + a.Hkv * a.D + d, a.half_x));
+    else
+      turned(a, from, a.k_norm, position, head);
+    if (scaled(a.kind))
+      encode(a, head, (uint8_t*)to + at, (value ? a.v_scales : a.k_scales) + of_scale);
+    else
+      for (int64_t d = 0; d < a.D; d += 8) narrow8(load<Floats8>(head + d), to, at + d, a.kind == BF16);
+  }
 }
 
 constexpr int64_t KEYS = 64;  // that a block of queries meets at a time
@@ -833,11 +890,12 @@ int64_t attention_scratch(const Attention& a) {
 }
 
 // Query head h of row b's token s. D8: of D / 8, or 0
-template <bool HALF, int D8>
+template <int KIND, int D8>
 void attend(const Attention& a, int64_t b, int64_t s, int64_t h, float* scratch) {
-  const int64_t D = D8 ? 8 * D8 : a.D, last = a.pos[b] + s, size = HALF ? 2 : 4;
+  const int64_t D = D8 ? 8 * D8 : a.D, last = a.pos[b] + s, size = bytes_of(KIND), of = h / (a.H / a.Hkv);
   const int64_t first = a.window > 0 ? most(0, last - a.window + 1) : 0, count = most(0, least(last + 1, a.T) - first);
-  const int64_t at = b * a.of_row + h / (a.H / a.Hkv) * a.of_head + first * D;
+  const int64_t at = b * a.of_row + of * a.of_head + first * D;
+  const int64_t scales = b * a.scales_of_row + of * a.scales_of_head + first;
   const char *keys = (const char*)a.k + at * size, *values = (const char*)a.v + at * size;
   float *q = scratch, *acc = q + D, *p = acc + 2 * D;
   turned(a, ((b * a.S + s) * (a.H + 2 * a.Hkv) + h) * D, a.q_norm, last, q);
@@ -846,8 +904,8 @@ void attend(const Attention& a, int64_t b, int64_t s, int64_t h, float* scratch)
   float top = -INFINITY;
   for (int64_t t = 0; t < count; t++) {
     Floats8 y = {};
-    for (int64_t d = 0; d < D; d += 8) y += widen8(keys + t * D * size, d, HALF) * load<Floats8>(q + d);
-    p[t] = sum(y);
+    for (int64_t d = 0; d < D; d += 8) y += cached8<KIND>(keys + t * D * size, d) * load<Floats8>(q + d);
+    p[t] = scaled(KIND) ? sum(y) * widen(a.k_scales, scales + t, true) : sum(y);
     top = p[t] > top ? p[t] : top;
   }
   for (int64_t t = count; t < up(count, 8); t++) p[t] = -INFINITY;
@@ -860,16 +918,18 @@ void attend(const Attention& a, int64_t b, int64_t s, int64_t h, float* scratch)
   }
   float total = sum(totals);
   total = total > 0 || total != total ? total : 1;  // past a full cache a window may hold nothing
+  if (scaled(KIND))
+    for (int64_t t = 0; t < count; t++) p[t] *= widen(a.v_scales, scales + t, true);
   const int64_t out = (b * a.S + s) * a.H * D + h * D;
   if constexpr (D8 > 0) {
     Floats8 y[D8] = {};
     for (int64_t t = 0; t < count; t++)
-      for (int d = 0; d < D8; d++) y[d] += widen8(values + t * D * size, 8 * d, HALF) * p[t];
+      for (int d = 0; d < D8; d++) y[d] += cached8<KIND>(values + t * D * size, 8 * d) * p[t];
     for (int d = 0; d < D8; d++) narrow8(y[d] / total, a.y, out + 8 * d, a.half_x);
   } else
     for (int64_t d = 0; d < D; d += 8) {
       Floats8 y = {};
-      for (int64_t t = 0; t < count; t++) y += widen8(values + t * D * size, d, HALF) * p[t];
+      for (int64_t t = 0; t < count; t++) y += cached8<KIND>(values + t * D * size, d) * p[t];
       narrow8(y / total, a.y, out + d, a.half_x);
     }
 }
@@ -899,19 +959,33 @@ float soften(float* scores, int64_t first, int64_t end, float* top, float* total
 }
 
 // Values of `count` tokens from feature d on, as a panel (KEYS, UNIT)
-template <bool HALF>
+template <int KIND>
 void values_panel(const char* values, int64_t D, int64_t d, int64_t count, float* panel) {
   for (int64_t t = 0; t < KEYS; t++, panel += UNIT)
     for (int i = 0; i < UNIT; i += 8)
-      store(panel + i, t < count && d + i < D ? widen8(values, t * D + d + i, HALF) : Floats8{});
+      store(panel + i, t < count && d + i < D ? cached8<KIND>(values, t * D + d + i) : Floats8{});
+}
+
+// `count` of 16 keys, as a panel (D, UNIT)
+template <int KIND>
+void keys_panel(const char* keys, int64_t D, int64_t count, float* panel) {
+  if constexpr (!scaled(KIND)) return rows_panel<KIND == BF16>(keys, D * bytes_of(KIND), count, panel);
+  for (int r = 0; r < UNIT; r += 8)
+    for (int64_t d = 0; d < D; d += 8) {
+      Words8 v[8] = {};
+      for (int i = 0; i < 8 && r + i < count; i++) v[i] = (Words8)cached8<KIND>(keys + (r + i) * D, d);
+      transpose(v);
+      for (int i = 0; i < 8; i++) store(panel + (d + i) * UNIT + r, v[i]);
+    }
 }
 
 // The queries of new tokens s..s + tokens of row b that share key head h: flash attention (Dao, arXiv:2307.08691)
-template <bool HALF>
+template <int KIND>
 void attend_block(const Attention& a, int64_t b, int64_t h, int64_t s, int64_t tokens, float* scratch) {
-  const int64_t G = a.H / a.Hkv, D = a.D, wide = up(D, UNIT), rows = tokens * G, bytes = D * (HALF ? 2 : 4);
+  const int64_t G = a.H / a.Hkv, D = a.D, wide = up(D, UNIT), rows = tokens * G, bytes = D * bytes_of(KIND);
   const int64_t position = a.pos[b] + s, end = least(position + tokens, a.T);
-  const int64_t at = (b * a.of_row + h * a.of_head) * (HALF ? 2 : 4);
+  const int64_t at = (b * a.of_row + h * a.of_head) * bytes_of(KIND);
+  const int64_t scales = b * a.scales_of_row + h * a.scales_of_head;
   float *q = scratch, *y = q + rows * D, *scores = y + rows * wide, *tops = scores + rows * KEYS, *totals = tops + rows;
   float* panel = totals + rows;
   const float scale = (float)(1 / (sqrt((double)D) * 0.6931471805599453));
@@ -925,17 +999,22 @@ void attend_block(const Attention& a, int64_t b, int64_t h, int64_t s, int64_t t
   for (int64_t t = a.window > 0 ? most(0, position - a.window + 1) : 0; t < end; t += KEYS) {
     const int64_t count = least(KEYS, end - t);
     for (int64_t i = 0; i < KEYS; i += UNIT) {
-      rows_panel<HALF>((const char*)a.k + at + (t + i) * bytes, bytes, count - i, panel);
+      keys_panel<KIND>((const char*)a.k + at + (t + i) * bytes, D, count - i, panel);
       by_rows<PANEL_M, Panel<false>::Rows>(0, rows, panel, D, q, D, scores + i, KEYS);
     }
+    float of_keys[KEYS] = {}, of_values[KEYS] = {};
+    for (int64_t i = 0; scaled(KIND) && i < count; i++)
+      of_keys[i] = widen(a.k_scales, scales + t + i, true), of_values[i] = widen(a.v_scales, scales + t + i, true);
     for (int64_t row = 0; row < rows; row++) {
+      for (int64_t i = 0; scaled(KIND) && i < KEYS; i++) scores[row * KEYS + i] *= of_keys[i];
       const int64_t last = position + row / G, first = a.window > 0 ? last - a.window + 1 - t : 0;
       const float factor = soften(scores + row * KEYS, first, least(count, last + 1 - t), tops + row, totals + row);
       if (factor != 1)
         for (int64_t d = 0; d < wide; d++) y[row * wide + d] *= factor;
+      for (int64_t i = 0; scaled(KIND) && i < KEYS; i++) scores[row * KEYS + i] *= of_values[i];
     }
     for (int64_t d = 0; d < D; d += UNIT) {
-      values_panel<HALF>((const char*)a.v + at + t * bytes, D, d, count, panel);
+      values_panel<KIND>((const char*)a.v + at + t * bytes, D, d, count, panel);
       by_rows<PANEL_M, Panel<true>::Rows>(0, rows, panel, KEYS, scores, KEYS, y + d, wide);
     }
   }
@@ -946,22 +1025,31 @@ void attend_block(const Attention& a, int64_t b, int64_t h, int64_t s, int64_t t
   }
 }
 
+template <int KIND>
+void attend_all(const Attention& a, Team& team, float* own) {
+  if (const int64_t tokens = block_tokens(a)) {
+    const int64_t blocks = (a.S + tokens - 1) / tokens;
+    for (int64_t task; (task = team.take()) < a.B * a.Hkv * blocks;) {
+      const int64_t s = (blocks - 1 - task / (a.B * a.Hkv)) * tokens, pair = task % (a.B * a.Hkv);  // the longest first
+      attend_block<KIND>(a, pair / a.Hkv, pair % a.Hkv, s, least(tokens, a.S - s), own);
+    }
+  } else {
+    const auto run = a.D == 64 ? attend<KIND, 8> : attend<KIND, 0>;
+    for (int64_t task; (task = team.take()) < a.B * a.H * a.S;)
+      run(a, task / a.H / a.S, task / a.H % a.S, task % a.H, own);
+  }
+}
+
 void attention(const Attention& a, Team& team, Scratch scratch) {
   float* own = (float*)scratch.own;
   for (int64_t task; (task = team.take()) < a.B * a.S * a.Hkv;)
     write_cache(a, task / a.Hkv / a.S, task / a.Hkv % a.S, task % a.Hkv, own);
   team.wait();
-  if (const int64_t tokens = block_tokens(a)) {
-    const int64_t blocks = (a.S + tokens - 1) / tokens;
-    for (int64_t task; (task = team.take()) < a.B * a.Hkv * blocks;) {
-      const int64_t s = (blocks - 1 - task / (a.B * a.Hkv)) * tokens, pair = task % (a.B * a.Hkv);  // the longest first
-      const auto block = a.half ? attend_block<true> : attend_block<false>;
-      block(a, pair / a.Hkv, pair % a.Hkv, s, least(tokens, a.S - s), own);
-    }
-  } else {
-    auto run = a.D == 64 ? a.half ? attend<true, 8> : attend<false, 8> : a.half ? attend<true, 0> : attend<false, 0>;
-    for (int64_t task; (task = team.take()) < a.B * a.H * a.S;)
-      run(a, task / a.H / a.S, task / a.H % a.S, task % a.H, own);
+  switch (a.kind) {
+    case FP32: attend_all<FP32>(a, team, own); break;
+    case BF16: attend_all<BF16>(a, team, own); break;
+    case INT8: attend_all<INT8>(a, team, own); break;
+    default: attend_all<FP8>(a, team, own);
   }
   team.wait();
 }
@@ -1008,9 +1096,11 @@ void step(const Step& step, Team& team, Scratch scratch) {
   for (int64_t i = 0; i < step.n_layer; i++) {
     const Layer& l = step.layers[i];
     const bool first = i == 0, last = i + 1 == step.n_layer;  // between them x is fp32
-    const bool half = step.attention.half;
+    const bool half = step.half;
     Attention a = step.attention;
-    a.qkv = qkv, a.y = y, a.k = step.caches[2 * i], a.v = step.caches[2 * i + 1];
+    void* const* cache = step.caches + 4 * i;
+    a.qkv = qkv, a.y = y, a.k = cache[0], a.v = cache[1];
+    a.k_scales = (uint16_t*)cache[2], a.v_scales = (uint16_t*)cache[3];
     a.rope = l.rotates ? a.rope : nullptr, a.window = l.window;
     a.q_norm = l.q_norm, a.k_norm = l.k_norm, a.eps = l.head_eps;
     if (first) {

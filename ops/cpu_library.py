@@ -48,10 +48,12 @@ class Product(Structure):
 
 
 class Attention(Structure):
-    _fields_ = [(name, c_void_p) for name in ("qkv", "k", "v", "y", "pos", "rope", "q_norm", "k_norm")]
+    _fields_ = [
+        (name, c_void_p) for name in ("qkv", "k", "v", "y", "k_scales", "v_scales", "pos", "rope", "q_norm", "k_norm")
+    ]
     _fields_ += [(name, c_int64) for name in ("B", "S", "T", "H", "Hkv", "D", "of_row", "of_head")]
-    _fields_ += [(name, c_int64) for name in ("turns", "rotary", "window")]
-    _fields_ += [("eps", c_float)] + [(name, c_int32) for name in ("half", "half_x", "half_norm")]
+    _fields_ += [(name, c_int64) for name in ("scales_of_row", "scales_of_head", "turns", "rotary", "window")]
+    _fields_ += [("eps", c_float)] + [(name, c_int32) for name in ("kind", "half_x", "half_norm")]
 
 
 class Layer(Structure):
@@ -63,7 +65,7 @@ class Layer(Structure):
 
 class Step(Structure):
     _fields_ = [("layers", POINTER(Layer)), ("caches", POINTER(c_void_p)), ("x", c_void_p), ("y", c_void_p)]
-    _fields_ += [("n_layer", c_int64), ("C", c_int64), ("attention", Attention)]
+    _fields_ += [("n_layer", c_int64), ("C", c_int64), ("half", c_int32), ("attention", Attention)]
 
 
 ARGUMENTS = {  # of what cpu.cpp exports

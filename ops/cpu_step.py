@@ -57,23 +57,26 @@ class LayersCall:
         if known is None or known[0] != first:
             known = self.caches[cache] = (
                 first,
-                (native.c_void_p * (2 * len(cache.k)))(*(t.data_ptr() for pair in zip(cache.k, cache.v) for t in pair)),
+                (native.c_void_p * (4 * len(cache.layers)))(
+                    *(cpu.address(t) for k, v, *scales in cache.layers for t in (k, v, *(scales or (None, None))))
+                ),
             )
         return known[1]
 
     def __call__(self, x: Tensor, input_pos: Tensor, cache) -> Tensor | None:
         B, S, _ = x.shape
-        k = cache.k[0]
-        if cpu.most_rows(self.dtype) < B * S or x.dtype is not self.dtype or k.dtype is not self.dtype:
+        k, scales = cache.k[0], cache.layers[0][2] if cache.kind else None
+        if cpu.most_rows(self.dtype) < B * S or x.dtype is not self.dtype or not cpu.supports_cache(k, self.dtype):
             return None
         ropes = {id(rope): rope for rope in cache.rope if rope is not None}  # layers share them
-        if input_pos.dtype is not torch.int64 or k.stride()[2:] != (k.shape[3], 1) or len(ropes) > 1:
+        if input_pos.dtype is not torch.int64 or len(ropes) > 1:
             return None
         x, input_pos = x.contiguous(), input_pos.contiguous()
         y = torch.empty_like(x)
-        call = cpu.describe_attention(k, input_pos, next(iter(ropes.values()), None), B, S, self.H)
-        call.half_norm = call.half
-        step = native.Step(self.table, self._pointers(cache), x.data_ptr(), y.data_ptr(), len(cache.k), self.C, call)
+        call = cpu.describe_attention(k, scales, input_pos, next(iter(ropes.values()), None), B, S, self.H)
+        call.half_norm = half = x.element_size() == 2
+        pointers = self.table, self._pointers(cache), x.data_ptr(), y.data_ptr()
+        step = native.Step(*pointers, len(cache.layers), self.C, half, call)
         native.library().gptfast_step(step, torch.get_num_threads())
         return y
 

@@ -1,5 +1,7 @@
 """The CPU's kernels against plain PyTorch in float64, and what happens where they cannot be compiled."""
 
+import math
+
 import pytest
 import torch
 from conftest import run_forked
@@ -7,7 +9,7 @@ from torch.nn.functional import linear
 
 from linear import GROUPS, Linear, quantize_linear
 from model import RMSNorm
-from ops import cpu
+from ops import cpu, kv_cache
 from ops.attention import attention_plain
 from ops.linear import swiglu
 
@@ -151,6 +153,64 @@ def test_attention_agrees_with_the_reference(B, S, H, Hkv, D, T, window, rotary,
         assert relative(cache, other.double()) < bound
 
 
+@pytest.mark.parametrize("kind", kv_cache.DTYPES)
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    "B,S,H,Hkv,D,T,window,norms",
+    [
+        (1, 1, 9, 3, 64, 50, 0, False),
+        (2, 1, 4, 2, 40, 300, 20, True),
+        (2, 16, 4, 2, 64, 17, 0, False),
+        (3, 8, 4, 1, 16, 19, 5, True),
+        (1, 150, 3, 1, 80, 300, 70, False),
+    ],
+)
+def test_attention_over_caches_in_8_bits(B, S, H, Hkv, D, T, window, norms, dtype, bound, kind):
+    qkv = torch.randn(B, S, (H + 2 * Hkv) * D).to(dtype)
+    pos = torch.tensor([T - S - 1, 2, 0][:B])
+    cache = kv_cache.allocate((B, Hkv, T, D), dtype, kind, "cpu")
+    for codes, scales in zip(cache[:2], cache[2:]):
+        q, own = kv_cache.quantize(2 * torch.randn(B, Hkv, T, D), codes.dtype)
+        codes.copy_(q), scales.fill_(math.nan)
+        for b in range(B):  # what lies past a row's position is not read
+            scales[b, :, : pos[b]] = own[b, :, : pos[b]]
+    ours, plain = [t.clone() for t in cache], [t.nan_to_num() if t.dtype is torch.bfloat16 else t for t in cache]
+    angles = torch.rand(T, D // 2) * 6
+    rope = torch.stack((angles.cos(), angles.sin()), -1)
+    gains = [torch.rand(D).to(dtype) for _ in range(2)] if norms else [None, None]
+    most = cpu.most_rows(dtype)
+    assert cpu.supports_attention(qkv, *ours[:2], pos) == (most >= S)
+    y = cpu.attention(qkv, *ours[:2], pos, rope, *gains, 1e-5, H, window, *ours[2:])
+    rest = (pos, rope, *gains, 1e-5, H, window, None, 0.0, None)
+    expected = attention_plain(qkv, *plain[:2], *rest, *plain[2:])
+    assert relative(y, expected.double()) < bound
+    for part in (0, 1):  # in bf16 the reference rounds keys after RoPE; either may round to another side
+        own, other = (
+            kv_cache.dequantize(t[part], t[2 + part][:, :, :T].nan_to_num(), torch.float64) for t in (ours, plain)
+        )
+        assert relative(own, other) < bound
+        written = (pos[:, None, None] <= torch.arange(T)) & (torch.arange(T) < pos[:, None, None] + S)
+        assert torch.equal(ours[2 + part].isnan()[:, :, :T], cache[2 + part].isnan()[:, :, :T] & ~written)
+        assert torch.equal(ours[2 + part][:, :, T:].isnan(), cache[2 + part][:, :, T:].isnan())
+
+
+def test_values_in_8_bits_are_what_quantize_makes_of_them():
+    """With every code of fp8, subnormal ones among them, and halves between codes."""
+    for kind, dtype in kv_cache.DTYPES.items():
+        grid = torch.arange(256, dtype=torch.uint8).view(dtype).float().nan_to_num(448.0).sort().values
+        grid = torch.cat((grid, (grid[1:] + grid[:-1]) / 2, grid * 1.01, torch.tensor([1e-30]))).clamp(-448, 448)
+        grid = torch.nn.functional.pad(grid, (0, -len(grid) % 64)).reshape(-1, 64)
+        grid[:, 0] = 127.0 if kind == "int8" else 448.0  # a scale of 1
+        S, D = grid.shape
+        qkv = torch.cat((torch.zeros(S, 2 * D), grid), 1)[None]
+        ours, plain = (kv_cache.allocate((1, 1, S, D), torch.float32, kind, "cpu") for _ in range(2))
+        pos = torch.zeros(1, dtype=torch.int64)
+        cpu.attention(qkv, *ours[:2], pos, None, None, None, 0.0, 1, 0, *ours[2:])
+        attention_plain(qkv, *plain[:2], pos, None, None, None, 0.0, 1, 0, None, 0.0, None, *plain[2:])
+        for own, other in zip(ours, plain):
+            assert torch.equal(own.view(torch.uint8), other.view(torch.uint8))
+
+
 def test_ops_have_the_shapes_that_compilation_assumes():
     layer, _ = packed("int4:32", 32, 64, torch.bfloat16)
     x, none = torch.randn(3, 64, dtype=torch.bfloat16), None
@@ -161,6 +221,9 @@ def test_ops_have_the_shapes_that_compilation_assumes():
     qkv, caches = torch.randn(1, 2, 64), [torch.zeros(1, 1, 8, 16) for _ in range(2)]
     args = (qkv, *caches, torch.zeros(1, dtype=torch.int64), none, none, none, 0.0, 2, 0)
     checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.gptfast.cpu_attention.default, args, test_utils=checks)
+    cache = kv_cache.allocate((1, 1, 8, 16), torch.float32, "int8", "cpu")
+    args = (qkv, *cache[:2], *args[3:], *cache[2:])
     torch.library.opcheck(torch.ops.gptfast.cpu_attention.default, args, test_utils=checks)
 
 

@@ -19,7 +19,7 @@ import ops
 from cli import use
 from errors import UserError
 from model import ModelConfig, Transformer
-from ops import cpu, cpu_library, cpu_step, memory
+from ops import cpu, cpu_library, cpu_step, kv_cache, memory
 from ops.sampling import sample_plain
 
 SMALL = {"dim": 64, "n_layer": 2, "n_head": 4, "n_local_heads": 2, "head_dim": 16, "intermediate_size": 96}
@@ -77,6 +77,30 @@ def test_all_layers_in_one_call_are_the_layers(features, kind):
         assert relative(native[0] * inside, (plain[0] * inside).double()) < 1e-6
         for ours, theirs in zip(native[1:], plain[1:]):
             assert relative(ours, theirs.double()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", kv_cache.DTYPES)
+def test_all_layers_with_keys_and_values_in_8_bits(kind, monkeypatch):
+    for B, S, T in ((2, 1, 24), (1, 20, 24), (2, 70, 100)):
+        model = model_of()
+        states = [model.cache(B, T, kind) for _ in range(2)]
+        for layers in zip(*(state.layers for state in states)):
+            for part in (0, 1):
+                q, scales = kv_cache.quantize(torch.randn(B, *layers[0][0].shape[1:]), layers[0][0].dtype)
+                for layer in layers:
+                    layer[part].copy_(q), layer[2 + part][:, :, :T].copy_(scales)
+        x, pos = torch.randn(B, S, 64), torch.tensor([3, 0][:B])
+        assert cpu_step.serves(model)
+        native = model.hidden(x, pos, states[0])
+        cpu_step._steps.pop(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "supports_attention", lambda *args: False)
+            plain = model.hidden(x, pos, states[1])
+        assert relative(native, plain.double()) < 2e-3
+        for ours, theirs in zip(states[0].layers, states[1].layers):
+            for part in (0, 1):
+                a, b = (kv_cache.dequantize(t[part], t[2 + part][:, :, :T], torch.float64) for t in (ours, theirs))
+                assert relative(a, b) < 2e-3 and b.abs().max() > 1
 
 
 def test_bf16_is_rounded_less_often():
