@@ -840,7 +840,7 @@ INLINE Floats8 cached8(const void* from, int64_t at) {
 void encode(const Attention& a, const float* head, uint8_t* to, uint16_t* scale) {
   float top = 0x1p-100f, sum = 0;
   for (int64_t d = 0; d < a.D; d++) top = fabsf(head[d]) > top ? fabsf(head[d]) : top, sum += head[d];
-  top = sum != sum ? sum : top / (a.kind == INT8 ? 127 : 448);  // NaN stays
+  top = sum != sum ? NAN : top / (a.kind == INT8 ? 127 : 448);  // 8 bits of int8 hold no NaN
   uint32_t bits = (load<uint32_t>(&top) + 0xffff) & 0xffff0000;
   *scale = bits >> 16;
   const float grid = load<float>(&bits);

@@ -209,6 +209,9 @@ def test_values_in_8_bits_are_what_quantize_makes_of_them():
         attention_plain(qkv, *plain[:2], pos, None, None, None, 0.0, 1, 0, None, 0.0, None, *plain[2:])
         for own, other in zip(ours, plain):
             assert torch.equal(own.view(torch.uint8), other.view(torch.uint8))
+        qkv[0, 3, -1] = math.nan
+        y = cpu.attention(qkv, *ours[:2], pos, None, None, None, 0.0, 1, 0, *ours[2:])
+        assert y[0, 3:].isnan().all()
 
 
 def test_ops_have_the_shapes_that_compilation_assumes():
