@@ -129,26 +129,20 @@ if triton is not None:
         return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
     @triton.jit
-    def _reaching(ranks, valid, limit, shift):
-        """How many valid ranks reach the limit with 1, 2 or 3 in the two bits at `shift`: three counts of 21 bits."""
-        step = tl.full((), 1, tl.uint32) << shift
-        one = (valid & (ranks >= limit + step)).to(tl.int64)
-        two = (valid & (ranks >= limit + 2 * step)).to(tl.int64)
-        three = (valid & (ranks >= limit + 3 * step)).to(tl.int64)
-        return tl.sum(one + (two << 21) + (three << 42), 0)
+    def _reaching(x, valid, first, second, third):
+        """How many valid x reach each of three limits: three counts of 21 bits."""
+        one, two, three = valid & (x >= first), valid & (x >= second), valid & (x >= third)
+        return tl.sum(one.to(tl.int64) + (two.to(tl.int64) << 21) + (three.to(tl.int64) << 42), 0)
 
     @triton.jit
     def _apart(counts):
         return counts & 0x1FFFFF, counts >> 21 & 0x1FFFFF, counts >> 42
 
     @triton.jit
-    def _raised(limit, reached, counts, k, shift):
-        """The limit with the most in its two bits at `shift` that k ranks still reach, and how many do; reached: how
-        many reach the limit as it is."""
+    def _of_highest(counts, k, none, first, second, third):
+        """What belongs to the highest of three limits that k reach, or `none`."""
         one, two, three = _apart(counts)
-        most = (one >= k).to(tl.uint32) + (two >= k).to(tl.uint32) + (three >= k).to(tl.uint32)
-        reached = tl.where(three >= k, three, tl.where(two >= k, two, tl.where(one >= k, one, reached)))
-        return limit + (most << shift), reached
+        return tl.where(three >= k, third, tl.where(two >= k, second, tl.where(one >= k, first, none)))
 
     @triton.jit
     def _common(a, b):
@@ -206,12 +200,12 @@ if triton is not None:
         while (reached > k + k // 4) & (high > low) & (turn < 16):
             step = (high - low) * 0.25
             first, second, third = low + step, low + 2 * step, low + 3 * step
-            one, two = (there & (tops >= first)).to(tl.int64), (there & (tops >= second)).to(tl.int64)
-            one, two, three = _apart(tl.sum(one + (two << 21) + ((there & (tops >= third)).to(tl.int64) << 42), 0))
-            high = tl.where(three >= k, high, tl.where(two >= k, third, tl.where(one >= k, second, first)))
-            low = tl.where(three >= k, third, tl.where(two >= k, second, tl.where(one >= k, first, low)))
-            limit = tl.where(one >= k, low, limit)
-            reached = tl.where(three >= k, three, tl.where(two >= k, two, tl.where(one >= k, one, reached)))
+            counts = _reaching(tops, there, first, second, third)
+            one, two, three = _apart(counts)
+            limit = _of_highest(counts, k, limit, first, second, third)
+            reached = _of_highest(counts, k, reached, one, two, three)
+            high = _of_highest(counts, k, first, second, third, high)
+            low = _of_highest(counts, k, low, first, second, third)
             turn += 1
         return largest, limit
 
@@ -278,13 +272,17 @@ if triton is not None:
                 # the largest limit that k of them reach: of what both ends of them have in common, all do
                 limit, shift = _common(_ordered(largest), _ordered(limit))
                 reached = n.to(tl.int64)
-                while (shift >= 0) & (reached > k):
-                    counts = _reaching(ranks, lane < n, limit, shift.to(tl.uint32))
+                while (shift >= 0) & (reached > k):  # two bits at a time
+                    step = tl.full((), 1, tl.uint32) << shift.to(tl.uint32)
+                    first, second, third = limit + step, limit + 2 * step, limit + 3 * step
+                    counts = _reaching(ranks, lane < n, first, second, third)
                     for i in range(SETTLED, n, SETTLED):
                         pairs = tl.load(listed + i + lane, mask=i + lane < n, other=0, cache_modifier=".cg")
                         x, _ = _listed(pairs)
-                        counts += _reaching(_ordered(x), i + lane < n, limit, shift.to(tl.uint32))
-                    limit, reached = _raised(limit, reached, counts, k, shift.to(tl.uint32))
+                        counts += _reaching(_ordered(x), i + lane < n, first, second, third)
+                    one, two, three = _apart(counts)
+                    limit = _of_highest(counts, k, limit, first, second, third)
+                    reached = _of_highest(counts, k, reached, one, two, three)
                     shift -= 2
                 least = tl.full((), float("inf"), tl.float32)
                 for i in range(0, n, SETTLED):
