@@ -135,20 +135,21 @@ class Engine:
         graphs = ops.has_graphs(self.device)
         self._step = ops.capture(step) if graphs else step
         if graphs:
-            self._block = None if self.speculator else ops.capture(lambda: _repeat(step, self.block), warm_up=0)
+            if not self.speculator:
+                self._block = ops.capture(lambda: [step() for _ in range(self.block)], warm_up=0)
             self._capture_prefill()
             ops.plan_prefill(self.model.layers[0].attention, self.state.cache.k[0])
         if self.speculator:
             self.speculator.compile(step, inductor, ops.capture if graphs else None)
 
     def _capture_prefill(self) -> None:
-        pool = torch.cuda.graph_pool_handle()  # one memory for all: each one's result is copied at once
+        pool = torch.cuda.graph_pool_handle()  # one memory for all: each one's result is read at once
         self._again = ops.Repeated(self._whole, STEP // self.batch_size or 1, self.state.cache.length, pool)
         for size in sorted({max(1, size // self.batch_size) for size in CAPTURED}):
             if size <= self.state.cache.length:
-                tokens = torch.zeros(self.batch_size, size, dtype=torch.int64, device=self.device)
-                start = torch.zeros_like(self.state.pos)
+                tokens, start = torch.zeros_like(self.state.history[:, :size]), torch.zeros_like(self.state.pos)
                 self._captured[size] = ops.capture(self._few_tokens, tokens, start, pool=pool)
+        self._draw = ops.capture(self._draw, self.model.tok_embeddings(self.state.history, length=1)[:, 0], pool=pool)
 
     def seed(self, seed: int) -> None:
         """Start the random numbers anew: the same seed and calls give the same tokens."""
@@ -180,7 +181,7 @@ class Engine:
         """What the output layer reads of a chunk (B, S) of prompts, and perhaps of padding, by the fastest way."""
         S = tokens.shape[1]
         if size := min((size for size in self._captured if size >= S), default=0):
-            return self._captured[size](F.pad(tokens, (0, size - S)), start).clone()
+            return self._captured[size](F.pad(tokens, (0, size - S)), start)
         whole = tokens.numel() <= AGAIN and not start.is_cuda and not start.any()
         if self._again and whole and not self._long and (x := self._again(tokens)) is not None:
             return x
@@ -213,21 +214,23 @@ class Engine:
         state, longest = self.state, max(lengths)
         if longest > state.cache.length:
             raise UserError(f"the prompt has {longest} tokens; the cache holds {state.cache.length} (--max_seq_length)")
-        padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-        state.history[:, :longest] = padded.to(self.device)
-        last = torch.tensor(lengths, device=self.device) - 1
+        state.history[:, :longest] = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+        state.pos.copy_(torch.tensor(lengths) - 1)
         rows, x = torch.arange(self.batch_size, device=self.device), None
         tokens, begin = state.history[:, start:longest], torch.full((self.batch_size,), start)  # known to the host
         for a, chunk in feed(self._hidden, tokens, begin, longest):
-            at = last - start - a  # of each row's last token in this chunk
+            at = state.pos - (start + a)  # of each row's last token in this chunk
             chunk = chunk[rows, at.clamp(0, chunk.shape[1] - 1)]
             x = chunk if x is None else torch.where((at >= 0)[:, None], chunk, x)
         if self.speculator:
             self.speculator.prefill(start, longest)
-        state.pos.copy_(last)
-        logits = self.model.logits(x)
-        self._finite = to_host(logits.isfinite().all())  # read with the first token, for which the host waits anyway
+        self._finite = to_host(self._draw(x))  # read with the first token, for which the host waits anyway
+
+    def _draw(self, x: Tensor) -> Tensor:
+        """Sample a token a row from what the output layer reads, x (B, C). Returns whether all logits are finite."""
+        logits, state = self.model.logits(x), self.state
         state.sampler(logits, state.history, state.pos, state.rng)
+        return logits.isfinite().all()
 
     @functools.cached_property
     def reader(self) -> "Engine":
@@ -241,7 +244,9 @@ class Engine:
         reader.caches = []  # nor does it choose
         if self._captured:
             with torch.inference_mode():
+                before = self.state.rng.clone()  # which capturing draws from
                 reader._capture_prefill()
+                self.state.rng.copy_(before)
         return reader
 
     @torch.inference_mode()
@@ -286,9 +291,13 @@ class Engine:
             before, step = to_host(state.history.gather(1, state.pos[:, None])), self.speculator.advance()
             return lambda: [first + tokens for first, tokens in zip(before(), step())]
         index = state.pos[:, None] + torch.arange(self.block + 1, device=self.device)
-        self._block() if self._block else _repeat(self._step, self.block)
+        self._steps(self.block)
         state.pos.clamp_(max=state.cache.length)
         return to_host(state.history.gather(1, index))
+
+    def _steps(self, count: int) -> None:
+        for run in [self._block] if self._block and count == self.block else [self._step] * count:
+            run()
 
     @torch.inference_mode()
     def decode(self, steps: int) -> Iterator[list[list[int]]]:
@@ -305,12 +314,11 @@ class Engine:
         yield from rows
 
     def _decode(self, steps: int) -> Iterator[list[list[int]]]:
-        history, begin = self.state.history, self.state.pos.clone()
+        history, index = self.state.history, self.state.pos[:, None] + torch.arange(steps + 1, device=self.device)
         pending: deque[Callable[[], list]] = deque()
 
         def fetch(first: int, count: int) -> None:
-            index = begin[:, None] + torch.arange(first, first + count, device=self.device)
-            pending.append(to_host(history.gather(1, index)))
+            pending.append(to_host(history.gather(1, index[:, first : first + count])))
 
         fetch(0, 1)
         done = 0
@@ -320,10 +328,7 @@ class Engine:
             count = (steps - done) % self.block or self.block  # single steps come first: they start sooner
             count = count if self.span + count <= self._limit() else 1  # to the very token
             self._grow(count)
-            if self._block and count == self.block:
-                self._block()
-            else:
-                _repeat(self._step, count)
+            self._steps(count)
             fetch(done + 1, count)
             done += count
         while pending:
@@ -341,8 +346,3 @@ def shared_prefix(prompts: list[list[int]]) -> int:
     least, most = min(prompts), max(prompts)  # in lexical order: what these share, all do
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(least, most)))
     return min(same, *(len(prompt) - 1 for prompt in prompts))
-
-
-def _repeat(step: Callable[[], None], count: int) -> None:
-    for _ in range(count):
-        step()

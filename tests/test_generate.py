@@ -82,6 +82,31 @@ def test_a_prompt_whose_like_was_read_before_is_captured_in_steps(tiny, rows, mo
     assert sizes[2:] == [22]
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_captured_prompts_draw_what_others_do(tiny, rows, monkeypatch):
+    """The draw of a first token is captured, too, the reader's without a number from those to come."""
+
+    def capture(function, *inputs, warm_up=2, pool=None):
+        for _ in range(warm_up):
+            function(*inputs)
+        return lambda *values: function(*(fixed.copy_(value) for fixed, value in zip(inputs, values)))
+
+    monkeypatch.setattr(ops, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    options = {"batch_size": rows, "max_seq_length": 60, "sampler": Sampler(temperature=1.0, top_k=None)}
+    plain, llm = (tiny_engine(tiny, **options) for _ in range(2))
+    with torch.inference_mode():
+        llm._capture_prefill()
+    llm.seed(0)
+    for length in (1, 9, 33):
+        prompts = [list(range(5 + row, 5 + row + length)) for row in range(rows)]
+        assert list(generate(llm, prompts, 8, is_stop=never)) == list(generate(plain, prompts, 8, is_stop=never))
+    for own in (plain, llm):
+        own.fill(0, [7, 8, 9])
+    assert torch.equal(llm.state.rng, plain.state.rng)
+    assert torch.equal(llm.state.history[0, :4], plain.state.history[0, :4])
+
+
 def test_ragged_batch_equals_single_rows(tiny, monkeypatch):
     monkeypatch.setattr(state.feed, "__defaults__", (0, 8))
     prompts = [list(range(5, 30)), [7, 8, 9], list(range(40, 52))]
