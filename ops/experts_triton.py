@@ -226,7 +226,7 @@ else:
 
     @triton.jit
     def _experts_kernel(
-        y, x, w, s, bias, residual, used, weights, logits, S, M, E: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+        y, x, w, s, bias, residual, used, weights, logits, S, M, end, E: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
         KIND: tl.constexpr, GROUP: tl.constexpr, DOWN: tl.constexpr, TOP: tl.constexpr, RENORMALIZE: tl.constexpr,
         EXPERTS: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr,
         C: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr,
@@ -280,7 +280,7 @@ else:
         count = S
         if COLS > 1:  # one row uses as many experts as there may be
             count = tl.load(used, cache_modifier=".cg")
-        tiles, units = count * T, U
+        tiles, units = count * T, end
         if DOWN:
             tiles, units = T, count * U
         if COLS > 1 and tile >= tiles:
@@ -451,7 +451,7 @@ def experts(
     programs = min(tiles, how.ctas_per_sm * processors or tiles)
     y = torch.empty(*((M, N) if down else (S, M, N // 2)), dtype=x.dtype, device=x.device)
     _experts_kernel[(programs,)](
-        y, x, weight.view(torch.int32), scales, bias, residual, used, weights, logits, S, M, n, N, K,
+        y, x, weight.view(torch.int32), scales, bias, residual, used, weights, logits, S, M, units, n, N, K,
         KIND=kind, GROUP=group_of(K, kind, scales)[0], DOWN=down, TOP=0 if logits is None else S,
         RENORMALIZE=renormalize, EXPERTS=triton.next_power_of_2(n), LIMIT=limit, ALPHA=alpha,
         COLS=tuning.columns(M), R=R, C=C, W=W, WHOLE=not down and units <= W, PERSIST=programs < tiles,
