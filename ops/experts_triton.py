@@ -38,9 +38,9 @@ else:
 
     @triton.jit
     def _route_kernel(
-        h, logits, used, weights, done, x, gain, gate, shift, M, S, eps, C: tl.constexpr, E: tl.constexpr,
-        TOP: tl.constexpr, RENORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BE: tl.constexpr,
-        BC: tl.constexpr, PDL: tl.constexpr,
+        h, logits, used, weights, done, x, gain, gate, shift, M, C, E, S, eps, TOP: tl.constexpr,
+        RENORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         """h (M, C) = RMSNorm of x; logits fp32 (M, E) of some experts and a row in each program. Of several rows, the
         last program to come writes count and slots, used int32 (1 + S), and their weights, fp32 (S, M), both 0 past
@@ -226,11 +226,10 @@ else:
 
     @triton.jit
     def _experts_kernel(
-        y, x, w, s, bias, residual, used, weights, logits, S, M, end, E: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-        KIND: tl.constexpr, GROUP: tl.constexpr, DOWN: tl.constexpr, TOP: tl.constexpr, RENORMALIZE: tl.constexpr,
-        EXPERTS: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr,
-        C: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr,
-        ASM: tl.constexpr, PDL: tl.constexpr,
+        y, x, w, s, bias, residual, used, weights, logits, E, S, M, N, K, KIND: tl.constexpr, GROUP: tl.constexpr,
+        DOWN: tl.constexpr, TOP: tl.constexpr, RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, LIMIT: tl.constexpr,
+        ALPHA: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """Up: y (S, M, N / 2) = weights * SwiGLU of W x [+ bias], of x (M, K). DOWN: y (M, N) = [residual +] the sum
         over slots of W x [+ weights * bias], of x (S, M, K). M is at most COLS. See linear_triton._linear_kernel.
@@ -280,7 +279,7 @@ else:
         count = S
         if COLS > 1:  # one row uses as many experts as there may be
             count = tl.load(used, cache_modifier=".cg")
-        tiles, units = count * T, end
+        tiles, units = count * T, U
         if DOWN:
             tiles, units = T, count * U
         if COLS > 1 and tile >= tiles:
@@ -406,7 +405,7 @@ def route(
     weights = torch.empty(S, M, dtype=torch.float32, device=x.device)
     BE = max(1, triton.next_power_of_2(E) // 64)  # and 4 warps: measured on an H200
     _route_kernel[(triton.cdiv(E, BE), M)](
-        h, logits, used, weights, counters(x.device, 1), x, norm, gate, bias, M, S, eps, C, E,
+        h, logits, used, weights, counters(x.device, 1), x, norm, gate, bias, M, C, E, S, eps,
         TOP=top_k, RENORMALIZE=renormalize, ROWS=triton.next_power_of_2(M), EXPERTS=triton.next_power_of_2(E), BE=BE,
         BC=triton.next_power_of_2(C), num_warps=4, **pdl(x.device),
     )  # fmt: skip
@@ -451,7 +450,7 @@ def experts(
     programs = min(tiles, how.ctas_per_sm * processors or tiles)
     y = torch.empty(*((M, N) if down else (S, M, N // 2)), dtype=x.dtype, device=x.device)
     _experts_kernel[(programs,)](
-        y, x, weight.view(torch.int32), scales, bias, residual, used, weights, logits, S, M, units, n, N, K,
+        y, x, weight.view(torch.int32), scales, bias, residual, used, weights, logits, n, S, M, N, K,
         KIND=kind, GROUP=group_of(K, kind, scales)[0], DOWN=down, TOP=0 if logits is None else S,
         RENORMALIZE=renormalize, EXPERTS=triton.next_power_of_2(n), LIMIT=limit, ALPHA=alpha,
         COLS=tuning.columns(M), R=R, C=C, W=W, WHOLE=not down and units <= W, PERSIST=programs < tiles,

@@ -118,7 +118,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rank"])  # all ranks run the same code, and so sum in the same order
     def _linear_kernel(
-        y, x, w, s, bias, norm, residual, buffers, counts, rank, M, end, eps, N: tl.constexpr, K: tl.constexpr,
+        y, x, w, s, bias, norm, residual, buffers, counts, rank, M, N, K, eps,
         KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, COLS: tl.constexpr,
         WORLD: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
         WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
@@ -128,8 +128,7 @@ if triton is not None:
         or if GATHER the ranks' results, without a residual, are put side by side.
 
         A program has 8 R rows of W or, if it is to PERSIST, as many such tiles as it takes, in steps along K; if WHOLE,
-        one step is all of K, and x is made ready once. A compiler that knows N and K leaves up to a third of the
-        instructions out; `end` is K again, not known to it, which would take the loop over steps apart. Weights are asked for as soon as those before are used up, and
+        one step is all of K, and x is made ready once. Weights are asked for as soon as those before are used up, and
         the first ones before the wait for x.
 
         Tiles have axes j (4 lanes along K), i (8 lanes along rows), W (warps along K), R and C (repetitions along rows
@@ -229,7 +228,7 @@ if triton is not None:
             acc = tl.zeros((D * W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
             if not WHOLE:
                 squares = tl.zeros(squares.shape, tl.float32)
-                for k in range(STEP, end, STEP):
+                for k in range(STEP, K, STEP):
                     t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
                     gain_now = gain
                     if norm is not None and GAIN_AHEAD:
@@ -367,7 +366,7 @@ def linear(
     y = torch.empty(*x.shape[:-1], width, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(programs,)](
         y, rows, weight.view(torch.int32), scales, bias, norm, residual,
-        *(buffers[1] if buffers else (None, None)), rank, M, K, eps, N, K,
+        *(buffers[1] if buffers else (None, None)), rank, M, N, K, eps,
         KIND=kind, GROUP=group, PAIRS=pairs, SWIGLU=swiglu, COLS=tuning.columns(M),
         WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
         R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
