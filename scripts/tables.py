@@ -421,7 +421,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quant_gemma3": lambda: quant(results("quant_gemma3")),
     "quant_7b": quant_7b,
     "tensor_parallel": tensor_parallel,
-    "two_gpus": lambda: paragraphs(*(two_gpus(results(name)) for name in ("tp2_h200", "tp2_prompts_h200"))),
+    "two_gpus": lambda: paragraphs(*(two_gpus(results(f"tp2{name}_h200")) for name in ("", "_prompts", "_moe"))),
     "all_reduce": all_reduce,
     "cpu": lambda: paragraphs(*(cpu(results(name)) for name in ("cpu_zen4", "cpu_zen4_avx2", "cpu"))),
 }
