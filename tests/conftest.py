@@ -91,6 +91,12 @@ def cli() -> Callable[..., Result]:
 def run_forked(script: str, *args: object, stdin: str = "", cwd: Path | None = None, timeout: float = 300) -> Result:
     """Run a script of the repository, or Python code, in a fork of this process: a process of its own, which need not
     import PyTorch anew. (What a command is told by its environment is mostly read by imports: `cli` is for that.)"""
+    if torch.cuda.is_initialized():  # what a fork of it inherits neither works nor unlocks
+        program = [str(REPO / script)] if script.endswith(".py") else ["-c", script]
+        options = {"input": stdin, "capture_output": True, "text": True, "timeout": timeout, "cwd": cwd}
+        options["env"] = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        process = subprocess.run([sys.executable, *program, *map(str, args)], **options)
+        return Result(process.returncode, process.stdout, process.stderr)
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
         streams[0].write_text(stdin, encoding="utf-8")

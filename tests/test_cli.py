@@ -52,6 +52,15 @@ def test_generate_prints_text_and_measures(cli, tiny):
     assert again.stdout.splitlines()[:-1] == text
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+def test_programs_are_run_alike_with_and_without_cuda(cuda, tmp_path, monkeypatch):
+    """`run_forked` forks only where CUDA is not in use."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
+    code = "import os, sys, errors; print(input(), sys.argv[1:], os.getcwd()); sys.stderr.write('said'); sys.exit(3)"
+    assert run_forked(code, "a", 7, stdin="Hi", cwd=tmp_path) == (3, f"Hi ['a', '7'] {tmp_path}\n", "said")
+    assert run_forked("generate.py", "--help").stdout.startswith("usage:")
+
+
 @pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "7"}])
 def test_pytorchs_idle_threads_spin_briefly_unless_the_user_says_otherwise(own):
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
