@@ -178,7 +178,7 @@ class Engine:
                 self.speculator.prefill(0, end)
 
     def _hidden(self, tokens: Tensor, start: Tensor, end: int) -> Tensor:
-        """What the output layer reads of a chunk (B, S) of prompts, and perhaps of padding, by the fastest way."""
+        """What the output layer reads of a chunk (B, S) of prompts, and perhaps of padding: until the next call."""
         S = tokens.shape[1]
         if size := min((size for size in self._captured if size >= S), default=0):
             return self._captured[size](F.pad(tokens, (0, size - S)), start)

@@ -68,35 +68,35 @@ class Result(NamedTuple):
     stderr: str
 
 
+def run_apart(
+    *args: object, stdin: str = "", cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 300
+) -> Result:
+    """Run Python with these arguments, in a process that imports all anew."""
+    process = subprocess.run(
+        [sys.executable, *map(str, args)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+    )
+    return Result(process.returncode, process.stdout, process.stderr)
+
+
 @pytest.fixture
 def cli() -> Callable[..., Result]:
     """Runs a script of the repository in a process of its own: `cli("generate.py", "--prompt", "Hi", stdin="")`."""
-
-    def run(
-        script: str, *args: object, stdin: str = "", env: dict[str, str] | None = None, timeout: float = 300
-    ) -> Result:
-        process = subprocess.run(
-            [sys.executable, str(REPO / script), *map(str, args)],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
-        )
-        return Result(process.returncode, process.stdout, process.stderr)
-
-    return run
+    return lambda script, *args, **options: run_apart(REPO / script, *args, **options)
 
 
 def run_forked(script: str, *args: object, stdin: str = "", cwd: Path | None = None, timeout: float = 300) -> Result:
     """Run a script of the repository, or Python code, in a fork of this process: a process of its own, which need not
     import PyTorch anew. (What a command is told by its environment is mostly read by imports: `cli` is for that.)"""
     if torch.cuda.is_initialized():  # what a fork of it inherits neither works nor unlocks
-        program = [str(REPO / script)] if script.endswith(".py") else ["-c", script]
-        options = {"input": stdin, "capture_output": True, "text": True, "timeout": timeout, "cwd": cwd}
-        options["env"] = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-        process = subprocess.run([sys.executable, *program, *map(str, args)], **options)
-        return Result(process.returncode, process.stdout, process.stderr)
+        program = [REPO / script] if script.endswith(".py") else ["-c", script]
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        return run_apart(*program, *args, stdin=stdin, cwd=cwd, env=paths, timeout=timeout)
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
         streams[0].write_text(stdin, encoding="utf-8")
