@@ -18,14 +18,15 @@ linear_triton.py. A warp's C chunks along K are a unit, which lies within one ex
 import torch
 from torch import Tensor, nn
 
+from ops import experts_choice, tuning
 from ops import linear_products as products
-from ops import tuning
 from ops.common import counters, few_rows_on_triton, op, pdl, tl, tlx, triton
 from ops.linear_triton import group_of, kind_of, out_features
 
 if triton is None:
     glu = None
 else:
+    from ops.experts_choice import choose, clear, expert_of, send, weigh, weight_of
     from ops.linear_triton import _axes, bytes_of
 
     @triton.jit
@@ -38,16 +39,17 @@ else:
 
     @triton.jit
     def _route_kernel(
-        h, logits, used, weights, done, x, gain, gate, shift, M, C, E, S, eps, TOP: tl.constexpr,
-        RENORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
-        PDL: tl.constexpr,
+        h, logits, used, weights, done, x, gain, gate, shift, M, S, eps, C: tl.constexpr, E: tl.constexpr,
+        TOP: tl.constexpr, SEND: tl.constexpr, RENORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+        BE: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """h (M, C) = RMSNorm of x; logits fp32 (M, E) of some experts and a row in each program. Of several rows, the
         last program to come writes count and slots, used int32 (1 + S), and their weights, fp32 (S, M), both 0 past
-        count. Of one row, that is up's: see `_chosen`."""
+        count. If it is to SEND, logits are experts_choice.py's scoreboard, and all that is up's: its programs, which
+        look there at once, come up when the wait here is over, as then the layer before has cleared it."""
         block, m = tl.program_id(0), tl.program_id(1)
         e, c = block * BE + tl.arange(0, BE), tl.arange(0, BC)
-        if PDL:
+        if PDL and not SEND:
             tlx.gdc_launch_dependents()
         own = tl.load(gate + e[:, None] * C + c[None, :], (e < E)[:, None] & (c < C)[None, :], other=0.0)
         v = tl.load(gain + c, c < C, other=0.0).to(tl.float32)
@@ -56,15 +58,20 @@ else:
             score = tl.load(shift + e, e < E, other=0.0).to(tl.float32)
         if PDL:
             tlx.gdc_wait()
+            if SEND:
+                tlx.gdc_launch_dependents()
         row = tl.load(x + m * C + c, c < C, other=0.0).to(tl.float32)
         v = (row * tl.rsqrt(tl.sum(row * row, 0) / C + eps) * v).to(h.dtype.element_ty)
+        score += tl.sum(own.to(tl.float32) * v.to(tl.float32)[None, :], 1)
+        # The last bits are for an expert's index: see experts_choice.py.
+        score = (score.to(tl.int32, bitcast=True) & -EXPERTS).to(tl.float32, bitcast=True)
+        if SEND:
+            send(logits, score, e, E)
+        else:
+            tl.store(logits + m * E + e, score, e < E)
         if block == 0:
             tl.store(h + m * C + c, v, c < C)
-        score += tl.sum(own.to(tl.float32) * v.to(tl.float32)[None, :], 1)
-        # The last bits are for an expert's index: see `_chosen`.
-        score = (score.to(tl.int32, bitcast=True) & -EXPERTS).to(tl.float32, bitcast=True)
-        tl.store(logits + m * E + e, score, e < E)
-        if ROWS == 1:
+        if SEND:
             return
         tl.debug_barrier()
         if tl.atomic_add(done, 1, sem="acq_rel") < tl.num_programs(0) * tl.num_programs(1) - 1:
@@ -91,30 +98,6 @@ else:
         tl.store(weights + e * M + rows, 0.0, (e >= count) & (e < S) & (rows < M))
 
     @triton.jit
-    def _chosen(logits, E, TOP: tl.constexpr, EXPERTS: tl.constexpr, W: tl.constexpr):
-        """Of one row's logits, each expert's slot, TOP for the others, its index and its score, (W, EXPERTS): warps
-        find them by themselves, the greatest first and of equal ones the first, as whole numbers with the index in the
-        last bits, of which a warp has the maximum in one instruction. (One program alone, the last to write logits,
-        took 2 us more.)"""
-        LEAST: tl.constexpr = -(2**31)
-        e = tl.broadcast_to(tl.arange(0, EXPERTS)[None, :], (W, EXPERTS))
-        score = tl.load(logits + e, e < E, other=float("-inf"), cache_modifier=".cg")
-        score = tl.where(score == score, score, float("-inf"))  # a NaN still is an expert
-        key = score.to(tl.int32, bitcast=True)
-        key ^= (key >> 31) & 0x7FFFFFFF  # in the order of floats
-        key = tl.where(e < E, (key & -EXPERTS) | (EXPERTS - 1 - e), LEAST + TOP)
-        for turn in tl.static_range(TOP):
-            key = tl.where(key == tl.max(key, 1)[:, None], LEAST + turn, key)
-        slot = tl.where(key < LEAST + TOP, key - LEAST, TOP)
-        return slot, e, score
-
-    @triton.jit
-    def _shares(slot, score, TOP: tl.constexpr, RENORMALIZE: tl.constexpr):
-        """What `_chosen` weigh, (W, EXPERTS)."""
-        p = tl.exp(score - tl.max(score, 1)[:, None])
-        return p / tl.sum(tl.where(slot < TOP, p, 0.0) if RENORMALIZE else p, 1)[:, None]
-
-    @triton.jit
     def _unit(count, S, tile, step, T, U, DOWN: tl.constexpr, warp):
         """Of each warp at a step of a tile: its slot, its unit there, and whether it has something to do; where it has
         not, it is to read what it finds."""
@@ -130,13 +113,9 @@ else:
         return slot, unit, live
 
     @triton.jit
-    def _expert(used, slots, indices, slot):
-        """The expert of a slot, of one row's `_chosen` or, without it, as memory has it."""
-        if slots is None:
-            expert = tl.load(used + 1 + slot, cache_modifier=".cg")
-        else:
-            expert = tl.max(tl.max(tl.where(slots == slot, indices, 0), 1), 0)
-        return expert.to(tl.int64)
+    def _expert(used, slot):
+        """The expert of a slot, as memory has it."""
+        return tl.load(used + 1 + slot, cache_modifier=".cg").to(tl.int64)
 
     @triton.jit
     def _weights(
@@ -150,7 +129,7 @@ else:
         j, i, warp, r, u = _axes(W, R)
         slot, unit, _ = _unit(count, S, tile, step, T, U, DOWN, warp)
         if DOWN:
-            expert = _expert(used, None, None, slot)
+            expert = _expert(used, slot)
         chunk = unit * C + tl.arange(0, C)[None, None, None, None, :, None]
         here = tile if DOWN else tile % T
         pair = 0.0
@@ -183,7 +162,7 @@ else:
             if DOWN and KIND != "fp":
                 slot, _, _ = _unit(count, S, tile, step, T, U, DOWN, tl.arange(0, W)[:, None])
                 n = tile * (R * 8) + tl.arange(0, R * 8)[None, :]
-                of_rows = _expert(used, None, None, slot) * N + n
+                of_rows = _expert(used, slot) * N + n
                 pair = tl.load(s + of_rows, n < N, other=0.0).to(tl.float32)
         ONCE: tl.constexpr = None if KIND == "fp" else "evict_first"
         return products.load(w, words, 0, inside, EVEN, ONCE, wanted), pair
@@ -226,17 +205,19 @@ else:
 
     @triton.jit
     def _experts_kernel(
-        y, x, w, s, bias, residual, used, weights, logits, E, S, M, N, K, KIND: tl.constexpr, GROUP: tl.constexpr,
-        DOWN: tl.constexpr, TOP: tl.constexpr, RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, LIMIT: tl.constexpr,
-        ALPHA: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+        y, x, w, s, bias, residual, used, weights, logits, S, M, end, E: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+        KIND: tl.constexpr, GROUP: tl.constexpr, DOWN: tl.constexpr, TOP: tl.constexpr, RENORMALIZE: tl.constexpr,
+        EXPERTS: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr,
+        C: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr,
+        CLEAR: tl.constexpr, CHOICE: tl.constexpr, SHARES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """Up: y (S, M, N / 2) = weights * SwiGLU of W x [+ bias], of x (M, K). DOWN: y (M, N) = [residual +] the sum
         over slots of W x [+ weights * bias], of x (S, M, K). M is at most COLS. See linear_triton._linear_kernel.
 
         Up, kernels that depend on this one may start when its wait is over, so that going down may look for the used
         experts, and ask for its first weights, before it waits itself. Of one row each program finds the used experts
-        by itself, from `logits`, and the first one writes them down for that.
+        by itself, from `logits`, see experts_choice.py, and the first one writes them down for that; going down clears
+        those. With CHOICE that comes before the wait, so that up asks for its first weights before it, too.
         """
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         P: tl.constexpr = 2 if KIND == "fp" else 8 if FOUR else 4  # values in a word
@@ -269,43 +250,41 @@ else:
         if PDL:
             if DOWN:
                 tlx.gdc_launch_dependents()
-            else:
+            elif CHOICE is None:
                 tlx.gdc_wait()
-        if not DOWN:
+        if not DOWN and CHOICE is None:
             t = _rows(xs, kx, S, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
-        slots, indices = None, None
-        if logits is not None:
-            slots, indices, scores = _chosen(logits, E, TOP, EXPERTS, W)
+        if TOP > 0:
+            slots, indices, scores = choose(logits, tile, E, TOP, EXPERTS, W, CHOICE)
         count = S
         if COLS > 1:  # one row uses as many experts as there may be
             count = tl.load(used, cache_modifier=".cg")
-        tiles, units = count * T, U
+        tiles, units = count * T, end
         if DOWN:
             tiles, units = T, count * U
         if COLS > 1 and tile >= tiles:
             return
         wanted, expert = None, None
-        if not DOWN:
-            expert = _expert(used, slots, indices, tile // T)
+        if TOP > 0:
+            expert = expert_of(slots, indices, tile // T, EXPERTS, CHOICE).to(tl.int64)
+        elif not DOWN:
+            expert = _expert(used, tile // T)
         w_now, s_now = _weights(
             w, s, used, expert, count, S, tile, 0, wanted, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
         )  # fmt: skip
-        if logits is not None:
-            shares = _shares(slots, scores, TOP, RENORMALIZE)
-            if tile == 0:
-                tl.store(used, S)
-                tl.store(used + 1 + slots, indices, slots < TOP)
-                tl.store(weights + slots, shares, slots < TOP)
-                if PDL:  # before other kernels come up
-                    tl.inline_asm_elementwise(
-                        "fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [tile], tl.int32, is_pure=False, pack=1
-                    )
+        if CHOICE is not None:
+            tlx.gdc_wait()
+            t = _rows(xs, kx, S, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
+        if TOP > 0:
+            shares = weigh(slots, indices, scores, used, weights, tile, TOP, RENORMALIZE, SHARES)
         if PDL and not DOWN:
             tlx.gdc_launch_dependents()
         if DOWN:
             if PDL:
                 tlx.gdc_wait()
             t = _rows(xs, kx, count, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
+            if CLEAR and tile == 0:
+                clear(logits, E, EXPERTS)
         squares = tl.zeros((1, 16, 16), tl.float32)
         if WHOLE:
             b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
@@ -322,10 +301,10 @@ else:
             of_y = here * (R * 8 // PART) + tl.arange(0, R * 8 // PART)
             stored = (of_y < outputs)[:, None] & (col < M)[None, :]
             if not DOWN:
-                if slots is None:
-                    weight = tl.load(weights + slot * M + col, col < M, other=0.0)
+                if TOP > 0:
+                    weight = weight_of(slots, shares, slot, SHARES) + tl.zeros((COLS,), tl.float32)
                 else:
-                    weight = tl.max(tl.sum(tl.where(slots == slot, shares, 0.0), 1), 0) + tl.zeros((COLS,), tl.float32)
+                    weight = tl.load(weights + slot * M + col, col < M, other=0.0)
                 if P == 4:
                     scale = tl.load(s + expert * N + n, n < N, other=0.0).to(tl.float32)
                 if bias is not None:
@@ -348,8 +327,10 @@ else:
             acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIR, R, C, W, COLS, DOWN, ASM)
             tile += tl.num_programs(0)
             if PERSIST:
-                if not DOWN:
-                    expert = _expert(used, slots, indices, tl.minimum(tile // T, S - 1))
+                if TOP > 0:
+                    expert = expert_of(slots, indices, tl.minimum(tile // T, S - 1), EXPERTS, CHOICE).to(tl.int64)
+                elif not DOWN:
+                    expert = _expert(used, tl.minimum(tile // T, S - 1))
                 w_now, s_now = _weights(
                     w, s, used, expert, count, S, tile, 0, tile < tiles, T, U, N, K,
                     KIND, GROUP, COLS, DOWN, R, C, W, EVEN,
@@ -367,7 +348,7 @@ else:
                 if bias is not None:
                     for slot in range(count):
                         weight = tl.load(weights + slot * M + col, col < M, other=0.0)
-                        of_rows = _expert(used, None, None, slot) * N + n
+                        of_rows = _expert(used, slot) * N + n
                         shift = tl.load(bias + of_rows, n < N, other=0.0).to(tl.float32)
                         out += shift[:, None] * weight[None, :]
             else:
@@ -397,17 +378,17 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Which experts rows x (M, C) are sent to by the router `gate` (E, C): used int32 (1 + S), their number and then
     their indices in ascending order, and weights fp32 (S, M), 0 where a row is not sent there. S is as many as there
-    may be, min(E, M k). h (M, C) becomes the RMSNorm of x, logits fp32 (M, E) the scores. Of one row, used and weights
-    are left to `experts` going up."""
+    may be, min(E, M k). h (M, C) becomes the RMSNorm of x, logits fp32 (M, E) the scores. Of one row, logits are the
+    scoreboard where experts_choice.py supports that, and used and weights are left to `experts` going up."""
     (M, C), E = x.shape, len(gate)
     S = min(E, M * top_k)
     used = torch.empty(1 + S, dtype=torch.int32, device=x.device)
     weights = torch.empty(S, M, dtype=torch.float32, device=x.device)
     BE = max(1, triton.next_power_of_2(E) // 64)  # and 4 warps: measured on an H200
     _route_kernel[(triton.cdiv(E, BE), M)](
-        h, logits, used, weights, counters(x.device, 1), x, norm, gate, bias, M, C, E, S, eps,
-        TOP=top_k, RENORMALIZE=renormalize, ROWS=triton.next_power_of_2(M), EXPERTS=triton.next_power_of_2(E), BE=BE,
-        BC=triton.next_power_of_2(C), num_warps=4, **pdl(x.device),
+        h, logits, used, weights, counters(x.device, 1), x, norm, gate, bias, M, S, eps, C, E,
+        TOP=top_k, SEND=experts_choice.supports(M, top_k), RENORMALIZE=renormalize, ROWS=triton.next_power_of_2(M),
+        EXPERTS=triton.next_power_of_2(E), BE=BE, BC=triton.next_power_of_2(C), num_warps=4, **pdl(x.device),
     )  # fmt: skip
     return used, weights
 
@@ -418,7 +399,7 @@ def _(h, logits, x, norm, eps, gate, bias, top_k, renormalize):
     return x.new_empty(1 + S, dtype=torch.int32), x.new_empty(S, len(x), dtype=torch.float32)
 
 
-@op("experts", ("used", "weights"))
+@op("experts", ("used", "weights", "logits"))
 def experts(
     x: Tensor,
     weight: Tensor,
@@ -438,7 +419,7 @@ def experts(
 
     Up: x (M, K) -> weights * SwiGLU of W x [+ bias], (S, M, N / 2). Down: x (S, M, K) -> [residual +] the sum over
     experts of W x [+ weights * bias], (M, N). In x's dtype; bias (E, N). `used` and `weights` are `route`'s; of one row
-    going up writes them, from route's `logits`.
+    going up writes them, from the scoreboard `logits`, which is cleared going down.
     """
     (M, K), S = x.shape[-2:], len(weights)
     N, kind = out_features(weight) // n, kind_of(weight)
@@ -448,13 +429,17 @@ def experts(
     hopper, units = launch["PDL"], triton.cdiv(K, C * tuning.CHUNK[kind])
     tiles = triton.cdiv(N, how.tile_rows) * (1 if down else S)
     programs = min(tiles, how.ctas_per_sm * processors or tiles)
+    top, E2 = 0 if down or logits is None else S, triton.next_power_of_2(n)
+    ahead = hopper and top > 0
     y = torch.empty(*((M, N) if down else (S, M, N // 2)), dtype=x.dtype, device=x.device)
     _experts_kernel[(programs,)](
-        y, x, weight.view(torch.int32), scales, bias, residual, used, weights, logits, n, S, M, N, K,
-        KIND=kind, GROUP=group_of(K, kind, scales)[0], DOWN=down, TOP=0 if logits is None else S,
-        RENORMALIZE=renormalize, EXPERTS=triton.next_power_of_2(n), LIMIT=limit, ALPHA=alpha,
+        y, x, weight.view(torch.int32), scales, bias, residual, used, weights, logits, S, M, units, n, N, K,
+        KIND=kind, GROUP=group_of(K, kind, scales)[0], DOWN=down, TOP=top,
+        RENORMALIZE=renormalize, EXPERTS=E2, LIMIT=limit, ALPHA=alpha,
         COLS=tuning.columns(M), R=R, C=C, W=W, WHOLE=not down and units <= W, PERSIST=programs < tiles,
-        EVEN=K % (C * tuning.CHUNK[kind]) == 0,
+        EVEN=K % (C * tuning.CHUNK[kind]) == 0, CLEAR=down and logits is not None,
+        CHOICE=experts_choice.choice(top, E2, n) if ahead else None,
+        SHARES=experts_choice.shares(top, E2, renormalize) if ahead else None,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
@@ -473,12 +458,14 @@ def run(layer, x: Tensor, norm: nn.RMSNorm, residual: Tensor | None) -> Tensor |
     """This rank's result, for a few rows of x."""
     if not few_rows_on_triton(x) or norm.weight.dtype != x.dtype:
         return None
-    clamp = (layer.limit, layer.alpha)
-    rows, up, down, E = x.reshape(-1, x.shape[-1]).contiguous(), layer.cond_ffn.w13, layer.cond_ffn.w2, layer.gate
-    h, logits = torch.empty_like(rows), torch.empty(len(rows), len(E.weight), dtype=torch.float32, device=x.device)
-    used, weights = route(h, logits, rows, norm.weight, norm.eps, E.weight, E.bias, layer.top_k, layer.renormalize)
-    choice = (logits, layer.renormalize) if len(rows) == 1 else ()
-    hidden = experts(h, up.weight, up.scales, up.bias, len(E.weight), used, weights, None, False, *clamp, *choice)
+    rows, up, down, gate = x.reshape(-1, x.shape[-1]).contiguous(), layer.cond_ffn.w13, layer.cond_ffn.w2, layer.gate
+    h, E = torch.empty_like(rows), len(gate.weight)
+    board = experts_choice.scoreboard(x.device, E) if experts_choice.supports(len(rows), layer.top_k) else None
+    logits = board if board is not None else torch.empty(len(rows), E, dtype=torch.float32, device=x.device)
+    router = (norm.weight, norm.eps, gate.weight, gate.bias, layer.top_k, layer.renormalize)
+    used, weights = route(h, logits, rows, *router)
+    clamp = (layer.limit, layer.alpha, board, layer.renormalize)
+    hidden = experts(h, up.weight, up.scales, up.bias, E, used, weights, None, False, *clamp)
     residual = None if residual is None else residual.reshape(rows.shape).contiguous()
-    y = experts(hidden, down.weight, down.scales, down.bias, len(E.weight), used, weights, residual, True)
+    y = experts(hidden, down.weight, down.scales, down.bias, E, used, weights, residual, True, *clamp)
     return y.view(x.shape)

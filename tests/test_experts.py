@@ -20,7 +20,7 @@ from formats.convert import convert
 from linear import MXFP4, Linear, Plain
 from measure import prefill_flops, weight_bytes
 from model import ModelConfig
-from ops import experts_gemm, experts_triton, tuning
+from ops import experts_choice, experts_gemm, experts_triton, tuning
 from ops.attention_triton import prefetch_lines
 from ops.common import counters
 from ops.experts import mixture_plain
@@ -389,19 +389,24 @@ def test_route(M, E, top_k, renormalize, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("E,top_k,renormalize", [(8, 2, True), (40, 4, False), (3, 3, True), (256, 8, True)])
+@pytest.mark.parametrize(
+    "E,top_k,renormalize", [(8, 2, True), (40, 4, False), (3, 3, True), (40, 32, True), (128, 8, True), (256, 8, False)]
+)
 def test_one_row_finds_its_experts_going_up(E, top_k, renormalize, dtype):
     """The greatest scores first, of equal ones those with the lowest index, negative ones too."""
     gate, gain, x, shift = torch.randn(E, 96), torch.rand(96) + 0.5, torch.randn(1, 96), torch.randn(E) - 5.0
     gate, gain, x, shift = on_device(*(t.to(dtype) for t in (gate, gain, x, shift)))
     best = (gate.float() @ rms_norm(x.float(), gain.float(), 1e-5)[0] + shift.float()).argmax()
     gate[:2], shift[:2] = gate[best], shift[best]  # two or three of one score
-    h, logits = torch.empty_like(x), torch.empty(1, E, device=DEVICE)
-    used, weights = experts_triton.route(h, logits, x, gain, 1e-5, gate, shift, top_k, renormalize)
+    h, board = torch.empty_like(x), experts_choice.scoreboard(torch.device(DEVICE), E)
+    used, weights = experts_triton.route(h, board, x, gain, 1e-5, gate, shift, top_k, renormalize)
     assert error(h, rms_norm(x.float(), gain.float(), 1e-5)) < 5e-3
-    w13 = torch.randn(E * 16, 96).to(dtype).to(DEVICE)
-    limits = (0.0, 1.0, logits, renormalize)
+    logits, limits = board.clone(), (0.0, 1.0, board, renormalize)
+    assert torch.equal(logits, logits[:1].expand_as(logits))
+    w13, w2 = (torch.randn(E * 16, K).to(dtype).to(DEVICE) for K in (96, 32))
     y = experts_triton.experts(h, w13, None, None, E, used, weights, None, False, *limits)
+    experts_triton.experts(y.new_zeros(top_k, 1, 32), w2, None, None, E, used, weights, None, True, *limits)
+    assert (board.view(torch.int32) == 1).all()  # missing again, each of them
     index = logits[0].sort(descending=True, stable=True).indices
     share = logits[0].softmax(-1)[index[:top_k]]
     assert used.tolist() == [top_k, *index[:top_k].tolist()]
@@ -435,6 +440,7 @@ def test_group(M, E, top_k, renormalize, dtype):
         *((kind, 1, 4, 32, 96, 2, 0.0) for kind in KINDS if kind not in ("int4:64", "int4:256")),
         *((kind, M, 3, 32, 32, 2, 0.5) for kind in ("16-bit", "int8", "int4:32", "mxfp4") for M in (1, 5)),
         *(("int4:32 fp16", M, 3, 32, 32, 2, 0.0) for M in (1, 5)),
+        ("16-bit", 1, 40, 32, 96, 33, 0.0),  # more than a warp's lanes
         *((kind, 1, 40, 32, 96, 8, 0.0) for kind in ("16-bit", "int8", "int4:32")),
     ],
 )
