@@ -125,9 +125,9 @@ def scoreboard(device: torch.device, E: int) -> Tensor:
 
 @functools.cache
 def choice(top: int, experts: int, E: int) -> str:
-    """PTX that waits for the scores at $3 of E experts, `experts` being the next power of two, and of the `top`
-    greatest gives lane i the key of slot i, $0, and all lanes the greatest score, $2. $1 is a lane's part
-    of the sum of e to the power of scores less that one. Lane i has experts i, i + 32, ..."""
+    """PTX that waits for the scores at $3 of E experts, `experts` being the next power of two. Of the `top` greatest it
+    gives lane i the key of slot i, $0, and all lanes the greatest score, $2. $1 is a lane's part of the sum of e to the
+    power of scores less that one. Lane i has experts i, i + 32, ..."""
     n = max(1, experts // 32)
     lines = [f".reg .pred p; .reg .b32 k<{n}>, m, t, lane; .reg .f32 v<{n}>; .reg .b64 at;"]
     lines += ["mov.u32 lane, %laneid; mad.wide.s32 at, lane, 4, $3; again: mov.b32 t, 0;"]
