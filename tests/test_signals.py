@@ -70,8 +70,10 @@ class Forked:
             finally:  # nothing of pytest's runs in the fork
                 os._exit(99)
         self.pid = pid
-        if pause is not None:
-            os.read(self.paused[0], 1)
+        for pipe in (self.out, self.paused):
+            os.close(pipe[1])  # its end is read as such, and not waited for
+        if pause is not None and not os.read(self.paused[0], 1):
+            raise AssertionError(f"ended before it was to wait: {self.end()}")
 
     def _run(self, argv, pause):
         err = os.open(self.errors, os.O_CREAT | os.O_WRONLY)
