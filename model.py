@@ -332,7 +332,8 @@ class Transformer(nn.Module):
                 module.merge()
             for module in [m for m in layer.modules() if isinstance(m, (Linear, Mixture))]:
                 module.pack(dtype)
-            ops.prepare_block(layer, layer is self.layers[0], later)
+            soon = layer.feed_forward and layer.feed_forward.first.weight
+            ops.prepare_attention(layer.attention, layer is self.layers[0], soon, later)
             later = layer.attention.wqkv.weight
             if self.norm.weight.is_cuda:
                 torch.cuda.empty_cache()  # the tensors replaced leave holes that none of the new ones fits

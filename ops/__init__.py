@@ -3,7 +3,7 @@
 Above it nobody asks which device, dtype or number of rows goes where; below it nobody knows what a model family is.
 Each op is an ordered list of backends, of which the first one that supports the arguments serves. The last one is plain
 PyTorch: it runs everywhere, and tests compare the others with it. What only a kernel wants to know is prepared when
-weights are laid out (`prepare_linear`, `prepare_block`), and travels inside the layer.
+weights are laid out (`prepare_linear`, `prepare_attention`), and travels inside the layer.
 """
 
 import torch
@@ -13,7 +13,6 @@ from ops import cpu
 from ops.ahead import compiled_ahead
 from ops.attention import attention
 from ops.attention import prepare as prepare_attention
-from ops.block import prepare as prepare_block
 from ops.common import MAX_ROWS, triton
 from ops.cpu_library import physical_cores
 from ops.cpu_step import layers, serves
@@ -69,7 +68,6 @@ __all__ = [
     "plain",
     "plan_prefill",
     "prepare_attention",
-    "prepare_block",
     "prepare_layers",
     "prepare_linear",
     "prepare_mixture",

@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops import cpu, experts_choice, experts_gemm, experts_triton, linear_triton, symmetric
+from ops import cpu, experts_gemm, experts_triton, symmetric
 from ops.common import on_triton, op
-from ops.experts_choice import Router
 from ops.linear import BACKENDS, LinearLayer, linear, plain
 from ops.linear import _cpu as on_cpu
 from ops.packing import dequantize, pack_4_bits
@@ -49,7 +48,6 @@ class MixtureLayer(Protocol):
     alpha: float
     rank: int
     world: int
-    router: Router | None  # what the linear layer before knows of `gate`
     backends: tuple[Callable, ...]  # before plain PyTorch
 
 
@@ -68,7 +66,6 @@ class Expert:
     reduce: str = ""
     rank: int = 0
     world: int = 1
-    router: None = None
     backends: tuple[Callable, ...] = (plain,)
 
 
@@ -83,16 +80,7 @@ def prepare(layer: MixtureLayer, dtype: torch.dtype) -> None:
             if own.scales.ndim == 3 and own.zeros is not None:
                 cpu.narrow_scales(own)
             _pack_on_cpu(own, dtype)
-    layer.router = None
     layer.backends = (experts_triton.run, experts_gemm.run) if pack(layer, dtype) else ()
-
-
-def foresee(layer: MixtureLayer, norm: nn.RMSNorm, before: LinearLayer) -> None:
-    """Have the linear layer whose result this one reads, both being prepared, score the experts on its way."""
-    gate, bias = layer.gate.weight, layer.gate.bias
-    fits = before.out_features <= symmetric.MAX_FEATURES or before.world == 1
-    if fits and layer.backends and linear_triton.run in before.backends and layer.top_k <= experts_choice.MOST:
-        layer.router = before.router = experts_choice.Router(gate, bias, norm.weight)
 
 
 def _pack_on_cpu(layer: LinearLayer, dtype: torch.dtype) -> None:

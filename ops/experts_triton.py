@@ -1,8 +1,8 @@
 """Mixture of experts of a decode step (1 to 16 rows) on an NVIDIA GPU: three Triton kernels, no word to the host.
 
     run(layer, x, norm, residual)   the backend of experts.py
-    route(x, norm, ...)             RMSNorm, the router's scores and the top k of each row, and which experts are used
-                                    at all; of one row others may have the scores already, see experts_choice.py
+    route(x, norm, ...)             RMSNorm, the router's scores and, of several rows, the top k, and which experts are
+                                    used at all; of one row, `experts` going up finds them
     experts(x, weight, ...)         one product of all used experts: gate and up, with SwiGLU, or down, with their sum
 
 Weights are those of linear_triton.py with all experts' rows below one another, and so is the product, in the same
@@ -26,7 +26,7 @@ from ops.linear_triton import group_of, kind_of, out_features
 if triton is None:
     glu = None
 else:
-    from ops.experts_choice import choose, clear, expert_of, squares, weigh, weight_of
+    from ops.experts_choice import choose, clear, expert_of, send, weigh, weight_of
     from ops.linear_triton import _axes, bytes_of
 
     @triton.jit
@@ -40,14 +40,16 @@ else:
     @triton.jit
     def _route_kernel(
         h, logits, used, weights, done, x, gain, gate, shift, M, S, eps, C: tl.constexpr, E: tl.constexpr,
-        TOP: tl.constexpr, RENORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+        TOP: tl.constexpr, SEND: tl.constexpr, RENORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
         BE: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """h (M, C) = RMSNorm of x; logits fp32 (M, E) of some experts and a row in each program. The last program to
-        come writes count and slots, used int32 (1 + S), and their weights, fp32 (S, M), both 0 past count."""
+        """h (M, C) = RMSNorm of x; logits fp32 (M, E) of some experts and a row in each program. Of several rows, the
+        last program to come writes count and slots, used int32 (1 + S), and their weights, fp32 (S, M), both 0 past
+        count. If it is to SEND, logits are experts_choice.py's scoreboard, and all that is up's: its programs, which
+        look there at once, come up when the wait here is over, as then the layer before has cleared it."""
         block, m = tl.program_id(0), tl.program_id(1)
         e, c = block * BE + tl.arange(0, BE), tl.arange(0, BC)
-        if PDL:
+        if PDL and not SEND:
             tlx.gdc_launch_dependents()
         own = tl.load(gate + e[:, None] * C + c[None, :], (e < E)[:, None] & (c < C)[None, :], other=0.0)
         v = tl.load(gain + c, c < C, other=0.0).to(tl.float32)
@@ -56,14 +58,21 @@ else:
             score = tl.load(shift + e, e < E, other=0.0).to(tl.float32)
         if PDL:
             tlx.gdc_wait()
+            if SEND:
+                tlx.gdc_launch_dependents()
         row = tl.load(x + m * C + c, c < C, other=0.0).to(tl.float32)
         v = (row * tl.rsqrt(tl.sum(row * row, 0) / C + eps) * v).to(h.dtype.element_ty)
         score += tl.sum(own.to(tl.float32) * v.to(tl.float32)[None, :], 1)
-        # Without the bits that experts_choice.py has an expert's index in.
+        # The last bits are for an expert's index: see experts_choice.py.
         score = (score.to(tl.int32, bitcast=True) & -EXPERTS).to(tl.float32, bitcast=True)
-        tl.store(logits + m * E + e, score, e < E)
+        if SEND:
+            send(logits, score, e, E)
+        else:
+            tl.store(logits + m * E + e, score, e < E)
         if block == 0:
             tl.store(h + m * C + c, v, c < C)
+        if SEND:
+            return
         tl.debug_barrier()
         if tl.atomic_add(done, 1, sem="acq_rel") < tl.num_programs(0) * tl.num_programs(1) - 1:
             return
@@ -196,20 +205,19 @@ else:
 
     @triton.jit
     def _experts_kernel(
-        y, x, w, s, bias, norm, residual, used, weights, sums, shifts, eps, S, M, end,
-        E: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+        y, x, w, s, bias, residual, used, weights, logits, S, M, end, E: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
         KIND: tl.constexpr, GROUP: tl.constexpr, DOWN: tl.constexpr, TOP: tl.constexpr, RENORMALIZE: tl.constexpr,
         EXPERTS: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr,
         C: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr,
-        CHOICE: tl.constexpr, SHARES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+        CLEAR: tl.constexpr, CHOICE: tl.constexpr, SHARES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """Up: y (S, M, N / 2) = weights * SwiGLU of W x [+ bias], of x (M, K). DOWN: y (M, N) = [residual +] the sum
         over slots of W x [+ weights * bias], of x (S, M, K). M is at most COLS. See linear_triton._linear_kernel.
 
         Up, kernels that depend on this one may start when its wait is over, so that going down may look for the used
-        experts, and ask for its first weights, before it waits itself. With `sums`, of one row, each program finds the
-        used experts by itself, see experts_choice.py, x being taken before its norm, and the first program writes them
-        down for going down, which clears the sums.
+        experts, and ask for its first weights, before it waits itself. Of one row each program finds the used experts
+        by itself, from `logits`, see experts_choice.py, and the first one writes them down for that; going down clears
+        those. With CHOICE that comes before the wait, so that up asks for its first weights before it, too.
         """
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         P: tl.constexpr = 2 if KIND == "fp" else 8 if FOUR else 4  # values in a word
@@ -239,19 +247,15 @@ else:
 
         T, U = tl.cdiv(N, 8 * R), tl.cdiv(K, C * CHUNK)
         tile = tl.program_id(0)
-        gain = None
-        if TOP > 0:
-            gains = norm.to(tl.pointer_type(tl.int32))
-            gain = _rows(gains, kx, S, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
         if PDL:
             if DOWN:
                 tlx.gdc_launch_dependents()
-            else:
+            elif CHOICE is None:
                 tlx.gdc_wait()
-        if not DOWN:
+        if not DOWN and CHOICE is None:
             t = _rows(xs, kx, S, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
         if TOP > 0:
-            slots, indices, scores = choose(sums, shifts, eps, E, K, TOP, EXPERTS, W, CHOICE)
+            slots, indices, scores = choose(logits, tile, E, TOP, EXPERTS, W, CHOICE)
         count = S
         if COLS > 1:  # one row uses as many experts as there may be
             count = tl.load(used, cache_modifier=".cg")
@@ -268,6 +272,9 @@ else:
         w_now, s_now = _weights(
             w, s, used, expert, count, S, tile, 0, wanted, T, U, N, K, KIND, GROUP, COLS, DOWN, R, C, W, EVEN
         )  # fmt: skip
+        if CHOICE is not None:
+            tlx.gdc_wait()
+            t = _rows(xs, kx, S, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
         if TOP > 0:
             shares = weigh(slots, indices, scores, used, weights, tile, TOP, RENORMALIZE, SHARES)
         if PDL and not DOWN:
@@ -276,13 +283,11 @@ else:
             if PDL:
                 tlx.gdc_wait()
             t = _rows(xs, kx, count, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
-            if (sums is not None) and tile == 0:
-                clear(sums, E, EXPERTS)
-        if TOP > 0:
-            factor = tl.rsqrt(squares(sums, E) / K + eps)
-        nothing = tl.zeros((1, 16, 16), tl.float32)
+            if CLEAR and tile == 0:
+                clear(logits, E, EXPERTS)
+        squares = tl.zeros((1, 16, 16), tl.float32)
         if WHOLE:
-            b, x_scale, nothing = products.operand(nothing, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
+            b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
         PART: tl.constexpr = 1 if DOWN else 2
         outputs = N // PART
         col = tl.arange(0, COLS)
@@ -311,18 +316,14 @@ else:
             if not WHOLE:
                 for step in range(W, units, W):
                     t_next = _rows(xs, kx, count, S, tile, step, T, U, M, K, COLS, DOWN, SPAN, X, W)
-                    if TOP > 0:
-                        gain_next = _rows(gains, kx, count, S, tile, step, T, U, M, K, COLS, DOWN, SPAN, X, W)
-                    b, x_scale, nothing = products.operand(nothing, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
+                    b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
                     acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIR, R, C, W, COLS, DOWN, ASM)
                     w_now, s_now = _weights(
                         w, s, used, expert, count, S, tile, step, wanted, T, U, N, K,
                         KIND, GROUP, COLS, DOWN, R, C, W, EVEN,
                     )  # fmt: skip
                     t = t_next
-                    if TOP > 0:
-                        gain = gain_next
-                b, x_scale, nothing = products.operand(nothing, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
+                b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
             acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIR, R, C, W, COLS, DOWN, ASM)
             tile += tl.num_programs(0)
             if PERSIST:
@@ -336,8 +337,6 @@ else:
                 )  # fmt: skip
                 if not WHOLE:
                     t = _rows(xs, kx, count, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
-                    if TOP > 0:
-                        gain = _rows(gains, kx, count, S, tile, 0, T, U, M, K, COLS, DOWN, SPAN, X, W)
 
             if D > 1:
                 acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
@@ -345,8 +344,6 @@ else:
                 acc = tl.sum(acc, 2, keep_dims=True)
             out = tl.sum(acc, 0)  # (rows of W, rows of x)
             out *= UNIT
-            if TOP > 0:
-                out *= factor
             if DOWN:
                 if bias is not None:
                     for slot in range(count):
@@ -381,7 +378,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Which experts rows x (M, C) are sent to by the router `gate` (E, C): used int32 (1 + S), their number and then
     their indices in ascending order, and weights fp32 (S, M), 0 where a row is not sent there. S is as many as there
-    may be, min(E, M k). h (M, C) becomes the RMSNorm of x, logits fp32 (M, E) the scores."""
+    may be, min(E, M k). h (M, C) becomes the RMSNorm of x, logits fp32 (M, E) the scores. Of one row, logits are the
+    scoreboard where experts_choice.py supports that, and used and weights are left to `experts` going up."""
     (M, C), E = x.shape, len(gate)
     S = min(E, M * top_k)
     used = torch.empty(1 + S, dtype=torch.int32, device=x.device)
@@ -389,7 +387,7 @@ def route(
     BE = max(1, triton.next_power_of_2(E) // 64)  # and 4 warps: measured on an H200
     _route_kernel[(triton.cdiv(E, BE), M)](
         h, logits, used, weights, counters(x.device, 1), x, norm, gate, bias, M, S, eps, C, E,
-        TOP=top_k, RENORMALIZE=renormalize, ROWS=triton.next_power_of_2(M),
+        TOP=top_k, SEND=experts_choice.supports(M, top_k), RENORMALIZE=renormalize, ROWS=triton.next_power_of_2(M),
         EXPERTS=triton.next_power_of_2(E), BE=BE, BC=triton.next_power_of_2(C), num_warps=4, **pdl(x.device),
     )  # fmt: skip
     return used, weights
@@ -401,7 +399,7 @@ def _(h, logits, x, norm, eps, gate, bias, top_k, renormalize):
     return x.new_empty(1 + S, dtype=torch.int32), x.new_empty(S, len(x), dtype=torch.float32)
 
 
-@op("experts", ("used", "weights", "sums"))
+@op("experts", ("used", "weights", "logits"))
 def experts(
     x: Tensor,
     weight: Tensor,
@@ -414,17 +412,14 @@ def experts(
     down: bool,
     limit: float = 0.0,
     alpha: float = 1.0,
+    logits: Tensor | None = None,
     renormalize: bool = False,
-    sums: Tensor | None = None,
-    shifts: Tensor | None = None,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
 ) -> Tensor:
     """One product of the used experts, see `route`, in one launch; n: experts whose rows the weight has.
 
     Up: x (M, K) -> weights * SwiGLU of W x [+ bias], (S, M, N / 2). Down: x (S, M, K) -> [residual +] the sum over
-    experts of W x [+ weights * bias], (M, N). In x's dtype; bias (E, N). `used` and `weights` are `route`'s or, of one
-    row with a Router's `sums`, going up writes them, of x before its norm, and going down clears the sums.
+    experts of W x [+ weights * bias], (M, N). In x's dtype; bias (E, N). `used` and `weights` are `route`'s; of one row
+    going up writes them, from the scoreboard `logits`, which is cleared going down.
     """
     (M, K), S = x.shape[-2:], len(weights)
     N, kind = out_features(weight) // n, kind_of(weight)
@@ -434,18 +429,17 @@ def experts(
     hopper, units = launch["PDL"], triton.cdiv(K, C * tuning.CHUNK[kind])
     tiles = triton.cdiv(N, how.tile_rows) * (1 if down else S)
     programs = min(tiles, how.ctas_per_sm * processors or tiles)
-    top, E2 = 0 if down or sums is None else S, triton.next_power_of_2(n)
-    own = hopper and top > 0
+    top, E2 = 0 if down or logits is None else S, triton.next_power_of_2(n)
+    ahead = hopper and top > 0
     y = torch.empty(*((M, N) if down else (S, M, N // 2)), dtype=x.dtype, device=x.device)
     _experts_kernel[(programs,)](
-        y, x, weight.view(torch.int32), scales, bias, norm, residual, used, weights, sums, shifts, eps, S, M, units,
-        n, N, K,
+        y, x, weight.view(torch.int32), scales, bias, residual, used, weights, logits, S, M, units, n, N, K,
         KIND=kind, GROUP=group_of(K, kind, scales)[0], DOWN=down, TOP=top,
         RENORMALIZE=renormalize, EXPERTS=E2, LIMIT=limit, ALPHA=alpha,
         COLS=tuning.columns(M), R=R, C=C, W=W, WHOLE=not down and units <= W, PERSIST=programs < tiles,
-        EVEN=K % (C * tuning.CHUNK[kind]) == 0, 
-        CHOICE=experts_choice.choice(top, E2, n, K, shifts is not None) if own else None,
-        SHARES=experts_choice.shares(top, E2, renormalize) if own else None,
+        EVEN=K % (C * tuning.CHUNK[kind]) == 0, CLEAR=down and logits is not None,
+        CHOICE=experts_choice.choice(top, E2, n) if ahead else None,
+        SHARES=experts_choice.shares(top, E2, renormalize) if ahead else None,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
@@ -454,8 +448,7 @@ def experts(
 
 @torch.library.register_fake("gptfast::experts")
 def _(
-    x, weight, scales, bias, n, used, weights, residual, down, limit=0.0, alpha=1.0, renormalize=False, sums=None,
-    shifts=None, norm=None, eps=0.0,
+    x, weight, scales, bias, n, used, weights, residual, down, limit=0.0, alpha=1.0, logits=None, renormalize=False
 ):  # fmt: skip
     M, N = x.shape[-2], out_features(weight) // n
     return x.new_empty((M, N) if down else (len(weights), M, N // 2))
@@ -466,16 +459,13 @@ def run(layer, x: Tensor, norm: nn.RMSNorm, residual: Tensor | None) -> Tensor |
     if not few_rows_on_triton(x) or norm.weight.dtype != x.dtype:
         return None
     rows, up, down, gate = x.reshape(-1, x.shape[-1]).contiguous(), layer.cond_ffn.w13, layer.cond_ffn.w2, layer.gate
-    E, k, router, clamp = len(gate.weight), layer.top_k, layer.router, (layer.limit, layer.alpha, layer.renormalize)
-    if router is not None and len(rows) == 1 and router.take():
-        used = torch.empty(1 + k, dtype=torch.int32, device=x.device)
-        weights = torch.empty(k, 1, dtype=torch.float32, device=x.device)
-        h, sums, rest = rows, router.sums, (router.shifts, norm.weight, norm.eps)
-    else:
-        h, logits = torch.empty_like(rows), torch.empty(len(rows), E, dtype=torch.float32, device=x.device)
-        used, weights = route(h, logits, rows, norm.weight, norm.eps, gate.weight, gate.bias, k, layer.renormalize)
-        sums, rest = None, ()
-    hidden = experts(h, up.weight, up.scales, up.bias, E, used, weights, None, False, *clamp, sums, *rest)
+    h, E = torch.empty_like(rows), len(gate.weight)
+    board = experts_choice.scoreboard(x.device, E) if experts_choice.supports(len(rows), layer.top_k) else None
+    logits = board if board is not None else torch.empty(len(rows), E, dtype=torch.float32, device=x.device)
+    router = (norm.weight, norm.eps, gate.weight, gate.bias, layer.top_k, layer.renormalize)
+    used, weights = route(h, logits, rows, *router)
+    clamp = (layer.limit, layer.alpha, board, layer.renormalize)
+    hidden = experts(h, up.weight, up.scales, up.bias, E, used, weights, None, False, *clamp)
     residual = None if residual is None else residual.reshape(rows.shape).contiguous()
-    y = experts(hidden, down.weight, down.scales, down.bias, E, used, weights, residual, True, *clamp, sums)
+    y = experts(hidden, down.weight, down.scales, down.bias, E, used, weights, residual, True, *clamp)
     return y.view(x.shape)

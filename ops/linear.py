@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops import cpu, linear_triton, linear_wide, symmetric
-from ops.experts_choice import Router
 from ops.packing import dequantize
 from ops.rms_norm import normed
 
@@ -39,13 +38,11 @@ class LinearLayer(Protocol):
     reduce: str  # what ranks make of their results: "", "sum" or "gather"
     rank: int
     world: int
-    router: Router | None  # of a mixture that reads the result, of one row with a residual
     backends: tuple[Callable, ...]
 
 
 def prepare(layer: LinearLayer, dtype: torch.dtype) -> None:
     """Called once, after loading: `dtype` is that of activations."""
-    layer.router = None
     if layer.weight.is_cpu and layer.scales is not None:
         if layer.weight.dtype is torch.float8_e4m3fn or layer.scales.dtype is torch.uint8:  # what cpu.cpp does not read
             wide = dequantize(layer.weight, layer.scales, layer.zeros, dtype)[:, : layer.in_features].contiguous()

@@ -26,8 +26,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from ops import experts_choice, symmetric, tuning
 from ops import linear_products as products
+from ops import symmetric, tuning
 from ops.common import MAX_ROWS, few_rows_on_triton, on_triton, op, pdl, tl, tlx, triton
 from ops.packing import group_size, pack_4_bits, pack_grouped
 
@@ -118,11 +118,10 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rank"])  # all ranks run the same code, and so sum in the same order
     def _linear_kernel(
-        y, x, w, s, bias, norm, residual, buffers, counts, rank, router, router_gain, sums, M, N, end, eps,
-        K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr,
-        COLS: tl.constexpr, WORLD: tl.constexpr, GATHER: tl.constexpr, E: tl.constexpr, EXPERTS: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, PERSIST: tl.constexpr,
-        EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+        y, x, w, s, bias, norm, residual, buffers, counts, rank, M, N, end, eps, K: tl.constexpr,
+        KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, COLS: tl.constexpr,
+        WORLD: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W n(x) [+ bias], or if SWIGLU `swiglu` of it (M, N / 2); M <= COLS rows of x.
         If WORLD is not 1, W n(x) [+ bias] is summed over so many ranks before that, each tile by itself (symmetric.py),
@@ -228,11 +227,6 @@ if triton is not None:
                 shift = tl.load(bias + n, mask=n < N, other=0.0)
             if residual is not None:
                 before = tl.load(residual + at, mask=stored, other=0.0)
-            if router is not None:
-                e = tl.arange(0, EXPERTS)
-                wanted = (e < E)[:, None] & (of_y < outputs)[None, :]
-                of_gate = tl.load(router + e[:, None] * outputs + of_y[None, :], wanted, other=0.0)
-                of_gain = tl.load(router_gain + of_y, of_y < outputs, other=0.0)
             if WORLD > 1:
                 count = tl.load(counts + n // 8, mask=n < N, other=0, cache_modifier=".cg") + 1
             acc = tl.zeros((D * W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
@@ -307,11 +301,7 @@ if triton is not None:
                     out = tl.sum(out, 0)
             if residual is not None:
                 out += before.to(tl.float32)
-            out = out.to(y.dtype.element_ty)
-            tl.store(y + at, out, mask=stored)
-            if router is not None:
-                row = tl.sum(tl.where(stored, out.to(tl.float32), 0.0), 1)
-                experts_choice.add(sums, row, of_gate, of_gain, tl.program_id(0), E, EXPERTS)
+            tl.store(y + at, out.to(y.dtype.element_ty), mask=stored)
             if WORLD > 1:
                 tl.debug_barrier()  # every thread has read the count
                 tl.store(counts + n // 8, count, mask=n < N)
@@ -340,7 +330,7 @@ def out_features(weight: Tensor) -> int:
     return weight.shape[0] * (8 if weight.ndim > 2 else 1)
 
 
-@op("linear", ("sums",))
+@op("linear")
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -354,17 +344,13 @@ def linear(
     rank: int = 0,
     world: int = 1,
     gather: bool = False,
-    gate: Tensor | None = None,
-    gain: Tensor | None = None,
-    sums: Tensor | None = None,
 ) -> Tensor:
     """[residual +] W rms_norm(x) [+ bias]: x (..., K) -> (..., N) in x's dtype or `out_dtype`, in one launch; with
     `swiglu`, SwiGLU of it (..., N / 2). CPU tensors are for Triton's interpreter.
 
     norm (K,) is RMSNorm's gain and `eps` its epsilon, without `norm` x is taken as it is; bias (N,); residual like the
     result. With several ranks in `world`, which have some columns each, W x [+ bias] is the sum of theirs; to gather,
-    they have rows, and results without a residual lie side by side, (..., world N). gate (E, N), gain (N,) and sums are
-    a Router's, see experts_choice.py, to which one row's result adds.
+    they have rows, and results without a residual lie side by side, (..., world N).
     """
     K, N, kind = x.shape[-1], out_features(weight), kind_of(weight)
     rows = x.reshape(-1, K).contiguous()
@@ -382,12 +368,11 @@ def linear(
     programs = min(tiles, how.ctas_per_sm * processors or tiles)
     width = (N // 2 if swiglu else N) * (world if gather and buffers else 1)
     y = torch.empty(*x.shape[:-1], width, dtype=out_dtype or x.dtype, device=x.device)
-    E = 0 if gate is None else len(gate)
     _linear_kernel[(programs,)](
         y, rows, weight.view(torch.int32), scales, bias, norm, residual,
-        *(buffers[1] if buffers else (None, None)), rank, gate, gain, sums, M, N, K, eps, K,
+        *(buffers[1] if buffers else (None, None)), rank, M, N, K, eps, K,
         KIND=kind, GROUP=group, PAIRS=pairs, SWIGLU=swiglu, COLS=tuning.columns(M),
-        WORLD=world if buffers else 1, GATHER=gather and buffers is not None, E=E, EXPERTS=triton.next_power_of_2(E),
+        WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
         R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
@@ -398,7 +383,7 @@ def linear(
 @torch.library.register_fake("gptfast::linear")
 def _(
     x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, out_dtype=None, swiglu=False, rank=0, world=1,
-    gather=False, gate=None, gain=None, sums=None,
+    gather=False,
 ):  # fmt: skip
     width = (out_features(weight) // 2 if swiglu else out_features(weight)) * (world if gather else 1)
     return x.new_empty((*x.shape[:-1], width), dtype=out_dtype or x.dtype)
@@ -438,8 +423,4 @@ def run(layer, x: Tensor, norm: nn.RMSNorm | None, residual: Tensor | None) -> T
         return None
     dtype, ranks = torch.float32 if layer.fp32 else x.dtype, (layer.rank, layer.world if layer.reduce else 1)
     rest = (layer.bias, gain, eps, residual, dtype, layer.swiglu, *ranks, layer.reduce == "gather")
-    router = layer.router if residual is not None and x.numel() == x.shape[-1] else None
-    if router is None or not (layer.world == 1 or symmetric.symmetric_buffers(x.device)):
-        return linear(x, layer.weight, layer.scales, *rest)
-    router.start()
-    return linear(x, layer.weight, layer.scales, *rest, router.gate, router.gain, router.sums)
+    return linear(x, layer.weight, layer.scales, *rest)

@@ -286,21 +286,17 @@ def main() -> None:
     linear_triton.linear(x[:, :2048], w[:, :2048].to(torch.int8).contiguous(), torch.empty(32000, dtype=dtype))
 
     C, size, E, k = 2048, 768, 8, 2
-    gate = torch.empty(E, C, dtype=dtype)
-    router = experts_choice.Router(gate, None, gate[0])
+    board = experts_choice.scoreboard(torch.device("cpu"), E)
     for kind, rows in (("16-bit", 1), ("mxfp4", 1), ("mxfp4", 6), ("int4:32", 6)):
         case, slots = f"experts of {kind}, {rows} rows", min(E, rows * k)
         up, down = empty_weight(kind, E * 2 * size, C), empty_weight(kind, E * C, size)
         x, used, weights = torch.empty(rows, C, dtype=dtype), torch.zeros(1 + slots).int(), torch.zeros(slots, rows)
-        choice = (0.0, 1.0, True, router.sums) if rows == 1 else ()
-        norm = (None, gate[0], 1e-5) if rows == 1 else ()
-        hidden = experts_triton.experts(x, *up, None, E, used, weights, None, False, *choice, *norm)
+        choice = (0.0, 1.0, board, True) if rows == 1 else ()
+        hidden = experts_triton.experts(x, *up, None, E, used, weights, None, False, *choice)
         experts_triton.experts(hidden, *down, None, E, used, weights, x, True, *choice)
-    case = "a router"
+    case, gate = "a router", torch.empty(E, C, dtype=dtype)
     experts_triton.route(x, torch.empty(rows, E), x, gate[0], 1e-5, gate, None, k, True)
-    case, x = "a layer before experts", x[:1]
-    for kind in ("16-bit", "int8", "int4:32"):
-        linear_triton.linear(x, *empty_weight(kind, C, C), residual=x, gate=gate, gain=gate[0], sums=router.sums)
+    experts_triton.route(x[:1], board, x[:1], gate[0], 1e-5, gate, None, k, True)
     case, x = "many rows of experts", torch.empty(600, C, dtype=dtype)
     experts_gemm.mixture_many(x, gate[0], 1e-5, gate, None, k, True, 0.0, 1.0, *up, None, *down, None, x)
 

@@ -20,7 +20,7 @@ from formats.convert import convert
 from linear import MXFP4, Linear, Plain
 from measure import prefill_flops, weight_bytes
 from model import ModelConfig
-from ops import experts_choice, experts_gemm, experts_triton, linear_triton, tuning
+from ops import experts_choice, experts_gemm, experts_triton, tuning
 from ops.attention_triton import prefetch_lines
 from ops.common import counters
 from ops.experts import mixture_plain
@@ -357,7 +357,6 @@ def make_case(kind, M, E, N, K, top_k, dtype, limit=0.0, seed=0):
             renormalize=True,
             limit=limit,
             alpha=1.702 if limit else 1.0,
-            router=None,
         )
         for w13, w2, of in ((up, down, dtype), (plain_up, plain_down, torch.float32))
     )
@@ -391,77 +390,30 @@ def test_route(M, E, top_k, renormalize, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "E,top_k,renormalize,size",
-    [
-        (8, 2, True, 1),
-        (40, 4, False, 0.03),
-        (3, 3, True, 1),
-        (40, 32, True, 300),
-        (128, 8, True, 1),
-        (256, 8, False, 1),
-    ],
+    "E,top_k,renormalize", [(8, 2, True), (40, 4, False), (3, 3, True), (40, 32, True), (128, 8, True), (256, 8, False)]
 )
-def test_one_row_finds_its_experts_going_up(E, top_k, renormalize, size, dtype):
-    """From what the linear layer before has added up: the greatest scores first, of equal ones those with the lowest
-    index, negative ones too, of features of any size."""
-    C, K = 96, 64
-    gate, gain, shift = torch.randn(E, C), torch.rand(C) + 0.5, torch.randn(E) - 5.0
-    a, wo, residual = torch.randn(1, K), torch.randn(C, K) * size / K**0.5, torch.randn(1, C) * size
-    gate, gain, shift, a, wo, residual = on_device(*(t.to(dtype) for t in (gate, gain, shift, a, wo, residual)))
-    h = rms_norm((residual + a @ wo.T).float(), gain.float(), 1e-5)[0]
-    best = (gate.float() @ h + shift.float()).argmax()
+def test_one_row_finds_its_experts_going_up(E, top_k, renormalize, dtype):
+    """The greatest scores first, of equal ones those with the lowest index, negative ones too."""
+    gate, gain, x, shift = torch.randn(E, 96), torch.rand(96) + 0.5, torch.randn(1, 96), torch.randn(E) - 5.0
+    gate, gain, x, shift = on_device(*(t.to(dtype) for t in (gate, gain, x, shift)))
+    best = (gate.float() @ rms_norm(x.float(), gain.float(), 1e-5)[0] + shift.float()).argmax()
     gate[:2], shift[:2] = gate[best], shift[best]  # two or three of one score
-    router = experts_choice.Router(gate, shift, gain)
-    router.start()
-    x = linear_triton.linear(a, wo, residual=residual, gate=gate, gain=gain, sums=router.sums)
-    assert error(x, residual.float() + a.float() @ wo.float().T) < 5e-3
-    scores = router.sums.sum(0).double() * experts_choice.UNIT
-    expected = ((gate.double() * gain.double()) @ x[0].double()).float()
-    torch.testing.assert_close(scores[:E].float(), expected, atol=1e-4 * size, rtol=1e-4)
-
-    assert router.take() and not router.take()
-    used, weights = torch.zeros(1 + top_k, dtype=torch.int32, device=DEVICE), torch.zeros(top_k, 1, device=DEVICE)
-    w13, w2 = (torch.randn(E * 16, K).to(dtype).to(DEVICE) for K in (C, 32))
-    rest = (0.0, 1.0, renormalize, router.sums)
-    norm = (router.shifts, gain, 1e-5)
-    y = experts_triton.experts(x, w13, None, None, E, used, weights, None, False, *rest, *norm)
-    experts_triton.experts(y.new_zeros(top_k, 1, 32), w2, None, None, E, used, weights, None, True, *rest)
-    assert not router.sums.any()
-    h = rms_norm(x.float(), gain.float(), 1e-5)[0]
-    logits = gate.float() @ h + shift.float()
-    low = (logits.view(torch.int32) & -(1 << (E - 1).bit_length())).view(torch.float32)  # as scores are compared
-    index = used[1:].long()
-    assert used[0] == top_k and (logits[index].diff() < 0.01).all() and index[:2].tolist() == [0, 1]
-    assert logits[index].min() > logits.topk(top_k).values[-1] - 0.01 and len(index.unique()) == top_k
-    share = low.softmax(-1)[index]
-    expected = share / share.sum() if renormalize else share
-    torch.testing.assert_close(weights[:, 0], expected, atol=1e-3, rtol=1e-2)
-    gate, up = (w13.view(E, 2, 8, C)[index].float() @ h).unbind(1)
-    assert error(y[:, 0], weights * F.silu(gate) * up) < 5e-3
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["16-bit", "int8", "int4:32", "mxfp4"])
-@pytest.mark.parametrize("first,K", [(0, 64), (1, 1024)])
-def test_a_layer_before_scores_experts(first, K, kind, dtype, monkeypatch):
-    """The same layer as without, and what nobody has looked at is forgotten."""
-    monkeypatch.setattr(linear_triton, "few_rows_on_triton", lambda x: True)
-    monkeypatch.setattr(experts_triton, "few_rows_on_triton", lambda x: True)
-    mixture, twin, norm, twin_norm, _, _ = make_case(kind, 1, 8, 32, 96, 2, dtype, 0.0)
-    a, wo, residual = on_device(
-        *(t.to(dtype) for t in (torch.randn(1, K), torch.randn(96, K) / 32, torch.randn(1, 96)))
-    )
-    router = mixture.router = experts_choice.Router(mixture.gate.weight, mixture.gate.bias, norm.weight)
-    before = SimpleNamespace(
-        weight=wo, scales=None, bias=None, fp32=False, swiglu=False, reduce="", rank=0, world=1, router=router
-    )
-    for _ in range(1 + first):
-        x = linear_triton.run(before, a, None, residual)
-    assert router.scored
-    y = experts_triton.run(mixture, x, norm, x)
-    assert not router.scored and not router.sums.any()
-    assert error(y, mixture_plain(twin, x.float(), twin_norm, x.float())) < 4e-3
-    assert error(experts_triton.run(mixture, x, norm, x), y.float()) < 4e-3  # by its own scores
+    h, board = torch.empty_like(x), experts_choice.scoreboard(torch.device(DEVICE), E)
+    used, weights = experts_triton.route(h, board, x, gain, 1e-5, gate, shift, top_k, renormalize)
+    assert error(h, rms_norm(x.float(), gain.float(), 1e-5)) < 5e-3
+    logits, limits = board.clone(), (0.0, 1.0, board, renormalize)
+    assert torch.equal(logits, logits[:1].expand_as(logits))
+    w13, w2 = (torch.randn(E * 16, K).to(dtype).to(DEVICE) for K in (96, 32))
+    y = experts_triton.experts(h, w13, None, None, E, used, weights, None, False, *limits)
+    experts_triton.experts(y.new_zeros(top_k, 1, 32), w2, None, None, E, used, weights, None, True, *limits)
+    assert (board.view(torch.int32) == 1).all()  # missing again, each of them
+    index = logits[0].sort(descending=True, stable=True).indices
+    share = logits[0].softmax(-1)[index[:top_k]]
+    assert used.tolist() == [top_k, *index[:top_k].tolist()]
+    torch.testing.assert_close(weights[:, 0], share / share.sum() if renormalize else share, atol=1e-6, rtol=1e-5)
+    gate, up = (w13.view(E, 2, 8, 96)[index[:top_k]].float() @ h[0].float()).unbind(1)
+    expected = weights * F.silu(gate) * up
+    assert error(y[:, 0], expected) < 5e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
