@@ -8,9 +8,9 @@ that other programs have just sent, or still are to.
     choice(...), shares(...)            PTX for the two that look at scores, for Hopper
 
 A score says by itself that it is there: its last bit is 0, where one that is missing has a 1. So a kernel that chooses
-need not wait until the one that scores has ended, and asks for its weights .6 us earlier. Each warp finds the same by
-itself, as whole numbers with the expert's index in the last bits, of which it has the maximum in one instruction; other
-GPUs and the interpreter, where kernels wait for each other, do it in plain Triton.
+need not wait until the one that scores has ended (.4 us less a layer of Qwen3-30B-A3B, on an H200). Each warp finds the
+same by itself, as whole numbers with the expert's index in the last bits, of which it has the maximum in one
+instruction; other GPUs and the interpreter, where kernels wait for each other, do it in plain Triton.
 """
 
 import functools
