@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ops import kv_cache, linear_products, softmax
+from ops import kv_cache, linear_products, softmax, warps
 from ops.common import counters, op, pdl, tl, tlx, triton
 from ops.fragments import flat, unflat
 from ops.rotary import gains, turned, turns
@@ -139,6 +139,45 @@ if triton is not None:
         return top, l * tl.exp2(m - safe) + l_too * tl.exp2(m_too - safe)
 
     @triton.jit
+    def _over_warps(acc, m_i, l_i, v_new, m_new, in_order, LEFT: tl.constexpr):
+        """What warps have found for the first LEFT rows, and what the new key adds, in one exchange: sums of values
+        (LEFT, DP), features in order, and their maxima and sums of weights, (LEFT, 1), as `_together` has them.
+
+        acc (W, ROWS, DP), features as `in_order`, m_i and l_i (W, ROWS); v_new (ROWS or 1, DP) and m_new (ROWS,)."""
+        W: tl.constexpr = acc.shape[0]
+        ROWS: tl.constexpr = acc.shape[1]
+        DP: tl.constexpr = acc.shape[2]
+        PITCH: tl.constexpr = DP + 4  # rows, which lanes have, begin in different banks
+        y_box = warps.box((W + 1) * LEFT * (PITCH + 2))
+        m_box = y_box + (W + 1) * LEFT * PITCH * 4
+        row = tl.arange(0, ROWS)
+        own = tl.arange(0, W)[:, None] * LEFT + row[None, :]
+        there = tl.broadcast_to((row < LEFT)[None, :], own.shape)
+        to = y_box + (own[:, :, None] * PITCH + in_order[None, None, :]) * 4
+        warps.leave(to, acc, tl.broadcast_to(there[:, :, None], acc.shape))
+        warps.leave(m_box + own * 8, m_i, there)
+        warps.leave(m_box + own * 8 + 4, l_i, there)
+        own, there = W * LEFT + row, tl.broadcast_to((row < LEFT)[:, None], (ROWS, DP))
+        to = y_box + (own[:, None] * PITCH + in_order[None, :]) * 4
+        warps.leave(to, tl.broadcast_to(v_new, (ROWS, DP)), there)
+        warps.leave(m_box + own * 8, m_new, row < LEFT)
+        tl.debug_barrier()
+        row, n = tl.arange(0, LEFT)[:, None], tl.arange(0, DP)[None, :]
+        new = W * LEFT + row
+        m = warps.take(m_box + new * 8)
+        for warp in tl.static_range(W):
+            m = tl.maximum(m, warps.take(m_box + (warp * LEFT + row) * 8))
+        top = tl.where(m == float("-inf"), 0.0, m)
+        l = tl.exp2(warps.take(m_box + new * 8) - top)
+        y = warps.take(y_box + (new * PITCH + n) * 4) * l
+        for warp in tl.static_range(W):
+            own = warp * LEFT + row
+            share = tl.exp2(warps.take(m_box + own * 8) - top)
+            l += warps.take(m_box + own * 8 + 4) * share
+            y += warps.take(y_box + (own * PITCH + n) * 4) * share
+        return y, m, l
+
+    @triton.jit
     def _combine(
         out, sinks, place, splits, block, in_order, S, Hkv, h, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
         ROWS: tl.constexpr, REAL: tl.constexpr, SPLITS: tl.constexpr, SPLITS2: tl.constexpr, PARTS: tl.constexpr,
@@ -188,7 +227,7 @@ if triton is not None:
         prefetch, lines, first_layer, S, T, Hkv, window, max_position, scale, cap, eps, stride_b, stride_h, scales_b,
         scales_h,
         G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr,
-        STRIDE: tl.constexpr, W: tl.constexpr, HALVINGS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+        STRIDE: tl.constexpr, W: tl.constexpr, ONCE: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
         SPLITS2: tl.constexpr, SPLIT_KEYS: tl.constexpr, PARTS: tl.constexpr, REAL: tl.constexpr, TILES: tl.constexpr,
         KIND: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr, BIAS: tl.constexpr, UNIT: tl.constexpr,
         LIFT: tl.constexpr, PDL: tl.constexpr,
@@ -295,7 +334,9 @@ if triton is not None:
         q_turns = turns(rope, last, max_position, DP, ROTARY)
         k_turns = turns(rope, pos + new, max_position, DP, ROTARY)
         q_gain, k_gain = gains(q_norm, D, DP), gains(k_norm, D, DP)
-        sink = softmax.sinks_of(sinks, h * G + row % G, row < S * G)
+        LEFT: tl.constexpr = REAL if ONCE else ROWS
+        left = block * ROWS + tl.arange(0, LEFT)
+        sink = softmax.sinks_of(sinks, h * G + left % G, left < S * G)
         if PDL:
             tlx.gdc_wait()
 
@@ -398,38 +439,44 @@ if triton is not None:
             acc = (acc.reshape(W, ROWS, DP // 8, 8) - sums[:, :, None, :]).reshape(W, ROWS, DP)
         if KIND != "16-bit":
             acc *= 1.0 / (UNIT * LIFT)
-        m, l = tl.reduce((m_i, l_i), 0, _together)
-        m, l = _together(m, l, m_new, tl.where(m_new == float("-inf"), 0.0, 1.0))
-        top = tl.where(m == float("-inf"), 0.0, m)
-        share, of_new = tl.exp2(m_i - top[None, :]), tl.exp2(m_new - top)
-        y = (acc * share[:, :, None]).permute(1, 2, 0)  # (ROWS, DP, W)
-        for part in tl.static_range(HALVINGS):  # splitting brings what warps hold together: a sum over axis 0 is slower
-            even, odd = tl.split(y.reshape(ROWS, DP, W >> (part + 1), 2))
-            y = even + odd
-        y = y.reshape(ROWS, DP) + of_new[:, None] * v_last
+        order = in_order
+        if ONCE:
+            y, m, l = _over_warps(acc, m_i, l_i, v_last, m_new, in_order, LEFT)
+            order = n
+        else:
+            m, l = tl.reduce((m_i, l_i), 0, _together)
+            m, l = _together(m, l, m_new, tl.where(m_new == float("-inf"), 0.0, 1.0))
+            top = tl.where(m == float("-inf"), 0.0, m)
+            share, of_new = tl.exp2(m_i - top[None, :]), tl.exp2(m_new - top)
+            y = (acc * share[:, :, None]).permute(1, 2, 0)  # (ROWS, DP, W)
+            HALVINGS: tl.constexpr = 3 if W == 8 else 2 if W == 4 else 1
+            for part in tl.static_range(HALVINGS):  # splitting brings what warps hold together: a sum is slower
+                even, odd = tl.split(y.reshape(ROWS, DP, W >> (part + 1), 2))
+                y = even + odd
+            y = y.reshape(ROWS, DP) + of_new[:, None] * v_last
+            m, l = m[:, None], l[:, None]
 
-        of_row = ((b * S + row // G).to(tl.int64) * (Hkv * G) + h * G + row % G) * D
-        mask = (row < S * G)[:, None] & (in_order < D)[None, :]
+        of_row = (((b * S + left // G).to(tl.int64) * (Hkv * G) + h * G + left % G) * D)[:, None]
+        seen = (left < S * G)[:, None]
+        mask = seen & (order < D)[None, :]
         if SPLITS > 1 and splits > 1:
             # The program that comes last finds what all have left, and combines it in the order of the splits.
             group = head * tl.num_programs(2) + block
             place = partial + group.to(tl.int64) * (SPLITS * ROWS * (DP + 2))
-            own = place + (split * ROWS + tl.arange(0, ROWS)) * (DP + 2)
-            tl.store(own[:, None] + n[None, :], y, mask=mask)
-            tl.store(own + DP, m, mask=row < S * G)
-            tl.store(own + DP + 1, l, mask=row < S * G)
+            own = place + (split * ROWS + tl.arange(0, LEFT))[:, None] * (DP + 2)
+            tl.store(own + n[None, :], y, mask=mask)
+            tl.store(own + DP, m, mask=seen)
+            tl.store(own + DP + 1, l, mask=seen)
             tl.debug_barrier()
             if tl.atomic_add(counts + group, 1, sem="acq_rel") < splits - 1:
                 return
             tl.store(counts + group, 0)
             base = out + b.to(tl.int64) * S * (Hkv * G) * D
-            _combine(
-                base, sinks, place, splits, block, in_order, S, Hkv, h, G, D, DP, ROWS, REAL, SPLITS, SPLITS2, PARTS
-            )
+            _combine(base, sinks, place, splits, block, order, S, Hkv, h, G, D, DP, ROWS, REAL, SPLITS, SPLITS2, PARTS)
         else:
             if sinks is not None:
-                l = softmax.with_sink(l, m, sink)
-            tl.store(out + of_row[:, None] + in_order[None, :], (y / l[:, None]).to(out.dtype.element_ty), mask=mask)
+                l = softmax.with_sink(l, m, sink[:, None])
+            tl.store(out + of_row + order[None, :], (y / l).to(out.dtype.element_ty), mask=mask)
 
 
 # Bytes of weights to prefetch: of those that are read soon, a third of what exceeds what the next kernels' first
@@ -441,6 +488,7 @@ PREFETCH, EARLY = 2**21, 14 * 2**20
 LATER = 2**22
 FEW = 66  # programs without a split, up to which one a multiprocessor, of twice the warps, is faster
 MANY = 132  # and from which three are, but for caches in 8 bits
+SHARED = 30 * 1024  # bytes of shared memory that a kernel may declare, beside what Triton takes
 # KV splits of all rows and heads: what the multiprocessors hold, one, two or three each.
 ONE_EACH, TWO_EACH, THREE_EACH = 132, 264, 396
 
@@ -517,6 +565,7 @@ def attention_triton(
     # Those without a KV split help to prefetch, where one row leaves most multiprocessors idle.
     programs = max(splits, 128 // groups) if lines and S == 1 else splits
     to = kv_cache.widening(kind, qkv.dtype, launch["PDL"])
+    once = launch["PDL"] and (how.warps + 1) * real * (DP + 6) * 4 <= SHARED
     _attention_kernel[(B * Hkv, programs, blocks)](
         out, qkv, k_cache, v_cache, k_scales, v_scales, input_pos.contiguous(), rope, q_norm, k_norm, sinks, partial,
         counters(qkv.device, groups), prefetch, lines,
@@ -524,7 +573,7 @@ def attention_triton(
         *softmax.constants(D**-0.5 if scale is None else scale, soft_cap), eps,
         *k_cache.stride()[:2], *(k_cache if k_scales is None else k_scales).stride()[:2], G=G, D=D, DP=DP,
         ROTARY=0 if rope is None else 2 * rope.shape[1], ROWS=rows, NEW=1 if S == 1 else 16, STRIDE=k_cache.stride(2),
-        W=how.warps, HALVINGS=how.warps.bit_length() - 1, KEYS=how.keys, SPLITS=splits,
+        W=how.warps, ONCE=once, KEYS=how.keys, SPLITS=splits,
         SPLITS2=triton.next_power_of_2(splits), SPLIT_KEYS=how.split_keys,
         PARTS=min(64 // real, triton.next_power_of_2(splits)), REAL=real, TILES=how.tiles, KIND=kind,
         K_ASM=to.keys, V_ASM=to.values, BIAS=to.bias, UNIT=to.unit, LIFT=to.lift,

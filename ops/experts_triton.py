@@ -18,7 +18,7 @@ linear_triton.py. A warp's C chunks along K are a unit, which lies within one ex
 import torch
 from torch import Tensor, nn
 
-from ops import experts_choice, tuning
+from ops import experts_choice, tuning, warps
 from ops import linear_products as products
 from ops.common import counters, few_rows_on_triton, op, pdl, tl, tlx, triton
 from ops.linear_triton import group_of, kind_of, out_features
@@ -342,7 +342,7 @@ else:
                 acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
             if COLS == 1:
                 acc = tl.sum(acc, 2, keep_dims=True)
-            out = tl.sum(acc, 0)  # (rows of W, rows of x)
+            out = warps.total(acc, PERSIST, ASM)  # (rows of W, rows of x)
             out *= UNIT
             if DOWN:
                 if bias is not None:

@@ -23,6 +23,11 @@ if triton is not None:
         "prmt.b32 p, 0x13121110, 0x1c181614, t; or.b32 $1, p, n; }"
     )
 
+    # Lane (j, i) gets what lane (0, 2 j) has, whose part of x is the j-th.
+    OF_PART = tl.constexpr(
+        "{ .reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, 3; shl.b32 l, l, 3; shfl.sync.idx.b32 $0, $1, l, 31, -1; }"
+    )
+
     @triton.jit
     def join4(a, b, c, d):  # (...,) x 4 -> (..., 2, 2), in order
         return tl.join(tl.join(a, c), tl.join(b, d))
@@ -355,13 +360,13 @@ if triton is not None:
 
     @triton.jit
     def squares_of_row(x, K, SPAN: tl.constexpr, DTYPE: tl.constexpr):
-        """The squares of one row of x, words at x, as SPAN sums."""
+        """The squares of one row of x, words at x, as sums of each warp, (SPAN / 128, 1, 1)."""
         at = tl.arange(0, SPAN)
         squares = tl.zeros((SPAN,), tl.float32)
         for start in range(0, K // 2, SPAN):
             low, high = halves(tl.load(x + start + at, start + at < K // 2, other=0), DTYPE)
             squares += low * low + high * high
-        return squares
+        return tl.sum(squares.reshape(SPAN // 128, 128), 1).reshape(SPAN // 128, 1, 1)
 
     @triton.jit
     def _bytes(w, ASM: tl.constexpr):
@@ -434,8 +439,15 @@ if triton is not None:
         word = tl.where(own, tl.expand_dims(word, 5), 0)  # (j i W 1 D, parts, halves)
         b = _bytes(word.reshape(4, 8, W, 1, X // 2, 4), ASM).reshape(4, 8, W, D, PARTS // 2, 2, 2, 4)
         b = b.permute(3, 2, 4, 5, 0, 6, 7, 1).reshape(D * W, PARTS * 32, 8)
-        scale = tl.max((exponent.to(tl.float32, bitcast=True) * (1 / 8192)).reshape(4, 2, W, D), 1)
-        scale = tl.broadcast_to(scale.permute(2, 1, 0).reshape(D * W, 1, 4), (D * W, R * 8, 4))
+        scale = exponent.to(tl.float32, bitcast=True) * (1 / 8192)
+        if ASM is None:
+            scale = tl.max(scale.reshape(4, 2, W, D), 1).permute(2, 1, 0).reshape(D * W, 1, 4)
+            scale = tl.broadcast_to(scale, (D * W, R * 8, 4))
+        else:  # as sums have it, so that no warp waits for others where Triton would go through shared memory
+            scale = tl.broadcast_to(scale, (4, 8, W, 1, D, 1))
+            scale = tl.inline_asm_elementwise(OF_PART, "=r,r", [scale], tl.float32, is_pure=False, pack=1)
+            scale = tl.broadcast_to(scale.reshape(4, 8, W, D, 1), (4, 8, W, D, R))
+            scale = scale.permute(3, 2, 4, 1, 0).reshape(D * W, R * 8, 4)
         return b, scale
 
     @triton.jit

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ops import linear_products as products
-from ops import symmetric, tuning
+from ops import symmetric, tuning, warps
 from ops.common import MAX_ROWS, few_rows_on_triton, on_triton, op, pdl, tl, tlx, triton
 from ops.packing import group_size, pack_4_bits, pack_grouped
 
@@ -204,11 +204,11 @@ if triton is not None:
         # The factor of one row's norm is computed where weights are on their way: here or, of products of int8 in
         # several steps, which come sooner, before the last step. There warps also meet late.
         LATER: tl.constexpr = IN_INT8 and not WHOLE
-        factor = 0.0
+        factor = tl.zeros((1, 1), tl.float32)
         if norm is not None and COLS == 1 and not LATER:
             of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
             if not IN_INT8:
-                factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
+                factor = tl.rsqrt(warps.total(of_row, False, ASM) / K + eps)
         if WHOLE:
             if norm is not None and not GAIN_AHEAD:
                 gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
@@ -249,7 +249,7 @@ if triton is not None:
                         gain = gain_next
                 if norm is not None and LATER and turn == 0:
                     of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
-                    factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
+                    factor = tl.rsqrt(warps.total(of_row, False, ASM) / K + eps)
                 gain_now = gain
                 if norm is not None and not GAIN_AHEAD:
                     gain_now = products.load(gains, kx, last // 2, kx < (K - last) // 2, EVEN)
@@ -267,7 +267,7 @@ if triton is not None:
                 acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
             if COLS == 1:
                 acc = tl.sum(acc, 2, keep_dims=True)
-            out = tl.sum(acc, 0)  # (rows of W, rows of x)
+            out = warps.total(acc, PERSIST, ASM)  # (rows of W, rows of x)
             out *= UNIT  # see products._unpack
             if norm is not None:
                 if COLS > 1:
@@ -279,7 +279,7 @@ if triton is not None:
                     out *= tl.rsqrt(total / K + eps)
                 else:
                     if IN_INT8 and WHOLE and turn == 0:  # warps meet when the next weights are on their way
-                        factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
+                        factor = tl.rsqrt(warps.total(of_row, False, ASM) / K + eps)
                     out *= factor
             if P == 4 and GROUP == 0:
                 out *= scale.to(tl.float32)[:, None]

@@ -1,0 +1,74 @@
+"""What a program's warps leave for each other in its shared memory, in PTX for Hopper, with a barrier between the two.
+Triton's own sums over warps meet at twice as many barriers, and once more where the result is stored.
+
+    box(WORDS)          the address of so many words
+    leave(at, x, mask)  fp32 or int32 x to addresses
+    take(at)            fp32 from addresses
+    total(x, ...)       the sum over warps, or plain Triton's
+"""
+
+from ops.common import tl, triton
+
+if triton is None:
+    box = leave = take = total = None
+else:
+
+    @triton.constexpr_function
+    def _declare(words):
+        return f"{{ .shared .align 16 .b32 box[{words}]; mov.u32 $0, box; }}"
+
+    @triton.constexpr_function
+    def _pitch(W):
+        """How many words apart rows of W lie, so that lanes read from different banks, four words at a time."""
+        return W if W <= 4 else W + 4
+
+    @triton.constexpr_function
+    def _adds(W):
+        """PTX: the sum of W words."""
+        n = min(W, 4)
+        lines = [f".reg .f32 a<{W}>;"]
+        for first in range(0, W, n):
+            words = ", ".join(f"a{first + i}" for i in range(n))
+            lines += [f"ld.shared.v{n}.f32 {{{words}}}, [$1+{4 * first}];"]
+        while W > 1:
+            W //= 2
+            lines += [f"add.f32 a{i}, a{i}, a{i + W};" for i in range(W)]
+        return "{ " + " ".join([*lines, "mov.f32 $0, a0;"]) + " }"
+
+    @triton.jit
+    def box(WORDS: tl.constexpr):
+        """The address of so many words. Boxes of one size are the same one."""
+        return tl.inline_asm_elementwise(_declare(WORDS), "=r", [], tl.int32, is_pure=True, pack=1)
+
+    @triton.jit
+    def leave(at, x, mask):
+        """Words of 32 bits to addresses, where the mask says so."""
+        store: tl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b32 [$1], $2; mov.b32 $0, 0; }"
+        arguments = [at, x.to(tl.int32, bitcast=True), mask.to(tl.int32)]
+        tl.inline_asm_elementwise(store, "=r,r,r,r", arguments, tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def take(at):
+        """fp32 from addresses."""
+        return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at], tl.float32, is_pure=False, pack=1)
+
+    @triton.jit
+    def total(x, AGAIN: tl.constexpr, ASM: tl.constexpr):
+        """x (W, rows, columns) summed over warps; AGAIN: whether the program has done it before. In PTX if there is ASM
+        and one column."""
+        W: tl.constexpr = x.shape[0]
+        ROWS: tl.constexpr = x.shape[1]
+        if ASM is None or x.shape[2] > 1 or W == 1:
+            out = tl.sum(x, 0)
+        else:
+            PITCH: tl.constexpr = _pitch(W)
+            row, warp = tl.arange(0, ROWS), tl.arange(0, W)
+            words = box(ROWS * PITCH)
+            at = words + (warp[:, None, None] + row[None, :, None] * PITCH) * 4
+            if AGAIN:
+                tl.debug_barrier()
+            leave(at, x, tl.full(x.shape, 1, tl.int1))
+            tl.debug_barrier()
+            at = words + row[:, None] * (PITCH * 4)
+            out = tl.inline_asm_elementwise(_adds(W), "=f,r", [at], tl.float32, is_pure=False, pack=1)
+        return out
