@@ -157,21 +157,21 @@ if triton is not None:
         warps.leave(to, acc, tl.broadcast_to(there[:, :, None], acc.shape))
         warps.leave(m_box + own * 8, m_i, there)
         warps.leave(m_box + own * 8 + 4, l_i, there)
-        own, there = W * LEFT + row, tl.broadcast_to((row < LEFT)[:, None], (ROWS, DP))
+        own, there = row + W * LEFT, tl.broadcast_to((row < LEFT)[:, None], (ROWS, DP))
         to = y_box + (own[:, None] * PITCH + in_order[None, :]) * 4
         warps.leave(to, tl.broadcast_to(v_new, (ROWS, DP)), there)
         warps.leave(m_box + own * 8, m_new, row < LEFT)
         tl.debug_barrier()
         row, n = tl.arange(0, LEFT)[:, None], tl.arange(0, DP)[None, :]
-        new = W * LEFT + row
+        new = row + W * LEFT
         m = warps.take(m_box + new * 8)
         for warp in tl.static_range(W):
-            m = tl.maximum(m, warps.take(m_box + (warp * LEFT + row) * 8))
+            m = tl.maximum(m, warps.take(m_box + (row + warp * LEFT) * 8))
         top = tl.where(m == float("-inf"), 0.0, m)
         l = tl.exp2(warps.take(m_box + new * 8) - top)
         y = warps.take(y_box + (new * PITCH + n) * 4) * l
         for warp in tl.static_range(W):
-            own = warp * LEFT + row
+            own = row + warp * LEFT
             share = tl.exp2(warps.take(m_box + own * 8) - top)
             l += warps.take(m_box + own * 8 + 4) * share
             y += warps.take(y_box + (own * PITCH + n) * 4) * share
@@ -488,7 +488,7 @@ PREFETCH, EARLY = 2**21, 14 * 2**20
 LATER = 2**22
 FEW = 66  # programs without a split, up to which one a multiprocessor, of twice the warps, is faster
 MANY = 132  # and from which three are, but for caches in 8 bits
-SHARED = 30 * 1024  # bytes of shared memory that a kernel may declare, beside what Triton takes
+SHARED = 48 * 1024  # bytes of shared memory that a kernel has without asking for more
 # KV splits of all rows and heads: what the multiprocessors hold, one, two or three each.
 ONE_EACH, TWO_EACH, THREE_EACH = 132, 264, 396
 
@@ -522,6 +522,11 @@ def plan(kind: str, DP: int, S: int, groups: int) -> Plan:
     if wide and one and groups <= FEW:  # up to 256 keys are one step, without KV splits, which wait for each other
         return Plan(ONE_EACH, 8, 32, 1, None, split_keys=256)
     return Plan(TWO_EACH, 4, 16 if wide or DP > 128 else 32, 2 if wide and one else 1, None)
+
+
+def exchanges(hopper: bool, W: int, rows: int, real: int, DP: int) -> bool:
+    """Whether warps may leave for each other what `_over_warps` says: beside the queries of all of them."""
+    return hopper and (W + 1) * real * (DP + 6) * 4 + W * rows * DP * 2 <= SHARED
 
 
 @op("attention", mutates=("k_cache", "v_cache", "k_scales", "v_scales"))
@@ -565,7 +570,7 @@ def attention_triton(
     # Those without a KV split help to prefetch, where one row leaves most multiprocessors idle.
     programs = max(splits, 128 // groups) if lines and S == 1 else splits
     to = kv_cache.widening(kind, qkv.dtype, launch["PDL"])
-    once = launch["PDL"] and (how.warps + 1) * real * (DP + 6) * 4 <= SHARED
+    once = S == 1 and exchanges(launch["PDL"], how.warps, rows, real, DP)
     _attention_kernel[(B * Hkv, programs, blocks)](
         out, qkv, k_cache, v_cache, k_scales, v_scales, input_pos.contiguous(), rope, q_norm, k_norm, sinks, partial,
         counters(qkv.device, groups), prefetch, lines,

@@ -151,6 +151,8 @@ if triton is not None:
         SMALL: tl.constexpr = FOUR and COLS > 1 and ASM is not None
         IN_INT8: tl.constexpr = COLS == 1 and ((KIND == "int8" and GROUP == 0) or FOUR)
         UNIT: tl.constexpr = products.unit(KIND, SMALL, IN_INT8, ASM)
+        # The next tile's weights in 16 bits leave 16 warps no registers for sums in PTX.
+        OWN: tl.constexpr = None if PERSIST and KIND == "fp" and W == 16 else ASM
         # Of groups, the dtype of a pair's halves, or of scales alone.
         S: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None
         # Products that add up in the same registers wait for each other: 4 sums, where they are the longest.
@@ -208,7 +210,7 @@ if triton is not None:
         if norm is not None and COLS == 1 and not LATER:
             of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
             if not IN_INT8:
-                factor = tl.rsqrt(warps.total(of_row, False, ASM) / K + eps)
+                factor = tl.rsqrt(warps.total(of_row, False, OWN) / K + eps)
         if WHOLE:
             if norm is not None and not GAIN_AHEAD:
                 gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
@@ -249,7 +251,7 @@ if triton is not None:
                         gain = gain_next
                 if norm is not None and LATER and turn == 0:
                     of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
-                    factor = tl.rsqrt(warps.total(of_row, False, ASM) / K + eps)
+                    factor = tl.rsqrt(warps.total(of_row, False, OWN) / K + eps)
                 gain_now = gain
                 if norm is not None and not GAIN_AHEAD:
                     gain_now = products.load(gains, kx, last // 2, kx < (K - last) // 2, EVEN)
@@ -267,7 +269,7 @@ if triton is not None:
                 acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
             if COLS == 1:
                 acc = tl.sum(acc, 2, keep_dims=True)
-            out = warps.total(acc, PERSIST, ASM)  # (rows of W, rows of x)
+            out = warps.total(acc, PERSIST, OWN)  # (rows of W, rows of x)
             out *= UNIT  # see products._unpack
             if norm is not None:
                 if COLS > 1:
@@ -279,7 +281,7 @@ if triton is not None:
                     out *= tl.rsqrt(total / K + eps)
                 else:
                     if IN_INT8 and WHOLE and turn == 0:  # warps meet when the next weights are on their way
-                        factor = tl.rsqrt(warps.total(of_row, False, ASM) / K + eps)
+                        factor = tl.rsqrt(warps.total(of_row, False, OWN) / K + eps)
                     out *= factor
             if P == 4 and GROUP == 0:
                 out *= scale.to(tl.float32)[:, None]

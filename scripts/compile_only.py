@@ -25,12 +25,15 @@ class _Driver:
 
 
 def compile_only(then: Callable[[str, dict], object] = lambda name, asm: None, gpu="NVIDIA H100 80GB HBM3") -> None:
-    """From now on, in this process. Tensors may be on the CPU; `then` gets each kernel's name and what it became."""
+    """From now on, in this process. Tensors may be on the CPU; `then` gets each kernel's name and what it became, with
+    the bytes of shared memory that a launch asks for."""
 
     def launcher(kernel: JITFunction, grid) -> Callable[..., object]:
-        return lambda *args, **options: then(
-            kernel.fn.__name__, kernel.run(*args, grid=grid, warmup=True, **options).asm
-        )
+        def launch(*args, **options) -> object:
+            compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+            return then(kernel.fn.__name__, {**compiled.asm, "shared": compiled.metadata.shared})
+
+        return launch
 
     triton.runtime.driver.set_active(_Driver())
     JITFunction.__getitem__ = launcher

@@ -73,6 +73,22 @@ def test_fragments_are_loaded_as_they_are(compiled):
     assert [row["case"] for row in linear if row["buffers"]] == []
 
 
+def test_warps_of_one_row_meet_once(compiled):
+    """For their sums, and once more for a norm: what Triton would move between warps on the way shows as barriers."""
+    rows = [row for row in compiled if row["kernel"] in ("_linear_kernel", "_experts_kernel")]
+    rows = [row for row in rows if ", 1 rows" in row["case"] and "rank" not in row["case"]]
+    assert len(rows) > 10
+    for row in rows:
+        assert row["barriers"] == len(row["boxes"]) == 1 + ("norm" in row["case"]), row
+
+
+def test_shared_memory_suffices(compiled):
+    """What a kernel declares itself and what Triton asks for, which is no more than every kernel may have."""
+    rows = [row for row in compiled if row["boxes"]]
+    assert {row["kernel"] for row in rows} == {"_linear_kernel", "_experts_kernel", "_attention_kernel"}
+    assert [row for row in rows if sum(row["boxes"]) + row["shared"] > 48 * 1024] == []
+
+
 def test_gemms_widen_between_shared_memory_and_tensor_cores(compiled):
     """Weights, int4's pairs and x each have a buffer of what is on its way, and need no other; products are the tensor
     cores' own of Hopper, and have ended before the next weights are widened, perhaps into the registers that they read;
@@ -230,6 +246,9 @@ def main() -> None:
             "case": case,
             "messages": volatile_loads(asm["ttgir"]),
             "buffers": asm["ttgir"].count("ttg.local_alloc"),
+            "barriers": asm["ptx"].count("bar.sync"),
+            "boxes": [4 * int(words) for words in re.findall(r"\.b32 box\[(\d+)\]", asm["ptx"])],
+            "shared": asm["shared"],
             "waits": asm["ptx"].count("griddepcontrol.wait"),
             "pending": pending(asm["ptx"]),
             "wgmma": asm["ptx"].count("wgmma.mma_async"),
@@ -319,7 +338,15 @@ def main() -> None:
     exchange.sum_triton(x, x, x, buffers, counts.int(), 1, 2)
 
     pos = torch.zeros(1, dtype=torch.int64)
-    for S, H, Hkv, D, rotary in ((1, 4, 4, 128, True), (1, 8, 2, 64, True), (6, 4, 2, 128, True), (4, 4, 2, 16, False)):
+    for S, H, Hkv, D, rotary in (
+        (1, 4, 4, 128, True),
+        (1, 8, 2, 64, True),
+        (6, 4, 2, 128, True),
+        (4, 4, 2, 16, False),
+        (1, 8, 2, 128, False),
+        (1, 8, 1, 128, False),
+        (1, 4, 1, 256, False),
+    ):
         case = f"{S} tokens, {H} heads of {D}, {Hkv} keys{', rope' if rotary else ''}"
         qkv, cache = torch.empty(1, S, (H + 2 * Hkv) * D, dtype=dtype), torch.empty(2, 1, Hkv, 1024, D, dtype=dtype)
         rope, norm = (torch.empty(1024, D // 2, 2), torch.empty(D, dtype=dtype)) if rotary else (None, None)
