@@ -190,7 +190,7 @@ def experts() -> str:
         return [r["model"], f"{r['mode']} {r['weight_gigabytes']:.2f} GB", f"{r['prompt_length']:,}", speed, reading]
 
     header = "model | weights read | prompt | tok/s (min-max) | GB/s | of read bandwidth | first token, ms | MFU"
-    return _of_runs("experts experts_mxfp4 experts_prompt", header, cells)
+    return _of_runs("experts experts_int4 experts_mxfp4 experts_prompt", header, cells)
 
 
 def first_token() -> str:
