@@ -23,13 +23,14 @@ else:
         return W if W <= 4 else W + 4
 
     @triton.constexpr_function
-    def _adds(W):
-        """PTX: the sum of W words."""
-        n = min(W, 4)
+    def _adds(W, apart):
+        """PTX: the sum of W words, so many of them apart."""
+        n = min(W, 4) if apart == 1 else 1
         lines = [f".reg .f32 a<{W}>;"]
         for first in range(0, W, n):
             words = ", ".join(f"a{first + i}" for i in range(n))
-            lines += [f"ld.shared.v{n}.f32 {{{words}}}, [$1+{4 * first}];"]
+            code = f"ld.shared.v{n}.f32 {{{words}}}" if n > 1 else f"ld.shared.f32 {words}"
+            lines += [f"{code}, [$1+{4 * first * apart}];"]
         while W > 1:
             W //= 2
             lines += [f"add.f32 a{i}, a{i}, a{i + W};" for i in range(W)]
@@ -54,21 +55,23 @@ else:
 
     @triton.jit
     def total(x, AGAIN: tl.constexpr, ASM: tl.constexpr):
-        """x (W, rows, columns) summed over warps; AGAIN: whether the program has done it before. In PTX if there is ASM
-        and one column."""
+        """x (W, rows, columns) summed over warps; AGAIN: whether the program has done it before. In PTX if there is ASM."""
         W: tl.constexpr = x.shape[0]
         ROWS: tl.constexpr = x.shape[1]
-        if ASM is None or x.shape[2] > 1 or W == 1:
+        COLS: tl.constexpr = x.shape[2]
+        if ASM is None or W == 1:
             out = tl.sum(x, 0)
         else:
-            PITCH: tl.constexpr = _pitch(W)
-            row, warp = tl.arange(0, ROWS), tl.arange(0, W)
-            words = box(ROWS * PITCH)
-            at = words + (warp[:, None, None] + row[None, :, None] * PITCH) * 4
+            # The words of a sum lie side by side or, of several columns, as warps have them.
+            PITCH: tl.constexpr = _pitch(W) if COLS == 1 else 1
+            APART: tl.constexpr = 1 if COLS == 1 else ROWS * COLS
+            words = box(ROWS * PITCH if COLS == 1 else W * ROWS * COLS)
+            row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+            at = words + (row * COLS + col) * (PITCH * 4)
             if AGAIN:
                 tl.debug_barrier()
-            leave(at, x, tl.full(x.shape, 1, tl.int1))
+            to = at[None, :, :] + tl.arange(0, W)[:, None, None] * (APART * 4)
+            leave(to, x, tl.full(x.shape, 1, tl.int1))
             tl.debug_barrier()
-            at = words + row[:, None] * (PITCH * 4)
-            out = tl.inline_asm_elementwise(_adds(W), "=f,r", [at], tl.float32, is_pure=False, pack=1)
+            out = tl.inline_asm_elementwise(_adds(W, APART), "=f,r", [at], tl.float32, is_pure=False, pack=1)
         return out

@@ -100,18 +100,21 @@ def program(monkeypatch) -> Program:
 if triton is not None:
 
     @triton.jit
-    def _totals(out, x, W: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr):
-        at = tl.arange(0, W)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
+    def _totals(out, x, W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TURNS: tl.constexpr):
+        to = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+        at = tl.arange(0, W)[:, None, None] * (ROWS * COLS) + to[None, :, :]
         for turn in tl.static_range(TURNS):
-            y = warps.total(tl.load(x + turn * (W * ROWS) + at), TURNS > 1, "PTX")
-            tl.store(out + turn * ROWS + tl.arange(0, ROWS)[:, None], y)
+            y = warps.total(tl.load(x + turn * (W * ROWS * COLS) + at), TURNS > 1, "PTX")
+            tl.store(out + turn * (ROWS * COLS) + to, y)
 
 
 @pytest.mark.parametrize("turns", [1, 3])
-@pytest.mark.parametrize("W,rows", [(2, 8), (4, 1), (4, 64), (8, 32), (16, 16)])
-def test_sums_over_warps(W, rows, turns, program):
-    x, out = torch.randn(turns, W, rows), torch.zeros(turns, rows)
-    _totals[(1,)](out, x, W, rows, turns)
+@pytest.mark.parametrize(
+    "W,rows,cols", [(2, 8, 1), (4, 1, 1), (4, 64, 1), (8, 32, 1), (16, 16, 1), (2, 8, 8), (8, 32, 16)]
+)
+def test_sums_over_warps(W, rows, cols, turns, program):
+    x, out = torch.randn(turns, W, rows, cols), torch.zeros(turns, rows, cols)
+    _totals[(1,)](out, x, W, rows, cols, turns)
     torch.testing.assert_close(out, x.sum(1))
     assert program.asked == turns
 
@@ -121,7 +124,7 @@ def test_a_program_that_sums_again_waits(program):
     x, out = torch.randn(2, 4, 8), torch.zeros(2, 8)
     program.meets = False
     with pytest.raises(Exception, match="no barrier"):
-        _totals[(1,)](out, x, 4, 8, 2)
+        _totals[(1,)](out, x, 4, 8, 1, 2)
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
