@@ -2,7 +2,7 @@
 Triton's own sums over warps meet at twice as many barriers, and once more where the result is stored.
 
     box(WORDS)          the address of so many words
-    leave(at, x, mask)  fp32 or int32 x to addresses
+    leave(at, x, mask)  fp32 or int32 x to addresses, or in pairs
     take(at)            fp32 from addresses
     total(x, ...)       the sum over warps, or plain Triton's
 """
@@ -36,6 +36,16 @@ else:
             lines += [f"add.f32 a{i}, a{i}, a{i + W};" for i in range(W)]
         return "{ " + " ".join([*lines, "mov.f32 $0, a0;"]) + " }"
 
+    @triton.constexpr_function
+    def _pairs(n):
+        store = f"@p st.shared.v2.b32 [${n}], {{${2 * n}, ${2 * n + 1}}};"
+        zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(n))
+        return f"{{ .reg .pred p; setp.ne.s32 p, ${3 * n}, 0; {store} {zeros} }}"
+
+    @triton.constexpr_function
+    def _registers(n):
+        return ",".join(["=&r"] * n + ["r"] * 3 * n)
+
     @triton.jit
     def box(WORDS: tl.constexpr):
         """The address of so many words. Boxes of one size are the same one."""
@@ -49,13 +59,22 @@ else:
         tl.inline_asm_elementwise(store, "=r,r,r,r", arguments, tl.int32, is_pure=False, pack=1)
 
     @triton.jit
+    def leave_pairs(at, x, mask, TWICE: tl.constexpr):
+        """The same of x whose neighbours along the last axis belong to neighbouring addresses, from an even one on, and
+        of one mask. TWICE: a lane has two such pairs one after the other, of which the second says the same (as 8 rows
+        of a product's 16)."""
+        N: tl.constexpr = 4 if TWICE else 2
+        arguments = [at, x.to(tl.int32, bitcast=True), mask.to(tl.int32)]
+        tl.inline_asm_elementwise(_pairs(N), _registers(N), arguments, tl.int32, is_pure=False, pack=N)
+
+    @triton.jit
     def take(at):
         """fp32 from addresses."""
         return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at], tl.float32, is_pure=False, pack=1)
 
     @triton.jit
     def total(x, AGAIN: tl.constexpr, ASM: tl.constexpr):
-        """x (W, rows, columns) summed over warps; AGAIN: whether the program has done it before. In PTX if there is ASM."""
+        """x (W, rows, columns) summed over warps; AGAIN: whether the program has before. In PTX if there is ASM."""
         W: tl.constexpr = x.shape[0]
         ROWS: tl.constexpr = x.shape[1]
         COLS: tl.constexpr = x.shape[2]
