@@ -87,6 +87,7 @@ def test_shared_memory_suffices(compiled):
     rows = [row for row in compiled if row["boxes"]]
     assert {row["kernel"] for row in rows} == {"_linear_kernel", "_experts_kernel", "_attention_kernel"}
     assert [row for row in rows if sum(row["boxes"]) + row["shared"] > 48 * 1024] == []
+    assert all(len(set(row["boxes"])) == len(row["boxes"]) for row in rows)  # none is declared where it is used, twice
 
 
 def test_gemms_widen_between_shared_memory_and_tensor_cores(compiled):
