@@ -1,4 +1,4 @@
-"""What warps leave for each other in shared memory: its PTX, run in the interpreter by a small reader, which also asks
+"""What warps leave for each other in shared memory: its PTX, run in the interpreter by a reader of it, which also asks
 for a barrier between what is written and what is read."""
 
 import re
@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from ptx import Warp
 
 from ops import attention_triton, linear_products, warps
 
@@ -13,68 +14,45 @@ triton = pytest.importorskip("triton", reason="the kernels need Triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-if torch.cuda.is_available():
-    pytest.skip("other tests run these kernels on the GPU itself", allow_module_level=True)
 
-
-class Program:
-    """Shared memory, and which of its words the last barrier is behind."""
+class Program(dict):
+    """A program's shared memory, which knows which of its words were written or read since the last barrier."""
 
     meets, asked = True, 0
 
     def begin(self) -> None:
-        self.words, self.boxes, self.written, self.read = np.zeros(0, np.float32), {}, set(), set()
+        self.clear()
+        self.boxes, self.end, self.written, self.read = {}, 0, set(), set()
 
     def barrier(self, *_) -> None:
         if self.meets:
             self.written.clear()
             self.read.clear()
 
-    def at(self, address: np.ndarray, size: int = 1) -> list:
-        assert (address % (4 * size) == 0).all() and (address >= 0).all()
-        assert (address // 4 + size <= len(self.words)).all()
-        return [address // 4 + i for i in range(size)]
+    def box(self, words: int) -> int:
+        """The address of so many words, always the same one."""
+        self.asked += 1
+        if words not in self.boxes:
+            self.boxes[words], self.end = self.end, self.end + -(-words // 4) * 16
+        return self.boxes[words]
 
-    def run(self, assembly: str, *inputs: np.ndarray) -> np.ndarray:
-        """Inputs of one shape: the output, $0."""
-        if found := re.search(r"\.b32 box\[(\d+)\]", assembly):
-            self.asked += 1
-            if (size := int(found[1])) not in self.boxes:
-                self.boxes[size] = -(-len(self.words) // 4) * 16
-                self.words = np.append(self.words, np.full(-len(self.words) % 4 + size, np.nan, np.float32))
-            return np.int32(self.boxes[size])
-        registers = {f"${i + 1}": value for i, value in enumerate(np.broadcast_arrays(*inputs))}
-        for line in re.sub(r"^\{|\}$", "", assembly.strip()).split(";"):
-            if not (line := line.strip()) or line.startswith(".reg"):
-                continue
-            predicate, code, rest = re.fullmatch(r"(?:@(\w+) )?(\S+) (.*)", line).groups()
-            group = re.match(r"\{(.*?)\}, (.*)", rest)
-            to, *others = [group[1].split(", "), group[2]] if group else rest.split(", ")
-            if code.startswith("ld.shared"):
-                to = to if group else [to]
-                base, _, offset = others[0].strip("[]").partition("+")
-                for name, at in zip(to, self.at(registers[base] + int(offset or 0), len(to)), strict=True):
-                    assert not self.written & set(at.flat), "no barrier before reading"
-                    self.read |= set(at.flat)
-                    registers[name] = self.words[at]
-            elif code == "st.shared.b32":
-                on = registers[predicate]
-                at = self.at(registers[to.strip("[]")][on])[0]
-                assert not self.read & set(at.flat), "no barrier before writing again"
-                self.written |= set(at.flat)
-                self.words[at] = registers[others[0]][on].view(np.float32)
-            elif code == "setp.ne.s32":
-                registers[to] = registers[others[0]] != int(others[1])
-            elif code == "add.f32":
-                registers[to] = registers[others[0]] + registers[others[1]]
-            else:
-                assert code.startswith("mov")
-                registers[to] = registers[others[0]] if others[0] in registers else np.int32(others[0])
-        return registers["$0"]
+    def get(self, at: int, _) -> int:
+        assert at not in self.written, "no barrier before reading"
+        self.read.add(at)
+        return self[at]  # an error where nobody has written
+
+    def update(self, words) -> None:
+        for at, word in words:
+            assert at % 4 == 0 and 0 <= at < self.end
+            assert at not in self.read, "no barrier before writing again"
+            self.written.add(at)
+            self[at] = word
 
 
 @pytest.fixture
 def program(monkeypatch) -> Program:
+    if torch.cuda.is_available():
+        pytest.skip("needs the interpreter: here other tests run these kernels on the GPU itself")
     program, begin = Program(), interpreter.InterpreterBuilder.set_grid_idx
 
     def set_grid_idx(builder, *index) -> None:
@@ -86,10 +64,16 @@ def program(monkeypatch) -> Program:
             self.get_result = lambda i: handle
 
     def create_inline_asm(builder, assembly, constraints, values, types, pure, pack) -> Call:
-        kind = tl.float32 if constraints.startswith("=f") else tl.int32
-        inputs = [value.data.astype(np.int32) if value.data.dtype == bool else value.data for value in values]
-        shape = np.broadcast_shapes(*(x.shape for x in inputs)) if inputs else (1,)
-        return Call(interpreter.TensorHandle(np.broadcast_to(program.run(assembly, *inputs), shape).copy(), kind))
+        inputs = np.broadcast_arrays(*(value.data for value in values)) if values else [np.zeros(1, np.int32)]
+        inputs = [x.view(np.int32) if x.dtype == np.float32 else x for x in map(np.ascontiguousarray, inputs)]
+        registers = {f"o{1 + i}": x.ravel() for i, x in enumerate(inputs)}
+        warp = Warp(program, lanes=inputs[0].size)
+        if found := re.search(r" box\[(\d+)\]", assembly):
+            warp.registers["box"] = np.full(inputs[0].size, program.box(int(found[1])))
+        result = warp.run(assembly, **registers)["$0"].astype(np.int32).reshape(inputs[0].shape)
+        if constraints.startswith("=f"):
+            return Call(interpreter.TensorHandle(result.view(np.float32), tl.float32))
+        return Call(interpreter.TensorHandle(result, tl.int32))
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", set_grid_idx)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)
@@ -97,14 +81,12 @@ def program(monkeypatch) -> Program:
     return program
 
 
-if triton is not None:
-
-    @triton.jit
-    def _totals(out, x, W: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr):
-        at = tl.arange(0, W)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
-        for turn in tl.static_range(TURNS):
-            y = warps.total(tl.load(x + turn * (W * ROWS) + at), TURNS > 1, "PTX")
-            tl.store(out + turn * ROWS + tl.arange(0, ROWS)[:, None], y)
+@triton.jit
+def _totals(out, x, W: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr):
+    at = tl.arange(0, W)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
+    for turn in tl.static_range(TURNS):
+        y = warps.total(tl.load(x + turn * (W * ROWS) + at), TURNS > 1, "PTX")
+        tl.store(out + turn * ROWS + tl.arange(0, ROWS)[:, None], y)
 
 
 @pytest.mark.parametrize("turns", [1, 3])
@@ -147,8 +129,6 @@ def test_what_shared_memory_holds():
 
 def test_lanes_get_the_scale_of_their_part_of_x():
     """Lane j + 4 i has part i // 2 of x, and multiplies products of part j."""
-    line = re.search(r"and\.b32 l, l, (\d+); shl\.b32 l, l, (\d+); shfl\.sync\.idx", linear_products.OF_PART.value)
-    mask, shift = map(int, line.groups())
-    for lane in range(32):
-        source = (lane & mask) << shift
-        assert source // 4 // 2 == lane % 4
+    lanes = np.arange(32)
+    found = Warp({}).run(linear_products.OF_PART.value, o1=lanes // 4 // 2)["$0"]
+    assert found.tolist() == (lanes % 4).tolist()
