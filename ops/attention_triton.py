@@ -139,11 +139,12 @@ if triton is not None:
         return top, l * tl.exp2(m - safe) + l_too * tl.exp2(m_too - safe)
 
     @triton.jit
-    def _over_warps(acc, m_i, l_i, v_new, m_new, in_order, LEFT: tl.constexpr):
+    def _over_warps(acc, m_i, l_i, v_new, m_new, place, LEFT: tl.constexpr, PTX: tl.constexpr):
         """What warps have found for the first LEFT rows, and what the new key adds, in one exchange: sums of values
         (LEFT, DP), features in order, and their maxima and sums of weights, (LEFT, 1), as `_together` has them.
 
-        acc (W, ROWS, DP), features as `in_order`, m_i and l_i (W, ROWS); v_new (ROWS or 1, DP) and m_new (ROWS,)."""
+        acc (W, ROWS, DP), whose feature d is place[d] of the last axis, m_i and l_i (W, ROWS); v_new (ROWS or 1, DP)
+        likewise and m_new (ROWS,). PTX: lanes have acc as tensor cores leave it."""
         W: tl.constexpr = acc.shape[0]
         ROWS: tl.constexpr = acc.shape[1]
         DP: tl.constexpr = acc.shape[2]
@@ -153,16 +154,17 @@ if triton is not None:
         row = tl.arange(0, ROWS)
         own = tl.arange(0, W)[:, None] * LEFT + row[None, :]
         there = tl.broadcast_to((row < LEFT)[None, :], own.shape)
-        to = y_box + (own[:, :, None] * PITCH + in_order[None, None, :]) * 4
-        warps.leave(to, acc, tl.broadcast_to(there[:, :, None], acc.shape))
+        n = tl.arange(0, DP)
+        to = y_box + (own[:, :, None] * PITCH + n[None, None, :]) * 4
+        warps.leave_pairs(to, acc, tl.broadcast_to(there[:, :, None], acc.shape), ROWS == 8 and PTX)
         warps.leave(m_box + own * 8, m_i, there)
         warps.leave(m_box + own * 8 + 4, l_i, there)
         own, there = row + W * LEFT, tl.broadcast_to((row < LEFT)[:, None], (ROWS, DP))
-        to = y_box + (own[:, None] * PITCH + in_order[None, :]) * 4
+        to = y_box + (own[:, None] * PITCH + n[None, :]) * 4
         warps.leave(to, tl.broadcast_to(v_new, (ROWS, DP)), there)
         warps.leave(m_box + own * 8, m_new, row < LEFT)
         tl.debug_barrier()
-        row, n = tl.arange(0, LEFT)[:, None], tl.arange(0, DP)[None, :]
+        row, n = tl.arange(0, LEFT)[:, None], place[None, :]
         new = row + W * LEFT
         m = warps.take(m_box + new * 8)
         for warp in tl.static_range(W):
@@ -441,7 +443,8 @@ if triton is not None:
             acc *= 1.0 / (UNIT * LIFT)
         order = in_order
         if ONCE:
-            y, m, l = _over_warps(acc, m_i, l_i, v_last, m_new, in_order, LEFT)
+            at_feature = n // (8 * U * F) * (8 * U * F) + n % (U * F) * 8 + n // (U * F) % 8
+            y, m, l = _over_warps(acc, m_i, l_i, v_last, m_new, at_feature, LEFT, PDL)
             order = n
         else:
             m, l = tl.reduce((m_i, l_i), 0, _together)

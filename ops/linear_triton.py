@@ -277,7 +277,8 @@ if triton is not None:
                     total = tl.sum(tl.where(half[:, None] == half[None, :], squares, 0.0), 1)
                     if SMALL:  # see products.operand
                         total *= tl.where((half < 8) | (KIND == "mxfp4"), 2.0**-64, 2.0**-60)[None, :]
-                    total = tl.sum(tl.sum(total.reshape(B, W, 2, 8), 2), 1).reshape(1, COLS)
+                    total = tl.sum(total.reshape(B, W, 2, 8), 2).permute(1, 0, 2).reshape(W, COLS, 1)
+                    total = warps.total(total, PERSIST, OWN).reshape(1, COLS)
                     out *= tl.rsqrt(total / K + eps)
                 else:
                     if IN_INT8 and WHOLE and turn == 0:  # warps meet when the next weights are on their way

@@ -2,7 +2,7 @@
 Triton's own sums over warps meet at twice as many barriers, and once more where the result is stored.
 
     box(WORDS)          the address of so many words
-    leave(at, x, mask)  fp32 or int32 x to addresses
+    leave(at, x, mask)  fp32 or int32 x to addresses, or in pairs
     take(at)            fp32 from addresses
     total(x, ...)       the sum over warps, or plain Triton's
 """
@@ -23,17 +23,28 @@ else:
         return W if W <= 4 else W + 4
 
     @triton.constexpr_function
-    def _adds(W):
-        """PTX: the sum of W words."""
-        n = min(W, 4)
+    def _adds(W, apart):
+        """PTX: the sum of W words, so many of them apart."""
+        n = min(W, 4) if apart == 1 else 1
         lines = [f".reg .f32 a<{W}>;"]
         for first in range(0, W, n):
             words = ", ".join(f"a{first + i}" for i in range(n))
-            lines += [f"ld.shared.v{n}.f32 {{{words}}}, [$1+{4 * first}];"]
+            code = f"ld.shared.v{n}.f32 {{{words}}}" if n > 1 else f"ld.shared.f32 {words}"
+            lines += [f"{code}, [$1+{4 * first * apart}];"]
         while W > 1:
             W //= 2
             lines += [f"add.f32 a{i}, a{i}, a{i + W};" for i in range(W)]
         return "{ " + " ".join([*lines, "mov.f32 $0, a0;"]) + " }"
+
+    @triton.constexpr_function
+    def _pairs(n):
+        store = f"@p st.shared.v2.b32 [${n}], {{${2 * n}, ${2 * n + 1}}};"
+        zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(n))
+        return f"{{ .reg .pred p; setp.ne.s32 p, ${3 * n}, 0; {store} {zeros} }}"
+
+    @triton.constexpr_function
+    def _registers(n):
+        return ",".join(["=&r"] * n + ["r"] * 3 * n)
 
     @triton.jit
     def box(WORDS: tl.constexpr):
@@ -48,27 +59,38 @@ else:
         tl.inline_asm_elementwise(store, "=r,r,r,r", arguments, tl.int32, is_pure=False, pack=1)
 
     @triton.jit
+    def leave_pairs(at, x, mask, TWICE: tl.constexpr):
+        """The same of x whose neighbours along the last axis belong to neighbouring addresses, from an even one on, and
+        of one mask. TWICE: a lane has two such pairs one after the other, of which the second says the same (as 8 rows
+        of a product's 16)."""
+        N: tl.constexpr = 4 if TWICE else 2
+        arguments = [at, x.to(tl.int32, bitcast=True), mask.to(tl.int32)]
+        tl.inline_asm_elementwise(_pairs(N), _registers(N), arguments, tl.int32, is_pure=False, pack=N)
+
+    @triton.jit
     def take(at):
         """fp32 from addresses."""
         return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at], tl.float32, is_pure=False, pack=1)
 
     @triton.jit
     def total(x, AGAIN: tl.constexpr, ASM: tl.constexpr):
-        """x (W, rows, columns) summed over warps; AGAIN: whether the program has done it before. In PTX if there is ASM
-        and one column."""
+        """x (W, rows, columns) summed over warps; AGAIN: whether the program has before. In PTX if there is ASM."""
         W: tl.constexpr = x.shape[0]
         ROWS: tl.constexpr = x.shape[1]
-        if ASM is None or x.shape[2] > 1 or W == 1:
+        COLS: tl.constexpr = x.shape[2]
+        if ASM is None or W == 1:
             out = tl.sum(x, 0)
         else:
-            PITCH: tl.constexpr = _pitch(W)
-            row, warp = tl.arange(0, ROWS), tl.arange(0, W)
-            words = box(ROWS * PITCH)
-            at = words + (warp[:, None, None] + row[None, :, None] * PITCH) * 4
+            # The words of a sum lie side by side or, of several columns, as warps have them.
+            PITCH: tl.constexpr = _pitch(W) if COLS == 1 else 1
+            APART: tl.constexpr = 1 if COLS == 1 else ROWS * COLS
+            words = box(ROWS * PITCH if COLS == 1 else W * ROWS * COLS)
+            row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+            at = words + (row * COLS + col) * (PITCH * 4)
             if AGAIN:
                 tl.debug_barrier()
-            leave(at, x, tl.full(x.shape, 1, tl.int1))
+            to = at[None, :, :] + tl.arange(0, W)[:, None, None] * (APART * 4)
+            leave(to, x, tl.full(x.shape, 1, tl.int1))
             tl.debug_barrier()
-            at = words + row[:, None] * (PITCH * 4)
-            out = tl.inline_asm_elementwise(_adds(W), "=f,r", [at], tl.float32, is_pure=False, pack=1)
+            out = tl.inline_asm_elementwise(_adds(W, APART), "=f,r", [at], tl.float32, is_pure=False, pack=1)
         return out

@@ -49,8 +49,10 @@ class Warp:
     def _step(self, code: list[str], arguments: list[str], on: np.ndarray) -> None:
         name = code[1] if code[0] == "setp" else code[0]
         if name == "st":
-            at, values = self._address(arguments[0]), self._value(arguments[1])
-            self.memory.update(zip(at[on].tolist(), values[on].tolist()))
+            at = self._address(arguments[0])
+            assert not (at[on] % (4 * len(arguments[1:]))).any()  # a vector's alignment
+            for i, value in enumerate(map(self._value, arguments[1:])):
+                self.memory.update(zip((at[on] + 4 * i).tolist(), value[on].tolist()))
             return
         if name == "ld":
             self.on_load()

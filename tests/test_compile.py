@@ -73,11 +73,11 @@ def test_fragments_are_loaded_as_they_are(compiled):
     assert [row["case"] for row in linear if row["buffers"]] == []
 
 
-def test_warps_of_one_row_meet_once(compiled):
+def test_warps_meet_once(compiled):
     """For their sums, and once more for a norm: what Triton would move between warps on the way shows as barriers."""
     rows = [row for row in compiled if row["kernel"] in ("_linear_kernel", "_experts_kernel")]
-    rows = [row for row in rows if ", 1 rows" in row["case"] and "rank" not in row["case"]]
-    assert len(rows) > 10
+    rows = [row for row in rows if " rows" in row["case"] and "rank" not in row["case"]]
+    assert len(rows) > 20
     for row in rows:
         assert row["barriers"] == len(row["boxes"]) == 1 + ("norm" in row["case"]), row
 

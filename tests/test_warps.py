@@ -66,11 +66,12 @@ def program(monkeypatch) -> Program:
     def create_inline_asm(builder, assembly, constraints, values, types, pure, pack) -> Call:
         inputs = np.broadcast_arrays(*(value.data for value in values)) if values else [np.zeros(1, np.int32)]
         inputs = [x.view(np.int32) if x.dtype == np.float32 else x for x in map(np.ascontiguousarray, inputs)]
-        registers = {f"o{1 + i}": x.ravel() for i, x in enumerate(inputs)}
-        warp = Warp(program, lanes=inputs[0].size)
+        parts = [x.reshape(-1, pack)[:, i] for x in inputs for i in range(pack)]  # neighbours, of one lane
+        warp = Warp(program, lanes=parts[0].size)
         if found := re.search(r" box\[(\d+)\]", assembly):
-            warp.registers["box"] = np.full(inputs[0].size, program.box(int(found[1])))
-        result = warp.run(assembly, **registers)["$0"].astype(np.int32).reshape(inputs[0].shape)
+            warp.registers["box"] = np.full(warp.lanes, program.box(int(found[1])))
+        registers = warp.run(assembly, **{f"o{pack + i}": part for i, part in enumerate(parts)})
+        result = np.stack([registers[f"${i}"] for i in range(pack)], 1).astype(np.int32).reshape(inputs[0].shape)
         if constraints.startswith("=f"):
             return Call(interpreter.TensorHandle(result.view(np.float32), tl.float32))
         return Call(interpreter.TensorHandle(result, tl.int32))
@@ -82,18 +83,20 @@ def program(monkeypatch) -> Program:
 
 
 @triton.jit
-def _totals(out, x, W: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr):
-    at = tl.arange(0, W)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
+def _totals(out, x, W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TURNS: tl.constexpr):
+    to = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    at = tl.arange(0, W)[:, None, None] * (ROWS * COLS) + to[None, :, :]
     for turn in tl.static_range(TURNS):
-        y = warps.total(tl.load(x + turn * (W * ROWS) + at), TURNS > 1, "PTX")
-        tl.store(out + turn * ROWS + tl.arange(0, ROWS)[:, None], y)
+        y = warps.total(tl.load(x + turn * (W * ROWS * COLS) + at), TURNS > 1, "PTX")
+        tl.store(out + turn * (ROWS * COLS) + to, y)
 
 
 @pytest.mark.parametrize("turns", [1, 3])
 @pytest.mark.parametrize("W,rows", [(2, 8), (4, 1), (4, 64), (8, 32), (16, 16)])
-def test_sums_over_warps(W, rows, turns, program):
-    x, out = torch.randn(turns, W, rows), torch.zeros(turns, rows)
-    _totals[(1,)](out, x, W, rows, turns)
+@pytest.mark.parametrize("cols", [1, 8, 16])
+def test_sums_over_warps(cols, W, rows, turns, program):
+    x, out = torch.randn(turns, W, rows, cols), torch.zeros(turns, rows, cols)
+    _totals[(1,)](out, x, W, rows, cols, turns)
     torch.testing.assert_close(out, x.sum(1))
     assert program.asked == turns
 
@@ -103,7 +106,7 @@ def test_a_program_that_sums_again_waits(program):
     x, out = torch.randn(2, 4, 8), torch.zeros(2, 8)
     program.meets = False
     with pytest.raises(Exception, match="no barrier"):
-        _totals[(1,)](out, x, 4, 8, 2)
+        _totals[(1,)](out, x, 4, 8, 1, 2)
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
