@@ -176,9 +176,9 @@ if triton is not None:
         C: tl.constexpr = at.shape[4]
         mask = wanted
         if not EVEN:
-            mask = flat(inside, W, R, C)
-            if wanted is not None:
-                mask &= wanted
+            mask = inside if wanted is None else inside & wanted
+        if mask is not None and mask.type.is_block():
+            mask = flat(mask, W, R, C)
         tile = tl.load(  # k comes last: constant distances between offsets are then part of the instructions
             base + flat(at, W, R, C) + k,
             mask,

@@ -39,21 +39,25 @@ if triton is not None:
 
     @triton.jit
     def _weights(
-        w, s, tile, k, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, COLS: tl.constexpr,
+        w, s, first, stop, k, N, K, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, COLS: tl.constexpr,
         R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, PERSIST: tl.constexpr,
+        SHARE: tl.constexpr,
     ):  # fmt: skip
-        """The words of a tile of W at k and, of groups, int32 pairs of scale and zero or, without zeros, scales."""
+        """The words of a tile of W, see `_rows_of`, at k and, of groups, int32 pairs of scale and zero or, without
+        zeros, scales."""
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         PER_WORD: tl.constexpr = 2 if KIND == "fp" else 1 if FOUR else 4  # 4 bits' words lie 8 rows together
         j, i, warp, r, u = _axes(W, R)
         chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
         wanted = None
-        if PERSIST:
-            wanted = tile * (8 * R) < N
+        if SHARE:
+            wanted = first + r < stop
+        elif PERSIST:
+            wanted = first * 8 < N
         pair = 0
         if FOUR:
             blocks = tl.cdiv(K, 128) if GROUP < 256 else tl.cdiv(K, 256) * 2
-            row8 = tl.minimum(tile * R + r, N // 8 - 1).to(tl.int64)
+            row8 = tl.minimum(first + r, N // 8 - 1).to(tl.int64)
             words = row8 * (blocks * 128) + (chunk * 128 + i * 16 + j * 4 + u)
             inside = chunk * 128 < K - k
         if KIND == "mxfp4":
@@ -74,7 +78,7 @@ if triton is not None:
             s = s.to(tl.pointer_type(tl.int32))
             pair = products.load(s, pairs, k // GROUP * 8, inside, EVEN, None, wanted)  # k is a multiple of 256
         else:
-            row = tl.minimum((tile * R + r) * 8 + i, N - 1)
+            row = tl.minimum((first + r) * 8 + i, N - 1)
             at = _place(chunk, j, KIND, C) * 4
             words = row.to(tl.int64) * (K // PER_WORD) + at + u
             inside = at * PER_WORD < K - k
@@ -87,6 +91,15 @@ if triton is not None:
         # another 1 or 2 %; in 16 bits neither does.
         ONCE: tl.constexpr = ".cg" if FOUR else None if KIND == "fp" else "evict_first"
         return products.load(w, words, k // PER_WORD, inside, EVEN, ONCE, wanted), pair
+
+    @triton.jit
+    def _rows_of(tile, tiles, N, R: tl.constexpr, PART: tl.constexpr, SHARE: tl.constexpr):
+        """A tile's first 8 rows of W, and where it stops if they SHARE all of them."""
+        first, stop = tile * R, (tile + 1) * R
+        if SHARE:
+            units = N // (8 * PART)
+            first, stop = tile * units // tiles * PART, tl.minimum((tile + 1) * units // tiles, units) * PART
+        return first, stop
 
     @triton.jit
     def _place(chunk, j, KIND: tl.constexpr, C: tl.constexpr):
@@ -118,18 +131,20 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rank"])  # all ranks run the same code, and so sum in the same order
     def _linear_kernel(
-        y, x, w, s, bias, norm, residual, buffers, counts, rank, M, N, end, eps, K: tl.constexpr,
+        y, x, w, s, bias, norm, residual, buffers, counts, rank, M, N, tiles, end, eps, K: tl.constexpr,
         KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, SWIGLU: tl.constexpr, COLS: tl.constexpr,
         WORLD: tl.constexpr, GATHER: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-        WHOLE: tl.constexpr, PERSIST: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+        WHOLE: tl.constexpr, PERSIST: tl.constexpr, SHARE: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         """y (M, N) = [residual +] W n(x) [+ bias], or if SWIGLU `swiglu` of it (M, N / 2); M <= COLS rows of x.
         If WORLD is not 1, W n(x) [+ bias] is summed over so many ranks before that, each tile by itself (symmetric.py),
         or if GATHER the ranks' results, without a residual, are put side by side.
 
         A program has 8 R rows of W or, if it is to PERSIST, as many such tiles as it takes, in steps along K; if WHOLE,
-        one step is all of K, and x is made ready once. Weights are asked for as soon as those before are used up, and
-        the first ones before the wait for x.
+        one step is all of K, and x is made ready once. If they SHARE, tiles have about as many rows each, in eights,
+        as all together make it. Weights are asked for as soon as those before are used up, and the first ones before
+        the wait for x.
 
         A compiler that knows K leaves out up to two fifths of the instructions. (That knows N, too, few more; but 1B's
         wqkv in int4 then takes 64 registers, two programs come up on one multiprocessor, and a step is 3 % slower.)
@@ -193,11 +208,14 @@ if triton is not None:
         gain = None
         if norm is not None and GAIN_AHEAD:
             gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
-        w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
+        PART: tl.constexpr = 2 if SWIGLU else 1
+        first, stop = _rows_of(tile, tiles, N, R, PART, SHARE)
+        w_now, s_now = _weights(
+            w, s, first, stop, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, SHARE
+        )  # fmt: skip
         if PDL:
             tlx.gdc_wait()
 
-        PART: tl.constexpr = 2 if SWIGLU else 1
         outputs = N // PART
         col = tl.arange(0, COLS)
         last = (K - 1) // STEP * STEP
@@ -217,11 +235,14 @@ if triton is not None:
             b, x_scale, squares = products.operand(squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
         rounds = 1
         if PERSIST:
-            rounds = tl.cdiv(tl.cdiv(N, 8 * R) - tile, tl.num_programs(0))
+            rounds = tl.cdiv(tiles - tile, tl.num_programs(0))
         for turn in range(rounds):
-            n = tile * (R * 8) + tl.arange(0, R * 8)
-            of_y = tile * (R * 8 // PART) + tl.arange(0, R * 8 // PART)
-            stored = (of_y < outputs)[:, None] & (col < M)[None, :]
+            n = first * 8 + tl.arange(0, R * 8)
+            of_y = first // PART * 8 + tl.arange(0, R * 8 // PART)
+            past = N
+            if SHARE:
+                past = stop * 8
+            stored = (of_y < past // PART)[:, None] & (col < M)[None, :]
             at = col[None, :].to(tl.int64) * outputs + of_y[:, None]
             if P == 4 and GROUP == 0:
                 scale = tl.load(s + n, mask=n < N, other=0.0)
@@ -230,7 +251,7 @@ if triton is not None:
             if residual is not None:
                 before = tl.load(residual + at, mask=stored, other=0.0)
             if WORLD > 1:
-                count = tl.load(counts + n // 8, mask=n < N, other=0, cache_modifier=".cg") + 1
+                count = tl.load(counts + n // 8, mask=n < past, other=0, cache_modifier=".cg") + 1
             acc = tl.zeros((D * W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
             if not WHOLE:
                 squares = tl.zeros(squares.shape, tl.float32)
@@ -245,7 +266,9 @@ if triton is not None:
                         squares, t, gain_now, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
                     )
                     acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
-                    w_now, s_now = _weights(w, s, tile, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
+                    w_now, s_now = _weights(
+                        w, s, first, stop, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, SHARE
+                    )  # fmt: skip
                     t = t_next
                     if norm is not None and GAIN_AHEAD:
                         gain = gain_next
@@ -259,7 +282,10 @@ if triton is not None:
             acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
             tile += tl.num_programs(0)
             if PERSIST:
-                w_now, s_now = _weights(w, s, tile, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST)
+                first, stop = _rows_of(tile, tiles, N, R, PART, SHARE)
+                w_now, s_now = _weights(
+                    w, s, first, stop, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, SHARE
+                )  # fmt: skip
                 if not WHOLE:
                     t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
                     if norm is not None and GAIN_AHEAD:
@@ -307,7 +333,7 @@ if triton is not None:
             tl.store(y + at, out.to(y.dtype.element_ty), mask=stored)
             if WORLD > 1:
                 tl.debug_barrier()  # every thread has read the count
-                tl.store(counts + n // 8, count, mask=n < N)
+                tl.store(counts + n // 8, count, mask=n < past)
 
 
 L2_FETCH_GRANULARITY = 5  # CU_LIMIT_MAX_L2_FETCH_GRANULARITY of CUDA's driver API
@@ -369,14 +395,18 @@ def linear(
     step = W * C * tuning.CHUNK[kind]
     tiles = triton.cdiv(N, how.tile_rows)
     programs = min(tiles, how.ctas_per_sm * processors or tiles)
+    share = how.share and N % 16 == 0
+    if share:
+        programs = how.ctas_per_sm * processors
+        tiles = triton.cdiv(tiles, programs) * programs
     width = (N // 2 if swiglu else N) * (world if gather and buffers else 1)
     y = torch.empty(*x.shape[:-1], width, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(programs,)](
         y, rows, weight.view(torch.int32), scales, bias, norm, residual,
-        *(buffers[1] if buffers else (None, None)), rank, M, N, K, eps, K,
+        *(buffers[1] if buffers else (None, None)), rank, M, N, tiles, K, eps, K,
         KIND=kind, GROUP=group, PAIRS=pairs, SWIGLU=swiglu, COLS=tuning.columns(M),
         WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
-        R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, EVEN=K % step == 0,
+        R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, SHARE=share, EVEN=K % step == 0,
         ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip

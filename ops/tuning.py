@@ -31,6 +31,7 @@ class Configuration:
     num_warps: int  # of a program, all along K
     maxnreg: int  # a bound that ptxas would undercut, at the price of delaying loads until their values are needed
     ctas_per_sm: int  # programs a multiprocessor, each of several tiles; 0: as many as there are tiles
+    share: bool = False  # tiles, of up to tile_rows, are as many for each of those programs, and about equal
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def write(device: torch.device) -> Path:
     path = next((path for path, head in heads.items() if name in head.get("devices", [])), new)
     head = heads.get(path, {"devices": [name]})
     rows = [
-        {"kind": kind, "max_rows": rows, "N": N, "K": K, **asdict(choice)}
+        {"kind": kind, "max_rows": rows, "N": N, "K": K, **{k: v for k, v in asdict(choice).items() if v is not False}}
         for (kind, rows), own in tables(device)[0].items()
         for (N, K), choice in own.items()
     ]

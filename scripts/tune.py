@@ -129,6 +129,8 @@ def candidates(weight: torch.Tensor, K: int, processors: int) -> list[Configurat
             result[Configuration(8 * R, C, W, registers, programs)] = None
             if tiles // R > programs * processors:
                 result[Configuration(8 * R, C, W, registers, 0)] = None
+            if R > 2 and tiles // R > programs * processors // 2:
+                result[Configuration(8 * R, C, W, registers, programs, True)] = None
     return list(result)
 
 

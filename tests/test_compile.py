@@ -146,7 +146,7 @@ def test_tune_tries_what_the_kernel_uses_as_it_is(kind, shape, monkeypatch):
     shape, dtype = {"int4": ((N // 8, K // 128, 8, 4, 4), "int32"), "int8": (shape, "int8")}.get(kind, (shape, "half"))
     weight = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     choices = tune.candidates(weight, K, 132)
-    assert 20 < len(set(choices)) == len(choices) < 250
+    assert 20 < len(set(choices)) == len(choices) < 350
     own, _ = tuning.tables(cpu)
     for choice in choices:
         monkeypatch.setitem(own, tuning.key(kind, 1), {(N, K): choice})

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -194,6 +195,28 @@ def test_programs_of_several_tiles_whose_step_is_all_of_K(kind, rows, monkeypatc
         x, w, s, dense, gain = on_device(x, w, s, dense, gain)
         out = linear_triton.linear(x, w, s, None, gain, 1e-5, out_dtype=torch.float32)
         assert error(out, plain(x.float(), dense, None, gain)) < 4e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("programs,N", [(1, 80), (2, 80), (2, 208), (4, 48)])  # of a multiprocessor: of 2 there
+def test_tiles_that_share_rows(programs, N, rows, kind, monkeypatch):
+    """As without it: 64 rows at most, in eights or, of gate and up, in twice as many; uneven shares, several tiles a
+    program, and programs without any."""
+    monkeypatch.setattr(tuning, "processors", lambda _: 2)
+    generator = torch.Generator().manual_seed(8)
+    K = 608
+    w, s, _ = make_weight(kind, N, K, DTYPES[-1], generator)
+    x, gain, residual = make_rows(rows, K, generator=generator), torch.rand(K), torch.randn(rows, N)
+    x, gain, residual = (t.to(DTYPES[-1]) for t in (x, gain, residual))
+    x, w, s, gain, residual = on_device(x, w, s, gain, residual)
+    results = []
+    for share in (False, True):
+        how = tuning.Configuration(64, 1, 2, 168, programs, share)
+        monkeypatch.setattr(tuning, "configuration", lambda *_, how=how: how)
+        linear = partial(linear_triton.linear, x, w, s, None, gain, 1e-5)
+        results.append((linear(residual), linear(swiglu=True)))
+    torch.testing.assert_close(*results, atol=2e-3, rtol=2e-3)  # NumPy does not sum in the same order
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

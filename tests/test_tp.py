@@ -171,9 +171,9 @@ def test_linear_kernel_sums_or_gathers_over_ranks(world, kind, monkeypatch):
     counts = torch.zeros(features // 8, dtype=torch.int64)
     monkeypatch.setattr(symmetric, "symmetric_buffers", lambda device: (None, (buffers, counts)))
     sent = [0, 0]  # so far, of the first 40 features and of the others
-    cases = ((1, 104, 2, 0), (3, 104, 4, 0), (1, 40, 2, 0), (2, 104, 2, 2), (1, 104, 2, 3))
+    cases = ((1, 104, 2, 0), (3, 104, 4, 0), (1, 40, 2, 0), (2, 104, 2, 2), (1, 104, 2, 3), (2, 96, 4, 5))
     for (rows, N, R, programs), gather in itertools.product(cases, (False, True)):
-        how = tuning.Configuration(8 * R, 1, 2, 128, programs)
+        how = tuning.Configuration(8 * R, 1, 2, 128, programs, share=N % 16 == 0)
         monkeypatch.setattr(tuning, "configuration", lambda *_, how=how: how)
         monkeypatch.setattr(tuning, "processors", lambda device: 1)
         sent[0] += 1
