@@ -226,7 +226,7 @@ else:
         B: tl.constexpr = (COLS + 7) // 8
         DTYPE: tl.constexpr = x.dtype.element_ty
         PAIR: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None  # int4's scales and zeros are of it
-        SMALL: tl.constexpr = FOUR and COLS > 1 and ASM is not None
+        SMALL: tl.constexpr = products.small(KIND, GROUP, COLS, ASM)
         IN_INT8: tl.constexpr = COLS == 1 and (KIND == "int8" or FOUR)
         UNIT: tl.constexpr = products.unit(KIND, SMALL, IN_INT8, ASM)
         D: tl.constexpr = (C if C < 8 // R else 8 // R) if P == 4 and COLS == 8 else 1
@@ -440,7 +440,7 @@ def experts(
         EVEN=K % (C * tuning.CHUNK[kind]) == 0, CLEAR=down and logits is not None,
         CHOICE=experts_choice.choice(top, E2, n) if ahead else None,
         SHARES=experts_choice.shares(top, E2, renormalize) if ahead else None,
-        ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
+        ASM=products.assembly(kind, True) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
     return y

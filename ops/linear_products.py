@@ -2,7 +2,7 @@
 
     operand(x, ...), multiply(acc, weights, operand, ...)
                         in int8 for one row of x and quantised weights, otherwise in 16 bits
-    assembly(kind)      PTX that unpacks weights, for Hopper; without it plain Triton does the same
+    assembly(kind, ...) PTX that unpacks weights, for Hopper; without it plain Triton does the same
 
 Axes: j and i are a warp's 4 x 8 lanes, W warps along K, R and C repetitions along rows and K, u a lane's words; B
 blocks of 8 columns of x, X parts of 32 values of it, D parts along K whose sums are apart; uh, ul, e the bits of a
@@ -32,19 +32,19 @@ if triton is not None:
     def join4(a, b, c, d):  # (...,) x 4 -> (..., 2, 2), in order
         return tl.join(tl.join(a, c), tl.join(b, d))
 
-    def assembly(kind: str) -> str:
-        """PTX that turns two int32 words into their values as pairs of bf16, in order."""
+    def assembly(kind: str, small: bool = False) -> str:
+        """PTX that turns two int32 words into their values as pairs of bf16, in order; fp8 may be left `small`."""
         bodies = {
             # q + 128 as the low bits of a bf16 is so many times 2^-133, subnormal or not; an FMA makes that q / 64
             "int8": [
                 f"{flip} prmt.b32 {{o}}, t, 0, {pick}; fma.rn.bf16x2 {{o}}, {{o}}, a, b;"
                 for flip, pick in (("xor.b32 t, {w}, 0x80808080;", "0x4140"), ("", "0x4342"))
             ],
-            # e4m3's bits, moved into bf16's exponent and mantissa, are the value times 2^-120
+            # e4m3's bits, moved into bf16's exponent and mantissa, behind a byte of signs, are the value times 2^-120
             "fp8": [
-                f"prmt.b32 t, {{w}}, 0, {pick}; shr.b32 s, t, 4; and.b32 s, s, 0x07f007f0;"
-                "lop3.b32 t, t, 0x80008000, s, 0xea; mul.rn.bf16x2 {o}, t, c;"
-                for pick in ("0x1404", "0x3424")
+                f"prmt.b32 t, {{w}}, 0, {pick}; shl.b32 t, t, 4; and.b32 {{o}}, t, 0x87f087f0;"
+                + ("" if small else "mul.rn.bf16x2 {o}, {o}, c;")
+                for pick in ("0x9180", "0xb3a2")
             ],
             # nibbles a and a + 4 where they are, in the low 8 bits of bf16, which alone are so many times 2^-133
             "int4": [
@@ -68,8 +68,16 @@ if triton is not None:
         return "{ .reg .b32 t, s, a, b, c; " + " ".join(moves + lines) + " }"
 
     @triton.constexpr_function
+    def small(kind, group, cols, asm):
+        """Whether weights are used so small that x is made larger for it: with assembly 4 bits for several rows, and
+        fp8 without groups."""
+        return asm is not None and (cols > 1 if kind in ("int4", "mxfp4") else kind == "fp8" and group == 0)
+
+    @triton.constexpr_function
     def unit(kind, small, in_int8, asm):
-        """What products of a kind are to be multiplied with: 4 bits for several rows with assembly are `small`."""
+        """What products of a kind are to be multiplied with."""
+        if kind == "fp8":
+            return 2.0**56 if small else 1.0
         if kind == "mxfp4":
             return 2.0**62 if small else 0.5 if in_int8 else 1.0
         return 2.0**69 if small else 64.0 if kind == "int8" and not in_int8 and asm is not None else 1.0
@@ -79,7 +87,7 @@ if triton is not None:
         """Words int32 (..., 4) -> their values, DTYPE (..., 4, 2 [, 2, 2]), whose axes are the word's high bit and the
         value's low bit e, then the word's low bit and the rest of the value's index. int4 comes as q, with ASM as
         2^-133 q where the value's second bit is 0 and as 2^-129 q where it is 1: subnormal, which tensor cores take.
-        int8 comes with ASM as 2^-6 q, mxfp4 as 2^-126 times its value.
+        int8 comes with ASM as 2^-6 q, mxfp4 as 2^-126 times its value and fp8, if `small`, as 2^-120 times.
 
         Two neighbouring words go through each piece of assembly (pack=2), and a register of two 16-bit results is one
         output's value for both of them: what was the word's low bit is e afterwards.
@@ -272,10 +280,13 @@ if triton is not None:
     ):  # fmt: skip
         """What a step multiplies weights with, from words t of x and, if there is a norm, those of its gain: the
         operand, of 16 bits in D parts along K; its scale where products are of int8 or for several rows and int4 its
-        `_sums`; and with a norm and several rows, sums of squares so far, for 4 bits with ASM in other units: of the 16
-        rows, 2^64 and, of int4, 2^60."""
+        `_sums`; and with a norm and several rows, sums of squares so far, in other units where weights are `small`: of
+        the 16 rows, 2^64 and, of int4, 2^60."""
+        SMALL: tl.constexpr = small(KIND, GROUP, COLS, ASM)
         if gain is not None and COLS == 1:
             t = _times(t, gain, DTYPE, ASM)
+        if SMALL and COLS == 1:
+            t = _times(t, tl.full(t.shape, 0x5F805F80, tl.int32), DTYPE, ASM)  # 2^64, twice
         scale = 0.0
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         if COLS == 1 and ((KIND == "int8" and GROUP == 0) or FOUR):
@@ -289,11 +300,11 @@ if triton is not None:
             # (j i W B X, uh e ul), words of x being u = 2 uh + ul
             t = _unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
             plain = t
-            if KIND == "int4" and ASM is not None:
+            if SMALL and KIND == "int4":
                 # 2^64 times as much for all, which keeps products away from 0, and as `_unpack` has the weights
                 ul = tl.arange(0, 2)[None, None, None, None, None, None, None, :]
                 t *= tl.where(ul == 0, 2.0**64, 2.0**60).to(DTYPE)
-            elif KIND == "mxfp4" and ASM is not None:
+            elif SMALL and COLS > 1:
                 t *= 2.0**64
             if gain is not None and COLS > 1:
                 # The sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing; here of two

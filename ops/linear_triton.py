@@ -163,7 +163,7 @@ if triton is not None:
         X: tl.constexpr = C * CHUNK // 32  # parts of x in a warp's step, of which a lane holds 8 values each
         B: tl.constexpr = (COLS + 7) // 8
         DTYPE: tl.constexpr = x.dtype.element_ty
-        SMALL: tl.constexpr = FOUR and COLS > 1 and ASM is not None
+        SMALL: tl.constexpr = products.small(KIND, GROUP, COLS, ASM)
         IN_INT8: tl.constexpr = COLS == 1 and ((KIND == "int8" and GROUP == 0) or FOUR)
         UNIT: tl.constexpr = products.unit(KIND, SMALL, IN_INT8, ASM)
         # The next tile's weights in 16 bits leave 16 warps no registers for sums in PTX.
@@ -302,7 +302,7 @@ if triton is not None:
                     half = tl.arange(0, 16)
                     total = tl.sum(tl.where(half[:, None] == half[None, :], squares, 0.0), 1)
                     if SMALL:  # see products.operand
-                        total *= tl.where((half < 8) | (KIND == "mxfp4"), 2.0**-64, 2.0**-60)[None, :]
+                        total *= tl.where((half < 8) | (KIND != "int4"), 2.0**-64, 2.0**-60)[None, :]
                     total = tl.sum(total.reshape(B, W, 2, 8), 2).permute(1, 0, 2).reshape(W, COLS, 1)
                     total = warps.total(total, PERSIST, OWN).reshape(1, COLS)
                     out *= tl.rsqrt(total / K + eps)
@@ -407,7 +407,7 @@ def linear(
         KIND=kind, GROUP=group, PAIRS=pairs, SWIGLU=swiglu, COLS=tuning.columns(M),
         WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
         R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, SHARE=share, EVEN=K % step == 0,
-        ASM=products.assembly(kind) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
+        ASM=products.assembly(kind, group == 0) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
     return y if world == 1 or buffers else symmetric.all_reduce(y, gather, rank, world, of_all)
