@@ -205,6 +205,9 @@ if triton is not None:
         # A gain comes before weights, which since the last step have driven it out of the L2 cache, and then a step
         # ahead, like x, where there are registers for that.
         GAIN_AHEAD: tl.constexpr = COLS == 1 or (COLS == 8 and FOUR)
+        # Where registers are few, x is asked for once that before is an operand, to the same ones. (In 16 bits, and
+        # where there are fewer steps, sooner is better.)
+        LATE: tl.constexpr = COLS == 8 and R <= 4 and (P == 4 or (FOUR and C == 1))
         gain = None
         if norm is not None and GAIN_AHEAD:
             gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
@@ -256,22 +259,25 @@ if triton is not None:
             if not WHOLE:
                 squares = tl.zeros(squares.shape, tl.float32)
                 for k in range(STEP, end, STEP):
-                    t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
                     gain_now = gain
-                    if norm is not None and GAIN_AHEAD:
-                        gain_next = products.load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
-                    elif norm is not None:
+                    if not LATE:
+                        t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
+                        if norm is not None and GAIN_AHEAD:
+                            gain = products.load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
+                    if norm is not None and not GAIN_AHEAD:
                         gain_now = products.load(gains, kx, (k - STEP) // 2, kx < (K - k + STEP) // 2, EVEN)
                     b, x_scale, squares = products.operand(
                         squares, t, gain_now, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
                     )
+                    if LATE:
+                        t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
+                        if norm is not None and GAIN_AHEAD:
+                            gain = products.load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
                     acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
                     w_now, s_now = _weights(
                         w, s, first, stop, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, SHARE
                     )  # fmt: skip
                     t = t_next
-                    if norm is not None and GAIN_AHEAD:
-                        gain = gain_next
                 if norm is not None and LATER and turn == 0:
                     of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
                     factor = tl.rsqrt(warps.total(of_row, False, OWN) / K + eps)
