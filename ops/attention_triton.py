@@ -573,7 +573,7 @@ def attention_triton(
     # Those without a KV split help to prefetch, where one row leaves most multiprocessors idle.
     programs = max(splits, 128 // groups) if lines and S == 1 else splits
     to = kv_cache.widening(kind, qkv.dtype, launch["PDL"])
-    once = S == 1 and exchanges(launch["PDL"], how.warps, rows, real, DP)
+    once = exchanges(launch["PDL"], how.warps, rows, real, DP)
     _attention_kernel[(B * Hkv, programs, blocks)](
         out, qkv, k_cache, v_cache, k_scales, v_scales, input_pos.contiguous(), rope, q_norm, k_norm, sinks, partial,
         counters(qkv.device, groups), prefetch, lines,

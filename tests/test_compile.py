@@ -90,6 +90,14 @@ def test_shared_memory_suffices(compiled):
     assert all(len(set(row["boxes"])) == len(row["boxes"]) for row in rows)  # none is declared where it is used, twice
 
 
+def test_pairs_are_left_as_tensor_cores_have_them(compiled):
+    """What warps.leave_pairs counts on, of one new token and of several."""
+    rows = [row for row in compiled if row["paired"]]
+    assert {row["case"].split(" ", 1)[0] for row in rows if "tokens" in row["case"]} == {"1", "4"}
+    own = r"#ttg\.(nvidia_mma<{versionMajor = 2,|linear<{register = \[\[0, 0, 1\], \[0, [08], 0\],)"
+    assert [row["case"] for row in rows if not all(re.match(own, layout) for layout in row["paired"])] == []
+
+
 def test_gemms_widen_between_shared_memory_and_tensor_cores(compiled):
     """Weights, int4's pairs and x each have a buffer of what is on its way, and need no other; products are the tensor
     cores' own of Hopper, and have ended before the next weights are widened, perhaps into the registers that they read;
@@ -175,6 +183,12 @@ def volatile_loads(ttgir: str) -> list[list[list[int]]]:
     return [[[int(n) for n in shape.split("x")], *spans[name]] for shape, name in loads]
 
 
+def pairs_layouts(ttgir: str) -> list[str]:
+    """The layouts of what is stored in shared memory in pairs."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ttgir, re.M))
+    return [layouts[name] for name in re.findall(r"st\.shared\.v2.*tensor<\w+, (#\w+)>\s", ttgir)]
+
+
 def empty_weight(kind: str, N: int, K: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A weight and its scales as the kernels read them."""
     from ops.packing import pack_int4, pack_mxfp4
@@ -256,6 +270,7 @@ def main() -> None:
             "assembled": log.getvalue() if name in ("_gemm_kernel", "_widen_kernel") else "",
             "launches": asm["ptx"].count("griddepcontrol.launch_dependents"),
             "shuffles": asm["ptx"].count("shfl.sync"),
+            "paired": pairs_layouts(asm["ttgir"]),
             "to_fp8": asm["ptx"].count(".e4m3x2.f32"),
             "wide_loads": len(re.findall(r"ld\.global\.cg\.v4\.b32", asm["ptx"])),
         }

@@ -110,11 +110,12 @@ def test_a_program_that_sums_again_waits(program):
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("H,Hkv,D,pos", [(4, 4, 64, 37), (8, 2, 80, 300), (6, 2, 128, 0), (2, 1, 64, 700)])
-def test_attention_in_one_exchange(H, Hkv, D, pos, with_sinks, program, monkeypatch):
+@pytest.mark.parametrize("S", [1, 6])
+@pytest.mark.parametrize("H,Hkv,D,pos", [(4, 4, 64, 37), (8, 2, 80, 300), (6, 2, 128, 0), (2, 1, 64, 690)])
+def test_attention_in_one_exchange(H, Hkv, D, pos, S, with_sinks, program, monkeypatch):
     """As without it: of one split and of several, of heads that share a key, and where no key is old."""
     T = 704
-    qkv, cache = torch.randn(1, 1, (H + 2 * Hkv) * D).half(), torch.randn(2, 1, Hkv, T, D).half()
+    qkv, cache = torch.randn(1, S, (H + 2 * Hkv) * D).half(), torch.randn(2, 1, Hkv, T, D).half()
     rest = (torch.tensor([pos]), None, None, None, 0.0, H, 0, None, 0.0, torch.randn(H) if with_sinks else None)
     results = []
     for once in (False, True):
