@@ -38,7 +38,8 @@ WRITERS = {  # a command, and the file it writes
     ),
 }
 EVAL = ("eval", "--checkpoint_path", "{}/model.pth", "--perplexity", "{}/text.txt", "--limit", "99", "--device", "cpu")
-GENERATE = ("generate", "--checkpoint_path", "{}/model.pth", "--device", "cpu", "--stream", "--max_new_tokens", "20000")
+GENERATE = ("generate", "--checkpoint_path", "{}/model.pth", "--device", "cpu", "--stream")
+GENERATE += ("--max_new_tokens", "20000", "--temperature", "0")  # what it draws otherwise ends after twelve tokens
 
 
 @pytest.fixture(scope="module")
