@@ -94,7 +94,8 @@ if triton is not None:
 
     @triton.jit
     def _rows_of(tile, tiles, N, R: tl.constexpr, PART: tl.constexpr, SHARE: tl.constexpr):
-        """A tile's first 8 rows of W, and where it stops if they SHARE all of them."""
+        """A tile's first row of W and the one past its last, in eights. If tiles SHARE the rows, none has more than
+        one eight, of gate and up two, above another. (A last tile may stop beyond N otherwise.)"""
         first, stop = tile * R, (tile + 1) * R
         if SHARE:
             units = N // (8 * PART)
@@ -142,9 +143,8 @@ if triton is not None:
         or if GATHER the ranks' results, without a residual, are put side by side.
 
         A program has 8 R rows of W or, if it is to PERSIST, as many such tiles as it takes, in steps along K; if WHOLE,
-        one step is all of K, and x is made ready once. If they SHARE, tiles have about as many rows each, in eights,
-        as all together make it. Weights are asked for as soon as those before are used up, and the first ones before
-        the wait for x.
+        one step is all of K, and x is made ready once. If tiles SHARE the rows evenly, 8 R are the most that one has.
+        Weights are asked for as soon as those before are used up, and the first ones before the wait for x.
 
         A compiler that knows K leaves out up to two fifths of the instructions. (That knows N, too, few more; but 1B's
         wqkv in int4 then takes 64 registers, two programs come up on one multiprocessor, and a step is 3 % slower.)

@@ -31,7 +31,7 @@ class Configuration:
     num_warps: int  # of a program, all along K
     maxnreg: int  # a bound that ptxas would undercut, at the price of delaying loads until their values are needed
     ctas_per_sm: int  # programs a multiprocessor, each of several tiles; 0: as many as there are tiles
-    share: bool = False  # tiles, of up to tile_rows, are as many for each of those programs, and about equal
+    share: bool = False  # each of those programs has as many tiles, which share the rows evenly: tile_rows at most
 
 
 @dataclass(frozen=True)
