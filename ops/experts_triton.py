@@ -423,6 +423,7 @@ def experts(
     """
     (M, K), S = x.shape[-2:], len(weights)
     N, kind = out_features(weight) // n, kind_of(weight)
+    group, _ = group_of(K, kind, scales)
     how = tuning.experts(kind, N, K, M, S, down, x.device)
     R, C, W = how.tile_rows // 8, how.k_repeat, how.num_warps
     launch, processors = pdl(x.device), tuning.processors(x.device)
@@ -434,13 +435,13 @@ def experts(
     y = torch.empty(*((M, N) if down else (S, M, N // 2)), dtype=x.dtype, device=x.device)
     _experts_kernel[(programs,)](
         y, x, weight.view(torch.int32), scales, bias, residual, used, weights, logits, S, M, units, n, N, K,
-        KIND=kind, GROUP=group_of(K, kind, scales)[0], DOWN=down, TOP=top,
+        KIND=kind, GROUP=group, DOWN=down, TOP=top,
         RENORMALIZE=renormalize, EXPERTS=E2, LIMIT=limit, ALPHA=alpha,
         COLS=tuning.columns(M), R=R, C=C, W=W, WHOLE=not down and units <= W, PERSIST=programs < tiles,
         EVEN=K % (C * tuning.CHUNK[kind]) == 0, CLEAR=down and logits is not None,
         CHOICE=experts_choice.choice(top, E2, n) if ahead else None,
         SHARES=experts_choice.shares(top, E2, renormalize) if ahead else None,
-        ASM=products.assembly(kind, True) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
+        ASM=products.assembly(kind, group == 0) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
     return y

@@ -2,7 +2,7 @@
 Triton's own sums over warps meet at twice as many barriers, and once more where the result is stored.
 
     box(WORDS)          the address of so many words
-    leave(at, x, mask)  fp32 or int32 x to addresses, or in pairs
+    leave(at, x, mask)  fp32 or int32 x to addresses; leave_pairs, with fewer stores
     take(at)            fp32 from addresses
     total(x, ...)       the sum over warps, or plain Triton's
 """
@@ -10,7 +10,7 @@ Triton's own sums over warps meet at twice as many barriers, and once more where
 from ops.common import tl, triton
 
 if triton is None:
-    box = leave = take = total = None
+    box = leave = leave_pairs = take = total = None
 else:
 
     @triton.constexpr_function

@@ -198,7 +198,7 @@ def first_token() -> str:
         first = result["first_token"]
         cells = [
             ("nothing: the kernels are compiled as well", first["cold caches"]),
-            ("the compiled kernels, and Python's modules", " to ".join(map(str, first["warm caches"]))),
+            ("the compiled kernels", " to ".join(map(str, first["warm caches"]))),
         ]
         title = f"{result['device']}, commit {first['commit']}: {first['what']}."
         return paragraphs(title, table("in the caches | seconds", cells))

@@ -129,7 +129,7 @@ def candidates(weight: torch.Tensor, K: int, processors: int) -> list[Configurat
             result[Configuration(8 * R, C, W, registers, programs)] = None
             if tiles // R > programs * processors:
                 result[Configuration(8 * R, C, W, registers, 0)] = None
-            if R > 2 and tiles // R > programs * processors // 2:
+            if R > 2 and tiles // R > programs * processors // 2:  # 16 rows leave little to share
                 result[Configuration(8 * R, C, W, registers, programs, True)] = None
     return list(result)
 
