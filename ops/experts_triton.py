@@ -294,7 +294,7 @@ else:
         rounds = 1
         if PERSIST:
             rounds = tl.cdiv(tiles - tile, tl.num_programs(0))
-        for _ in range(rounds):
+        for turn in range(rounds):
             here = tile if DOWN else tile % T
             slot = 0 if DOWN else tile // T
             n = here * (R * 8) + tl.arange(0, R * 8)
@@ -342,7 +342,7 @@ else:
                 acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
             if COLS == 1:
                 acc = tl.sum(acc, 2, keep_dims=True)
-            out = warps.total(acc, PERSIST, ASM)  # (rows of W, rows of x)
+            out = warps.total(acc, PERSIST, ASM, turn if COLS == 1 else None)  # (rows of W, rows of x)
             out *= UNIT
             if DOWN:
                 if bias is not None:

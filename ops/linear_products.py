@@ -23,6 +23,24 @@ if triton is not None:
         "prmt.b32 p, 0x13121110, 0x1c181614, t; or.b32 $1, p, n; }"
     )
 
+    # 0x6a: the first two and'ed, xor the third, which takes one instruction where the constants are in registers
+    INT4_BYTES = tl.constexpr(
+        "{ .reg .b32 m, s, t; mov.b32 m, 0xf0f0f0f0; mov.b32 s, 0x80808080; shl.b32 t, $2, 4; "
+        "lop3.b32 $0, t, m, s, 0x6a; lop3.b32 $1, $2, m, s, 0x6a; }"
+    )
+
+    # Four values of e4m3 of each of two words, as pairs of fp16, which takes one instruction: Hopper has none for bf16.
+    FP8_HALVES = tl.constexpr(
+        "{ .reg .b16 l, h; mov.b32 {l, h}, $4; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; "
+        "mov.b32 {l, h}, $5; cvt.rn.f16x2.e4m3x2 $2, l; cvt.rn.f16x2.e4m3x2 $3, h; }"
+    )
+
+    # Lane (j, i) gets what lanes (0, 2 j) and (0, 2 j + 1) have, whose parts of x are in its columns.
+    OF_COLUMNS = tl.constexpr(
+        "{ .reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, 3; shl.b32 l, l, 3; shfl.sync.idx.b32 $0, $2, l, 31, -1; "
+        "or.b32 l, l, 4; shfl.sync.idx.b32 $1, $2, l, 31, -1; }"
+    )
+
     # Lane (j, i) gets what lane (0, 2 j) has, whose part of x is the j-th.
     OF_PART = tl.constexpr(
         "{ .reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, 3; shl.b32 l, l, 3; shfl.sync.idx.b32 $0, $1, l, 31, -1; }"
@@ -69,9 +87,14 @@ if triton is not None:
 
     @triton.constexpr_function
     def small(kind, group, cols, asm):
-        """Whether weights are used so small that x is made larger for it: with assembly 4 bits for several rows, and
-        fp8 without groups."""
-        return asm is not None and (cols > 1 if kind in ("int4", "mxfp4") else kind == "fp8" and group == 0)
+        """Whether weights are used so small that x is made larger for it: with assembly 4 bits and fp8 without groups,
+        for several rows."""
+        return asm is not None and cols > 1 and (kind in ("int4", "mxfp4") or (kind == "fp8" and group == 0))
+
+    @triton.constexpr_function
+    def in_half(kind, group, cols, asm):
+        """Whether one row of bf16 and its weights meet in fp16: fp8 without groups, with assembly."""
+        return kind == "fp8" and group == 0 and cols == 1 and asm is not None
 
     @triton.constexpr_function
     def unit(kind, small, in_int8, asm):
@@ -115,6 +138,11 @@ if triton is not None:
                 ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 8, is_pure=True, pack=2
             )
             out = tl.join(join4(a, c, e, g), join4(b, d, f, h))
+        elif KIND == "fp8" and tl.float16 == DTYPE:
+            a, b, c, d = tl.inline_asm_elementwise(
+                FP8_HALVES, "=&r,=&r,=&r,=&r,r,r", [w], (tl.float16,) * 4, is_pure=True, pack=2
+            )
+            out = join4(a, b, c, d)
         elif KIND == "fp":
             move: tl.constexpr = "mov.b32 $0, $2; mov.b32 $1, $3;"
             a, b = tl.inline_asm_elementwise(move, "=&r,=&r,r,r", [w], (tl.bfloat16,) * 2, is_pure=True, pack=2)
@@ -285,9 +313,10 @@ if triton is not None:
         SMALL: tl.constexpr = small(KIND, GROUP, COLS, ASM)
         if gain is not None and COLS == 1:
             t = _times(t, gain, DTYPE, ASM)
-        if SMALL and COLS == 1:
-            t = _times(t, tl.full(t.shape, 0x5F805F80, tl.int32), DTYPE, ASM)  # 2^64, twice
         scale = 0.0
+        IN_HALF: tl.constexpr = in_half(KIND, GROUP, COLS, ASM)
+        if IN_HALF:
+            t, scale = _in_half(t, R, W, DTYPE)
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         if COLS == 1 and ((KIND == "int8" and GROUP == 0) or FOUR):
             b, scale = _operand_in_int8(t, KIND, R, C, W, ASM, DTYPE)
@@ -298,13 +327,13 @@ if triton is not None:
                 i = tl.arange(0, 8)[None, :, None, None, None, None]
                 t = tl.where(i == tl.arange(0, X)[None, None, None, None, :, None], t, 0)
             # (j i W B X, uh e ul), words of x being u = 2 uh + ul
-            t = _unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
+            t = _unpack(t, "fp", tl.float16 if IN_HALF else DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
             plain = t
             if SMALL and KIND == "int4":
                 # 2^64 times as much for all, which keeps products away from 0, and as `_unpack` has the weights
                 ul = tl.arange(0, 2)[None, None, None, None, None, None, None, :]
                 t *= tl.where(ul == 0, 2.0**64, 2.0**60).to(DTYPE)
-            elif SMALL and COLS > 1:
+            elif SMALL:
                 t *= 2.0**64
             if gain is not None and COLS > 1:
                 # The sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing; here of two
@@ -325,6 +354,30 @@ if triton is not None:
                 t = t.reshape(4, 8, W, B, D, X // D, 2, 2, 2)
                 b = t.permute(4, 2, 5, 8, 0, 6, 7, 3, 1).reshape(D * W, X // D * 32, B * 8)
         return b, scale, squares
+
+    @triton.jit
+    def _in_half(t, R: tl.constexpr, W: tl.constexpr, DTYPE: tl.constexpr):
+        """One row of x, words of bf16 of which lane i has part i, in fp16, and the power of two that each part is to be
+        multiplied with, (W, rows, columns). (x keeps all its bits to 2^-22 of a part's largest magnitude.)"""
+        low, high = halves(t, DTYPE)
+        exponent, inverse = _power_of(low, high)
+        inverse *= 256.0
+        words = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low * inverse, high * inverse], tl.int32, is_pure=True, pack=1
+        )
+        scale = tl.broadcast_to(exponent.to(tl.float32, bitcast=True) * (1 / 256), (4, 8, W, 1, 1, 1))
+        even, odd = tl.inline_asm_elementwise(
+            OF_COLUMNS, "=&r,=r,r", [scale], (tl.float32, tl.float32), is_pure=False, pack=1
+        )
+        scale = tl.broadcast_to(tl.join(even, odd).reshape(4, 8, W, 1, 2), (4, 8, W, R, 2))
+        return words, scale.permute(2, 3, 1, 0, 4).reshape(W, R * 8, 8)
+
+    @triton.jit
+    def _power_of(low, high):
+        """The power of two of each part's largest magnitude, as fp32's bits, and its inverse."""
+        top = tl.max(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 5, keep_dims=True), 0, keep_dims=True)
+        exponent = tl.maximum(top, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000
+        return exponent, ((254 << 23) - exponent).to(tl.float32, bitcast=True)
 
     @triton.jit
     def _sums(t, ASM: tl.constexpr):
@@ -365,6 +418,9 @@ if triton is not None:
         """acc and a tile of weights, words w and their groups' scales s, times an `operand`."""
         if COLS == 1 and ((KIND == "int8" and GROUP == 0) or KIND == "int4" or KIND == "mxfp4"):
             acc = _multiply_in_int8(acc, w, s, b, scale, KIND, S, R, C, W, ASM)
+        elif in_half(KIND, GROUP, COLS, ASM):
+            none = tl.zeros(acc.shape, tl.float32)
+            acc += _multiply(none, w, s, b, 0.0, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM) * scale
         else:
             acc = _multiply(acc, w, s, b, scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
         return acc
@@ -426,9 +482,8 @@ if triton is not None:
         D: tl.constexpr = X // PARTS
         i = tl.arange(0, 8)[None, :, None, None, None, None]
         low, high = halves(t, DTYPE)
-        top = tl.max(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 5, keep_dims=True), 0, keep_dims=True)
-        exponent = tl.maximum(top, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000
-        inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True) * 8192.0  # 2^13 / 2^exponent
+        exponent, inverse = _power_of(low, high)
+        inverse *= 8192.0  # 2^13 / 2^exponent
         # fp32 that holds integers: 1.5 * 2^23, and 128 so that the second byte is the high one of signed low ones
         low = (low * inverse + 12583040.0).to(tl.int32, bitcast=True).reshape(4, 8, W, 1, D, 2, 2)
         high = (high * inverse + 12583040.0).to(tl.int32, bitcast=True).reshape(4, 8, W, 1, D, 2, 2)
@@ -450,7 +505,7 @@ if triton is not None:
         word = tl.where(own, tl.expand_dims(word, 5), 0)  # (j i W 1 D, parts, halves)
         b = _bytes(word.reshape(4, 8, W, 1, X // 2, 4), ASM).reshape(4, 8, W, D, PARTS // 2, 2, 2, 4)
         b = b.permute(3, 2, 4, 5, 0, 6, 7, 1).reshape(D * W, PARTS * 32, 8)
-        scale = exponent.to(tl.float32, bitcast=True) * (1 / 8192)
+        scale = exponent.to(tl.float32, bitcast=True) * (1 / 8192 / 16 if KIND == "int4" else 1 / 8192)
         if ASM is None:
             scale = tl.max(scale.reshape(4, 2, W, D), 1).permute(2, 1, 0).reshape(D * W, 1, 4)
             scale = tl.broadcast_to(scale, (D * W, R * 8, 4))
@@ -484,6 +539,17 @@ if triton is not None:
         return low, high
 
     @triton.jit
+    def _int4(w, ASM: tl.constexpr):
+        """16 times q - 8 of words of q, in bytes: those of the low nibbles, and of the high ones."""
+        if ASM is None:
+            low, high = w << 4 & -0x0F0F0F10 ^ -0x7F7F7F80, w & -0x0F0F0F10 ^ -0x7F7F7F80
+        else:
+            low, high = tl.inline_asm_elementwise(
+                INT4_BYTES, "=&r,=r,r", [w], (tl.int32, tl.int32), is_pure=True, pack=1
+            )
+        return low, high
+
+    @triton.jit
     def _multiply_in_int8(
         acc, w, s, b, scale, KIND: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
         ASM: tl.constexpr,
@@ -493,20 +559,20 @@ if triton is not None:
         D: tl.constexpr = X // PARTS
         if KIND != "int8":  # (j i W R C, 4 groups, bytes) twice -> (C W, R i, group j half byte)
             if KIND == "int4":
-                low, high = w & 0x0F0F0F0F, w >> 4 & 0x0F0F0F0F
+                low, high = _int4(w, ASM)
             else:
                 low, high = _e2m1(w, ASM)
             a = tl.join(_bytes(low, ASM), _bytes(high, ASM))
             a = a.permute(4, 2, 3, 1, 5, 0, 7, 6).reshape(D * W, R * 8, 128)
-            OFFSET: tl.constexpr = -8 if KIND == "int4" else -16
+            OFFSET: tl.constexpr = 16 if KIND == "int4" else -16
             sums = tl.dot(tl.full((D * W, R * 8, 128), OFFSET, tl.int8), b, out_dtype=tl.int32)
-            y = _whole(tl.dot(a, b, sums, out_dtype=tl.int32))  # of q - 8, or twice the values
-            if KIND == "int4":
+            if KIND == "int4":  # products that do not wait for those sums
                 gain, zero = halves(s, S)
-                zero = zero.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4) * (-1 / 8)
+                zero = zero.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
                 gain = gain.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
-                y = gain * y + zero * _whole(sums)
+                y = gain * _whole(tl.dot(a, b, out_dtype=tl.int32)) + zero * _whole(sums)
             else:
+                y = _whole(tl.dot(a, b, sums, out_dtype=tl.int32))  # of twice the values
                 y *= power(s).permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
         else:  # (j i W R D c, 2 groups, halves, bytes)
             a = _bytes(w, ASM).reshape(4, 8, W, R, D, C // D, 2, 2, 4)

@@ -50,8 +50,10 @@ if triton is not None:
         j, i, warp, r, u = _axes(W, R)
         chunk = warp * C + tl.arange(0, C)[None, None, None, None, :, None]
         wanted = None
-        if SHARE:
+        if SHARE is not None:
             wanted = first + r < stop
+            if not PERSIST:
+                wanted = (r < SHARE) | wanted
         elif PERSIST:
             wanted = first * 8 < N
         pair = 0
@@ -94,10 +96,10 @@ if triton is not None:
 
     @triton.jit
     def _rows_of(tile, tiles, N, R: tl.constexpr, PART: tl.constexpr, SHARE: tl.constexpr):
-        """A tile's first row of W and the one past its last, in eights. If tiles SHARE the rows, none has more than
-        one eight, of gate and up two, above another. (A last tile may stop beyond N otherwise.)"""
+        """A tile's first row of W and the one past its last, in eights. If tiles SHARE the rows, each has so many, and
+        one more at most, of gate and up two. (A last tile may stop beyond N otherwise.)"""
         first, stop = tile * R, (tile + 1) * R
-        if SHARE:
+        if SHARE is not None:
             units = N // (8 * PART)
             first, stop = tile * units // tiles * PART, tl.minimum((tile + 1) * units // tiles, units) * PART
         return first, stop
@@ -224,11 +226,13 @@ if triton is not None:
         last = (K - 1) // STEP * STEP
         t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
         squares = tl.zeros((B * W, 16, 16), tl.float32)
-        # The factor of one row's norm is computed where weights are on their way: here or, of products of int8 in
-        # several steps, which come sooner, before the last step. There warps also meet late.
-        LATER: tl.constexpr = IN_INT8 and not WHOLE
+        # The factor of one row's norm is computed here, where weights are on their way. Of products of int8, which come
+        # sooner, warps have squares ready before the last step, and leave them beside their first sums.
         factor = tl.zeros((1, 1), tl.float32)
-        if norm is not None and COLS == 1 and not LATER:
+        of_row = tl.zeros((W, 1, 1), tl.float32)
+        if norm is not None and IN_INT8 and OWN is not None:
+            at_row = warps.place(W, 1, 1)
+        if norm is not None and COLS == 1 and (WHOLE or not IN_INT8):
             of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
             if not IN_INT8:
                 factor = tl.rsqrt(warps.total(of_row, False, OWN) / K + eps)
@@ -243,7 +247,7 @@ if triton is not None:
             n = first * 8 + tl.arange(0, R * 8)
             of_y = first // PART * 8 + tl.arange(0, R * 8 // PART)
             past = N
-            if SHARE:
+            if SHARE is not None:
                 past = stop * 8
             stored = (of_y < past // PART)[:, None] & (col < M)[None, :]
             at = col[None, :].to(tl.int64) * outputs + of_y[:, None]
@@ -278,9 +282,8 @@ if triton is not None:
                         w, s, first, stop, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, SHARE
                     )  # fmt: skip
                     t = t_next
-                if norm is not None and LATER and turn == 0:
+                if norm is not None and IN_INT8 and turn == 0:
                     of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
-                    factor = tl.rsqrt(warps.total(of_row, False, OWN) / K + eps)
                 gain_now = gain
                 if norm is not None and not GAIN_AHEAD:
                     gain_now = products.load(gains, kx, last // 2, kx < (K - last) // 2, EVEN)
@@ -301,7 +304,9 @@ if triton is not None:
                 acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
             if COLS == 1:
                 acc = tl.sum(acc, 2, keep_dims=True)
-            out = warps.total(acc, PERSIST, OWN)  # (rows of W, rows of x)
+            if norm is not None and IN_INT8 and OWN is not None and turn == 0:
+                warps.leave_sums(at_row, of_row)
+            out = warps.total(acc, PERSIST, OWN, turn if COLS == 1 else None)  # (rows of W, rows of x)
             out *= UNIT  # see products._unpack
             if norm is not None:
                 if COLS > 1:
@@ -313,8 +318,11 @@ if triton is not None:
                     total = warps.total(total, PERSIST, OWN).reshape(1, COLS)
                     out *= tl.rsqrt(total / K + eps)
                 else:
-                    if IN_INT8 and WHOLE and turn == 0:  # warps meet when the next weights are on their way
-                        factor = tl.rsqrt(warps.total(of_row, False, OWN) / K + eps)
+                    if IN_INT8 and turn == 0:
+                        if OWN is None:
+                            factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
+                        else:
+                            factor = tl.rsqrt(warps.take_sums(at_row, W) / K + eps)
                     out *= factor
             if P == 4 and GROUP == 0:
                 out *= scale.to(tl.float32)[:, None]
@@ -401,10 +409,11 @@ def linear(
     step = W * C * tuning.CHUNK[kind]
     tiles = triton.cdiv(N, how.tile_rows)
     programs = min(tiles, how.ctas_per_sm * processors or tiles)
-    share = how.share and N % 16 == 0
-    if share:
+    share = None
+    if how.share and N % 16 == 0:
         programs = how.ctas_per_sm * processors
         tiles = triton.cdiv(tiles, programs) * programs
+        share = N // (16 if swiglu else 8) // tiles * (2 if swiglu else 1) if M == 1 else 0
     width = (N // 2 if swiglu else N) * (world if gather and buffers else 1)
     y = torch.empty(*x.shape[:-1], width, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(programs,)](

@@ -4,13 +4,13 @@ Triton's own sums over warps meet at twice as many barriers, and once more where
     box(WORDS)          the address of so many words
     leave(at, x, mask)  fp32 or int32 x to addresses; leave_pairs, with fewer stores
     take(at)            fp32 from addresses
-    total(x, ...)       the sum over warps, or plain Triton's
+    total(x, ...)       the sum over warps, or plain Triton's; place, leave_sums, take_sums: its parts
 """
 
 from ops.common import tl, triton
 
 if triton is None:
-    box = leave = leave_pairs = take = total = None
+    box = leave = leave_pairs = take = place = leave_sums = take_sums = total = None
 else:
 
     @triton.constexpr_function
@@ -21,6 +21,11 @@ else:
     def _pitch(W):
         """How many words apart rows of W lie, so that lanes read from different banks, four words at a time."""
         return W if W <= 4 else W + 4
+
+    @triton.constexpr_function
+    def _apart(rows, cols):
+        """How many words apart those of a sum lie: side by side or, of several columns, as warps have them."""
+        return 1 if cols == 1 else rows * cols
 
     @triton.constexpr_function
     def _adds(W, apart):
@@ -73,24 +78,47 @@ else:
         return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at], tl.float32, is_pure=False, pack=1)
 
     @triton.jit
-    def total(x, AGAIN: tl.constexpr, ASM: tl.constexpr):
-        """x (W, rows, columns) summed over warps; AGAIN: whether the program has before. In PTX if there is ASM."""
+    def place(W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, turn=None):
+        """The addresses (ROWS, COLS) of sums over warps, other ones every second turn. To be asked for once, where
+        `leave_sums` and `take_sums` are under conditions of their own."""
+        PITCH: tl.constexpr = _pitch(W) if COLS == 1 else 1
+        WORDS: tl.constexpr = ROWS * PITCH if COLS == 1 else W * ROWS * COLS
+        row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+        at = (row * COLS + col) * (PITCH * 4)
+        if turn is None:
+            at += box(WORDS)
+        else:
+            at += box(2 * WORDS) + turn % 2 * (4 * WORDS)
+        return at
+
+    @triton.jit
+    def leave_sums(at, x):
+        """x (W, rows, columns) at a `place`, for `take_sums` behind a barrier."""
         W: tl.constexpr = x.shape[0]
-        ROWS: tl.constexpr = x.shape[1]
-        COLS: tl.constexpr = x.shape[2]
+        APART: tl.constexpr = _apart(x.shape[1], x.shape[2])
+        to = at[None, :, :] + tl.arange(0, W)[:, None, None] * (APART * 4)
+        leave(to, x, tl.full(x.shape, 1, tl.int1))
+
+    @triton.jit
+    def take_sums(at, W: tl.constexpr):
+        """The sums over so many warps at a `place`."""
+        code: tl.constexpr = _adds(W, _apart(at.shape[0], at.shape[1]))
+        return tl.inline_asm_elementwise(code, "=f,r", [at], tl.float32, is_pure=False, pack=1)
+
+    @triton.jit
+    def total(x, AGAIN: tl.constexpr, ASM: tl.constexpr, turn=None):
+        """x (W, rows, columns) summed over warps, in PTX if there is ASM. AGAIN: whether the program has before, which
+        takes another barrier or, if it says in which turn, twice the memory."""
+        W: tl.constexpr = x.shape[0]
         if ASM is None or W == 1:
             out = tl.sum(x, 0)
         else:
-            # The words of a sum lie side by side or, of several columns, as warps have them.
-            PITCH: tl.constexpr = _pitch(W) if COLS == 1 else 1
-            APART: tl.constexpr = 1 if COLS == 1 else ROWS * COLS
-            words = box(ROWS * PITCH if COLS == 1 else W * ROWS * COLS)
-            row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
-            at = words + (row * COLS + col) * (PITCH * 4)
-            if AGAIN:
+            if not AGAIN:
+                turn = None
+            at = place(W, x.shape[1], x.shape[2], turn)
+            if AGAIN and turn is None:
                 tl.debug_barrier()
-            to = at[None, :, :] + tl.arange(0, W)[:, None, None] * (APART * 4)
-            leave(to, x, tl.full(x.shape, 1, tl.int1))
+            leave_sums(at, x)
             tl.debug_barrier()
-            out = tl.inline_asm_elementwise(_adds(W, APART), "=f,r", [at], tl.float32, is_pure=False, pack=1)
+            out = take_sums(at, W)
         return out

@@ -39,6 +39,12 @@ def lop3(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rule: torch.Tensor) 
     return out
 
 
+def from_e4m3(pair: torch.Tensor) -> torch.Tensor:
+    half = torch.stack((pair & 255, pair >> 8), 1).to(torch.uint8).view(torch.float8_e4m3fn).half()
+    low, high = half.view(torch.uint16).long().unbind(1)
+    return low | high << 16
+
+
 OPERATIONS = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
@@ -48,6 +54,7 @@ OPERATIONS = {
     "shr.b32": lambda a, b: a >> b,
     "lop3.b32": lop3,
     "prmt.b32": prmt,
+    "cvt.rn.f16x2.e4m3x2": from_e4m3,
     "mul.rn.bf16x2": lambda a, b: joined(halves(a) * halves(b)),
     "fma.rn.bf16x2": lambda a, b, c: joined(halves(a) * halves(b) + halves(c)),
 }
@@ -63,6 +70,10 @@ def execute(assembly: str, outputs: int, *inputs: torch.Tensor) -> list[torch.Te
     for line in assembly.strip("{} ").split(";"):
         if (line := line.strip()) and not line.startswith(".reg"):
             name, operands = line.split(None, 1)
+            if operands.startswith("{"):  # a word's halves
+                low, high, word = re.findall(r"[$\w]+", operands)
+                registers |= {low: value(word) & 0xFFFF, high: value(word) >> 16}
+                continue
             to, *rest = re.split(r",\s*", operands)
             registers[to] = OPERATIONS[name](*map(value, rest)) & MASK
     return [registers[f"${i}"] for i in range(outputs)]
@@ -98,6 +109,22 @@ def test_words_become_pairs_of_bf16(kind, small):
             expected /= 64 if kind == "int8" else 2.0**120 if small else 1
         same = torch.stack([halves(pair) for pair in own], 1)
         assert torch.equal(same[expected.isfinite()], expected[expected.isfinite()])  # fp8 has NaN
+
+
+def test_fp8_for_one_row():
+    inputs = words(2)
+    found = execute(linear_products.FP8_HALVES.value, 4, *inputs)
+    for word, own in zip(inputs, (found[:2], found[2:])):
+        expected = of_bytes(word, torch.float8_e4m3fn)
+        same = torch.stack([torch.stack((x & 0xFFFF, x >> 16), 1).to(torch.uint16).view(torch.half) for x in own], 1)
+        torch.testing.assert_close(same.double(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_int4_for_one_row():
+    (word,) = words(1)
+    for e, found in enumerate(execute(linear_products.INT4_BYTES.value, 2, word)):
+        values = (found[:, None] >> torch.arange(0, 32, 8) & 255).to(torch.uint8).view(torch.int8)
+        assert torch.equal(values.long(), 16 * ((word[:, None] >> torch.arange(4 * e, 32, 8) & 15) - 8))
 
 
 def test_mxfp4_for_one_row_and_for_many():

@@ -83,20 +83,20 @@ def program(monkeypatch) -> Program:
 
 
 @triton.jit
-def _totals(out, x, W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TURNS: tl.constexpr):
+def _totals(out, x, W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TURNS: tl.constexpr, SAID: tl.constexpr):
     to = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     at = tl.arange(0, W)[:, None, None] * (ROWS * COLS) + to[None, :, :]
     for turn in tl.static_range(TURNS):
-        y = warps.total(tl.load(x + turn * (W * ROWS * COLS) + at), TURNS > 1, "PTX")
+        y = warps.total(tl.load(x + turn * (W * ROWS * COLS) + at), TURNS > 1, "PTX", turn if SAID else None)
         tl.store(out + turn * (ROWS * COLS) + to, y)
 
 
-@pytest.mark.parametrize("turns", [1, 3])
+@pytest.mark.parametrize("turns,said", [(1, False), (1, True), (3, False), (4, True)])
 @pytest.mark.parametrize("W,rows", [(2, 8), (4, 1), (4, 64), (8, 32), (16, 16)])
 @pytest.mark.parametrize("cols", [1, 8, 16])
-def test_sums_over_warps(cols, W, rows, turns, program):
+def test_sums_over_warps(cols, W, rows, turns, said, program):
     x, out = torch.randn(turns, W, rows, cols), torch.zeros(turns, rows, cols)
-    _totals[(1,)](out, x, W, rows, cols, turns)
+    _totals[(1,)](out, x, W, rows, cols, turns, said)
     torch.testing.assert_close(out, x.sum(1))
     assert program.asked == turns
 
@@ -106,7 +106,7 @@ def test_a_program_that_sums_again_waits(program):
     x, out = torch.randn(2, 4, 8), torch.zeros(2, 8)
     program.meets = False
     with pytest.raises(Exception, match="no barrier"):
-        _totals[(1,)](out, x, 4, 8, 1, 2)
+        _totals[(1,)](out, x, 4, 8, 1, 2, False)
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
