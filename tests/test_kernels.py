@@ -140,15 +140,16 @@ def test_linear(kind, M, N, K, dtype):
     assert error(out, plain(x.float(), dense, None, gain)) < 4e-3  # x * gain is rounded
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4:32", "int4:128"])
-def test_one_row_of_any_magnitudes(kind):
-    """Quantised weights meet x in 16-bit integers, whose scale follows each group's largest magnitude."""
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4:32", "int4:128"])
+def test_one_row_of_any_magnitudes(kind, dtype):
+    """Quantised weights meet x in 16-bit integers or in fp16, whose scale follows each group's largest magnitude."""
     generator = torch.Generator().manual_seed(6)
-    w, s, dense = make_weight(kind, 24, 640, torch.float16, generator)
+    w, s, dense = make_weight(kind, 24, 640, dtype, generator)
     x = torch.randn(1, 640, generator=generator) * torch.logspace(-4, 3, 640)
     x[0, 320:352] = 0
     x[0, 7] = 60000
-    x = x.half()
+    x = x.to(dtype)
     x, w, s, dense = on_device(x, w, s, dense)
     assert error(linear_triton.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-4
     x[0, 100] = math.inf
