@@ -3,6 +3,7 @@ traceback.
 """
 
 import argparse
+import gc
 import importlib
 import io
 import os
@@ -11,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import ModuleType
 from typing import NoReturn
 
 from errors import UserError, reason
@@ -43,8 +45,17 @@ def command(name: str) -> NoReturn:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     _open_streams()
     with _handled(_end_at_once):
-        run_cli(lambda: _handled(_unwind)(importlib.import_module(name).main)())
+        run_cli(lambda: _handled(_unwind)(_imported(name).main)())
         sys.exit()
+
+
+def _imported(name: str) -> ModuleType:
+    """A module, whose imports are not searched for garbage, now or later: that would be a fifth of their time."""
+    gc.disable()
+    module = importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
+    return module
 
 
 def run_cli(main: Callable[[], None]) -> None:

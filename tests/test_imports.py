@@ -22,3 +22,12 @@ def test_imports_are_light(module, unneeded):
     code = f"import sys, {module}; print(*sorted(set({unneeded}) & sys.modules.keys()))"
     run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert (run.returncode, run.stdout.strip()) == (0, ""), run.stderr
+
+
+def test_what_a_command_imports_is_not_searched_for_garbage(tmp_path):
+    main = "print(during, gc.isenabled(), gc.get_freeze_count() > 1000)"
+    (tmp_path / "probe.py").write_text(f"import gc\nduring = gc.isenabled()\ndef main():\n    {main}\n")
+    paths = [str(REPO), str(tmp_path)]
+    code = f"import sys; sys.path[:0] = {paths}; from process.command import command; command('probe')"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stdout.split()) == (0, ["False", "True", "True"]), run.stderr
