@@ -307,9 +307,9 @@ if triton is not None:
         COLS: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
     ):  # fmt: skip
         """What a step multiplies weights with, from words t of x and, if there is a norm, those of its gain: the
-        operand, of 16 bits in D parts along K; its scale where products are of int8 or for several rows and int4 its
-        `_sums`; and with a norm and several rows, sums of squares so far, in other units where weights are `small`: of
-        the 16 rows, 2^64 and, of int4, 2^60."""
+        operand, of 16 bits in D parts along K; its scale where products are of int8 or `in_half`, or for several rows
+        and int4 its `_sums`; and with a norm and several rows, sums of squares so far, in other units where weights are
+        `small`: of the 16 rows, 2^64 and, of int4, 2^60."""
         SMALL: tl.constexpr = small(KIND, GROUP, COLS, ASM)
         if gain is not None and COLS == 1:
             t = _times(t, gain, DTYPE, ASM)
