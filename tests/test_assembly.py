@@ -2,8 +2,10 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
+from ptx import Warp
 
 from ops import linear_gemm, linear_products
 from ops.packing import E2M1
@@ -118,6 +120,15 @@ def test_fp8_for_one_row():
         expected = of_bytes(word, torch.float8_e4m3fn)
         same = torch.stack([torch.stack((x & 0xFFFF, x >> 16), 1).to(torch.uint16).view(torch.half) for x in own], 1)
         torch.testing.assert_close(same.double(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_parts_of_one_row_reach_their_columns():
+    """Lanes are 4 i + j, of which lane i has part i of x, and lane j columns 2 j and 2 j + 1 of products."""
+    lane = np.arange(32)
+    own = Warp({}).run(linear_products.OF_PART.value, o1=lane // 4)
+    assert (own["$0"] == lane % 4 * 2).all()
+    both = Warp({}).run(linear_products.OF_COLUMNS.value, o2=lane // 4)
+    assert (both["$0"] == lane % 4 * 2).all() and (both["$1"] == lane % 4 * 2 + 1).all()
 
 
 def test_int4_for_one_row():
