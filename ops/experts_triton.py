@@ -227,7 +227,7 @@ else:
         DTYPE: tl.constexpr = x.dtype.element_ty
         PAIR: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None  # int4's scales and zeros are of it
         SMALL: tl.constexpr = products.small(KIND, GROUP, COLS, ASM)
-        IN_INT8: tl.constexpr = COLS == 1 and (KIND == "int8" or FOUR)
+        IN_INT8: tl.constexpr = products.in_int8(KIND, GROUP, COLS)
         UNIT: tl.constexpr = products.unit(KIND, SMALL, IN_INT8, ASM)
         D: tl.constexpr = (C if C < 8 // R else 8 // R) if P == 4 and COLS == 8 else 1
         SPAN: tl.constexpr = C * CHUNK // 2

@@ -92,6 +92,11 @@ if triton is not None:
         return asm is not None and cols > 1 and (kind in ("int4", "mxfp4") or (kind == "fp8" and group == 0))
 
     @triton.constexpr_function
+    def in_int8(kind, group, cols):
+        """Whether one row of x and its weights meet in int8: 4 bits, and int8 without groups."""
+        return cols == 1 and (kind in ("int4", "mxfp4") or (kind == "int8" and group == 0))
+
+    @triton.constexpr_function
     def in_half(kind, group, cols, asm):
         """Whether one row of bf16 and its weights meet in fp16: fp8 without groups, with assembly."""
         return kind == "fp8" and group == 0 and cols == 1 and asm is not None
@@ -318,7 +323,7 @@ if triton is not None:
         if IN_HALF:
             t, scale = _in_half(t, R, W, DTYPE)
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
-        if COLS == 1 and ((KIND == "int8" and GROUP == 0) or FOUR):
+        if in_int8(KIND, GROUP, COLS):
             b, scale = _operand_in_int8(t, KIND, R, C, W, ASM, DTYPE)
         else:
             X: tl.constexpr = C * (1 if KIND == "fp" else 4 if FOUR else 2)
@@ -416,7 +421,7 @@ if triton is not None:
         R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
         """acc and a tile of weights, words w and their groups' scales s, times an `operand`."""
-        if COLS == 1 and ((KIND == "int8" and GROUP == 0) or KIND == "int4" or KIND == "mxfp4"):
+        if in_int8(KIND, GROUP, COLS):
             acc = _multiply_in_int8(acc, w, s, b, scale, KIND, S, R, C, W, ASM)
         elif in_half(KIND, GROUP, COLS, ASM):
             none = tl.zeros(acc.shape, tl.float32)

@@ -166,7 +166,7 @@ if triton is not None:
         B: tl.constexpr = (COLS + 7) // 8
         DTYPE: tl.constexpr = x.dtype.element_ty
         SMALL: tl.constexpr = products.small(KIND, GROUP, COLS, ASM)
-        IN_INT8: tl.constexpr = COLS == 1 and ((KIND == "int8" and GROUP == 0) or FOUR)
+        IN_INT8: tl.constexpr = products.in_int8(KIND, GROUP, COLS)
         UNIT: tl.constexpr = products.unit(KIND, SMALL, IN_INT8, ASM)
         # The next tile's weights in 16 bits leave 16 warps no registers for sums in PTX.
         OWN: tl.constexpr = None if PERSIST and KIND == "fp" and W == 16 else ASM
@@ -319,10 +319,8 @@ if triton is not None:
                     out *= tl.rsqrt(total / K + eps)
                 else:
                     if IN_INT8 and turn == 0:
-                        if OWN is None:
-                            factor = tl.rsqrt(tl.sum(of_row, 0) / K + eps)
-                        else:
-                            factor = tl.rsqrt(warps.take_sums(at_row, W) / K + eps)
+                        total = tl.sum(of_row, 0) if OWN is None else warps.take_sums(at_row, W)
+                        factor = tl.rsqrt(total / K + eps)
                     out *= factor
             if P == 4 and GROUP == 0:
                 out *= scale.to(tl.float32)[:, None]
