@@ -1,7 +1,7 @@
 """Causal attention of new tokens over a static cache, RoPE and cache write included.
 
     attention(layer, qkv, cache, input_pos, rope)   by the first backend that supports it
-    prepare(layer, first_layer, following)          what only the Triton kernel wants to know
+    prepare(layer, first_layer, soon, later)        what only the Triton kernel wants to know
 
 Backends: attention_triton.py's kernel for 1 to 16 new tokens a row on an NVIDIA GPU, prefill.py's for more, the CPU's
 own for up to 64, plain PyTorch.
@@ -18,6 +18,7 @@ from ops import cpu, kv_cache, prefill
 from ops.attention_triton import attention_triton, prefetch_lines
 from ops.common import MAX_ROWS, on_triton, op
 from ops.linear import half_is_slow
+from ops.linear_triton import configuration
 from ops.rms_norm import rms_norm
 from ops.rotary import rotate
 
@@ -36,7 +37,8 @@ class AttentionLayer(Protocol):
     k_norm: nn.RMSNorm | None
     first_layer: bool  # whether positions and caches may just have been written when this layer starts
     prefetch: Tensor | None  # weights that will be read, whose first part a GPU brings to its L2 cache meanwhile
-    prefetch_lines: int  # how many lines of 128 bytes
+    prefetch_lines: tuple[int, int]  # how many lines of 128 bytes, with one row and with several
+    wo: nn.Module  # the linear layer that reads the result
 
 
 def prepare(
@@ -45,7 +47,9 @@ def prepare(
     """Tell a layer where it stands: whether it is the model's first, and what weights are read soon after it or, if
     those depend on its result, later."""
     layer.first_layer, layer.prefetch = first_layer, later if soon is None else soon
-    layer.prefetch_lines = prefetch_lines(soon, later)
+    lines, wo = prefetch_lines(soon, later), layer.wo
+    alone = lines and on_triton(wo.weight) and configuration(wo.weight, wo.scales, wo.in_features, 1).no_prefetch
+    layer.prefetch_lines = (0 if alone else lines, lines)
 
 
 def attention(
@@ -66,7 +70,8 @@ def attention(
     rest = (*usual, layer.scale, layer.soft_cap, layer.sinks, *scales)
     kernels = on_triton(qkv) and qkv.element_size() == 2 and kv_cache.supports(k_cache)
     if kernels and qkv.shape[1] <= MAX_ROWS:
-        more = {"prefetch": layer.prefetch, "prefetch_lines": layer.prefetch_lines, "first_layer": layer.first_layer}
+        lines = layer.prefetch_lines[qkv.numel() > qkv.shape[2]]
+        more = {"prefetch": layer.prefetch, "prefetch_lines": lines, "first_layer": layer.first_layer}
         return attention_triton(qkv, k_cache, v_cache, input_pos.to(qkv.device), *rest, **more)
     if kernels and prefill.supports(k_cache):
         return prefill.attention_prefill(qkv, k_cache, v_cache, input_pos, *rest)

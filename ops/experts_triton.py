@@ -236,6 +236,7 @@ else:
             PARTS: tl.constexpr = 4 if X > 4 else X
             part = tl.minimum(i // 2, PARTS - 1) + tl.arange(0, X // PARTS)[None, None, None, None, :, None] * PARTS
         elif COLS == 1:
+            tl.static_assert(X <= 8)
             part = tl.minimum(i, X - 1)
         else:
             part = tl.arange(0, X)[None, None, None, None, :, None]

@@ -179,7 +179,8 @@ if triton is not None:
             PARTS: tl.constexpr = 4 if X > 4 else X
             part = tl.minimum(i // 2, PARTS - 1) + tl.arange(0, X // PARTS)[None, None, None, None, :, None] * PARTS
         elif COLS == 1:
-            part = tl.minimum(i, X - 1)  # X is at most 8
+            tl.static_assert(X <= 8, "a fragment has 8 columns for the parts of one row")
+            part = tl.minimum(i, X - 1)
         else:
             part = tl.arange(0, X)[None, None, None, None, :, None]
         if P == 4:  # a lane's 16 values of 8 bits meet two loads of x, which is also read in words
@@ -371,6 +372,13 @@ def out_features(weight: Tensor) -> int:
     return weight.shape[0] * (8 if weight.ndim > 2 else 1)
 
 
+def configuration(weight: Tensor, scales: Tensor | None, K: int, M: int) -> tuning.Configuration:
+    """How to launch the kernel for a weight as it reads it, of K columns, and M rows of x."""
+    kind = kind_of(weight)
+    own = "fp8" if kind == "int8" and group_of(K, kind, scales)[0] else kind
+    return tuning.configuration(own, out_features(weight), K, M, weight.device)
+
+
 @op("linear")
 def linear(
     x: Tensor,
@@ -397,7 +405,7 @@ def linear(
     rows = x.reshape(-1, K).contiguous()
     M = len(rows)
     group, pairs = group_of(K, kind, scales)
-    how = tuning.configuration("fp8" if group and kind == "int8" else kind, N, K, M, x.device)
+    how = configuration(weight, scales, K, M)
     R, C, W = how.tile_rows // 8, how.k_repeat, how.num_warps
     launch, processors = pdl(x.device), tuning.processors(x.device)
     hopper = launch["PDL"]

@@ -32,6 +32,9 @@ class Configuration:
     maxnreg: int  # a bound that ptxas would undercut, at the price of delaying loads until their values are needed
     ctas_per_sm: int  # programs a multiprocessor, each of several tiles; 0: as many as there are tiles
     share: bool = False  # each of those programs has as many tiles, which share the rows evenly: tile_rows at most
+    # Where it follows attention of one row, that brings no later weights to the L2 cache: the programs which do would
+    # keep this layer's waiting.
+    no_prefetch: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@
     torchrun --standalone --nproc_per_node=4 scripts/tune.py --model 7B --mode int4
 
 What a configuration costs depends on its neighbours, whose programs start while its own still run: so whole steps are
-timed (of a random model, see bench.py), one layer varied at a time, in turns until none gets better. Everything is
-compiled before, on all cores. For Hopper GPUs.
+timed (of a random model, see bench.py). First one layer varies at a time; then those of each layer that were best so
+meet, from several starts, one layer in turns until none gets better: what is best together need not be so apart.
+Everything is compiled before, on all cores. For Hopper GPUs.
 """
 
 import sys
@@ -21,6 +22,8 @@ if __name__ == "__main__":  # first: what follows takes seconds to import
 import argparse
 import itertools
 import os
+import random
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -32,7 +35,7 @@ import bench
 import torch
 from tqdm import tqdm
 
-from cli import pick_device
+from cli import pick_device, positive
 from errors import UserError
 from linear import Linear
 from model import ModelConfig, Transformer
@@ -44,8 +47,11 @@ from process.ranks import session
 from tp import TensorParallel
 
 REGISTERS = 2**16  # of a multiprocessor
+LEFT = (0, 1 / 4, 3 / 8)  # of them, for the next kernel
 LAYERS = ("wqkv", "wo", "w13", "w2", "output")
-GAIN = 0.999  # what counts as faster
+GAIN = 0.9995  # what counts as faster
+FEW = 12  # of a layer's configurations, which are tried together with others'
+Choices = dict[str, Configuration]  # by layer; the others have what is shipped
 
 
 def main() -> None:
@@ -54,6 +60,7 @@ def main() -> None:
     parser.add_argument("--mode", default="bf16", choices=bench.KINDS, metavar="MODE", help="as of bench.py")
     parser.add_argument("--rows", type=int, default=1, help="of x: one, 2 to 8 and 9 to 16 are tuned apart")
     parser.add_argument("--layers", type=int, help="time so many instead of all")
+    parser.add_argument("--starts", type=positive, default=16, help="combinations from which to go to better ones")
     parser.add_argument("--only", nargs="+", choices=LAYERS, default=LAYERS, help="tune these layers instead of all")
     with session() as tp:
         _run(parser.parse_args(), tp)
@@ -82,33 +89,67 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     tp.share(None)  # every rank's share is in the cache
 
     own, _ = tuning.tables(device)
-    key = tuning.key(linear_triton.kind_of(model.output.weight), args.rows)
-    table, kept = own.setdefault(key, {}), {}
+    table = own.setdefault(tuning.key(linear_triton.kind_of(model.output.weight), args.rows), {})
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in found.items()}
+    attention, wo = [layer.attention for layer in model.layers], model.layers[0].attention.wo
+    lines = [layer.prefetch_lines[1] for layer in attention]
 
-    def step_time(name: str | None = None, choice: Configuration | None = None) -> float:
-        """Microseconds of a step with what is kept, and perhaps another choice for a layer."""
-        tried = kept | ({name: choice} if name else {})
-        with patch.dict(table, {(found[n].out_features, found[n].in_features): c for n, c in tried.items()}):
+    def measure(tried: Choices) -> float:
+        """Microseconds of a step."""
+        with patch.dict(table, {shapes[name]: choice for name, choice in tried.items()}):
+            alone = linear_triton.configuration(wo.weight, wo.scales, wo.in_features, 1).no_prefetch
+            for layer, many in zip(attention, lines):
+                layer.prefetch_lines = (0 if alone else many, many)
             return tp.share(bench.step_time(model, args.rows, 205) * 1e6)
 
-    best = first = step_time()
-    turns, since = itertools.cycle(found), 0
-    while since < len(found):  # until no layer has a better one
-        name, since = next(turns), since + 1
-        times = [(step_time(name, c), c) for c in tqdm(choices[name], desc=f"{name}, {best:.1f} us")]
-        times.sort(key=itemgetter(0))
-        for us, choice in times[:3]:
-            us = max(us, step_time(name, choice))  # it may have been lucky
-            if us < best * GAIN:
-                best, kept[name], since = us, choice, 0
-                print(f"{best:.1f} us with {choice} for {name}", flush=True)
+    first, best, kept = search(choices, measure, args.rows == 1, args.starts)
     print(f"{args.model} {args.mode}, {args.rows} rows, {torch.cuda.get_device_name(device)}, {tp.world} GPUs:")
     print(f"a step takes {best:.1f} us instead of {first:.1f}")
     for name, choice in kept.items():
-        print(f"{name} ({found[name].out_features}, {found[name].in_features}): {choice}")
-        table[found[name].out_features, found[name].in_features] = choice
+        print(f"{name} {shapes[name]}: {choice}")
+        table[shapes[name]] = choice
     if kept and tp.rank == 0:
         print(f"wrote {tuning.write(device)}")
+
+
+def search(
+    choices: dict[str, list[Configuration]], measure: Callable[[Choices], float], one_row: bool, starts: int
+) -> tuple[float, float, Choices]:
+    """What a step takes with what is shipped, and the least that was found, with what."""
+    seen, few, kept = {}, {}, {}
+
+    def step_time(tried: Choices) -> float:
+        key = tuple(sorted(tried.items(), key=itemgetter(0)))
+        if key not in seen:
+            seen[key] = measure(tried)
+        return seen[key]
+
+    best = first = step_time({})
+    for name, all_of in choices.items():
+        times = [(step_time({name: choice}), i) for i, choice in enumerate(tqdm(all_of, desc=name))]
+        few[name] = [all_of[i] for _, i in sorted(times)[:FEW]]
+    if one_row and "wo" in few:
+        few["wo"] += [replace(choice, no_prefetch=True) for choice in few["wo"]]
+    chance = random.Random(0)  # the same on every rank
+    for start in tqdm(range(starts), desc="together"):
+        tried = {name: chance.choice(some) for name, some in few.items()} if start else {}
+        us, tried = descend(tried, few, step_time)
+        us = max(us, measure(tried))  # it may have been lucky
+        if us < best * GAIN:
+            best, kept = us, tried
+            tqdm.write(f"{best:.1f} us instead of {first:.1f}", file=sys.stderr)
+    return first, best, kept
+
+
+def descend(tried: Choices, few: dict[str, list[Configuration]], step_time: Callable) -> tuple[float, Choices]:
+    """From a combination on, take for one layer after the other what makes a step faster, until none does."""
+    us, turns, since = step_time(tried), itertools.cycle(few), 0
+    while since < len(few):
+        name, since = next(turns), since + 1
+        for choice in few[name]:
+            if (less := step_time(tried | {name: choice})) < us * GAIN:
+                us, tried, since = less, tried | {name: choice}, 0
+    return us, tried
 
 
 def layers(model: Transformer) -> dict[str, Linear]:
@@ -119,15 +160,18 @@ def layers(model: Transformer) -> dict[str, Linear]:
 
 def candidates(weight: torch.Tensor, K: int, processors: int) -> list[Configuration]:
     """Configurations that may be good for a weight, as the kernel reads it, of K columns: a step is shorter than 2 K,
-    and weights in flight fit, and fill, the registers."""
+    and weights in flight fit, and fill, the registers, or leave some to the next kernel's first programs."""
     kind, tiles = linear_triton.kind_of(weight), linear_triton.out_features(weight) // 8
     result = {}  # a set in order
-    for R, C, W, programs in itertools.product((2, 4, 8), (1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 3, 4, 6)):
-        registers, words = min(240, REGISTERS // (32 * W * programs) // 8 * 8), 4 * R * C
+    products = itertools.product((2, 4, 8), (1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 3, 4, 6), LEFT)
+    for R, C, W, programs, left in products:
+        if kind == "fp8" and C * tuning.CHUNK[kind] > 256:  # 8 columns of a fragment have 32 values of one row each
+            continue
+        registers, words = min(240, int(REGISTERS * (1 - left)) // (32 * W * programs) // 8 * 8), 4 * R * C
         in_flight = min(programs, -(-tiles // R // processors) or 1) * 32 * W * words * 4  # bytes
         if tuning.CHUNK[kind] * W * C < 2 * K and words + 32 <= registers and in_flight >= 12 * 1024:
             result[Configuration(8 * R, C, W, registers, programs)] = None
-            if tiles // R > programs * processors:
+            if tiles // R > programs * processors and not left:
                 result[Configuration(8 * R, C, W, registers, 0)] = None
             if R > 2 and tiles // R > programs * processors // 2:  # 16 rows leave little to share
                 result[Configuration(8 * R, C, W, registers, programs, True)] = None

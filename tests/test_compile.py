@@ -2,6 +2,7 @@
 weights, keys and x get from their load to the tensor cores without a detour through shared memory."""
 
 import fcntl
+import importlib
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -146,7 +148,7 @@ def test_every_thread_waits_for_its_own_message(compiled):
 
 
 @pytest.mark.parametrize("shape", [(16384, 2048), (4096, 11008), (4096, 1024), (5504, 4096), (32000, 4096)])
-@pytest.mark.parametrize("kind", ["fp", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["fp", "fp8", "int8", "int4"])
 def test_tune_tries_what_the_kernel_uses_as_it_is(kind, shape, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
     import tune
@@ -155,14 +157,51 @@ def test_tune_tries_what_the_kernel_uses_as_it_is(kind, shape, monkeypatch):
 
     cpu = torch.device("cpu")
     N, K = shape
-    shape, dtype = {"int4": ((N // 8, K // 128, 8, 4, 4), "int32"), "int8": (shape, "int8")}.get(kind, (shape, "half"))
+    names = {"int4": "int32", "int8": "int8", "fp8": "float8_e4m3fn", "fp": "half"}
+    shape, dtype = (N // 8, K // 128, 8, 4, 4) if kind == "int4" else shape, names[kind]
     weight = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     choices = tune.candidates(weight, K, 132)
-    assert 20 < len(set(choices)) == len(choices) < 350
+    assert 20 < len(set(choices)) == len(choices) < 650
     own, _ = tuning.tables(cpu)
     for choice in choices:
         monkeypatch.setitem(own, tuning.key(kind, 1), {(N, K): choice})
         assert tuning.configuration(kind, N, K, 1, cpu) == choice
+        assert kind not in ("fp", "fp8") or tuning.CHUNK[kind] * choice.k_repeat <= 256  # see linear_triton's X
+
+
+def test_tune_finds_what_is_best_together(monkeypatch):
+    """Neither of two choices is better by itself, nor attention without prefetch; another layer's does not matter."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    import tune
+
+    shipped, good, bad = (tune.Configuration(rows, 1, 4, 128, 1) for rows in (16, 32, 64))
+    alone = replace(good, no_prefetch=True)
+
+    def measure(tried):
+        wo, w13 = tried.get("wo", shipped), tried.get("w13", shipped)
+        cost = {(alone, good): 8, (good, good): 9, (shipped, shipped): 10}
+        return cost.get((wo, w13), 11) + 2 * (tried.get("w2", shipped) != bad)
+
+    choices = {"wo": [shipped, good, bad], "w13": [shipped, good, bad], "w2": [bad, good]}
+    assert tune.search(choices, measure, True, 1) == (12, 10, {"w2": bad})  # from what is shipped alone
+    assert tune.search(choices, measure, True, 30) == (12, 8, {"wo": alone, "w13": good, "w2": bad})
+    assert tune.search(choices, measure, False, 30) == (12, 9, {"wo": good, "w13": good, "w2": bad})
+
+
+@pytest.mark.parametrize("dim,hidden,lines", [(2048, 16384, 0), (4096, 22016, 2**14)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_a_layer_behind_attention_may_want_no_prefetch(monkeypatch, dtype, dim, hidden, lines):
+    """That of Llama 3.2 1B on an H200, for one row; that of 7B does not mind."""
+    from ops import common
+
+    attention = importlib.import_module("ops.attention")  # the package has the function by that name
+    monkeypatch.setattr(common, "gpu", lambda device: common.Gpu("NVIDIA H200", (9, 0), 132))
+    monkeypatch.setattr(attention, "on_triton", lambda x: x.is_meta)
+    weight, soon = (torch.empty(n, dim, dtype=dtype, device="meta") for n in (dim, hidden))
+    scales = torch.empty(dim, device="meta") if dtype is torch.int8 else None
+    layer = SimpleNamespace(wo=SimpleNamespace(weight=weight, scales=scales, in_features=dim))
+    attention.prepare(layer, True, soon, None)
+    assert layer.prefetch is soon and layer.prefetch_lines == (lines, 2**14)
 
 
 def test_what_is_tuned_for_a_gpu_serves_it_by_any_name(monkeypatch):
