@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.upload import put
+
 Output = TypeVar("Output")
 
 
@@ -36,7 +38,7 @@ def capture(
 
     def replay(*values: Tensor) -> Output:
         for fixed, value in zip(inputs, values):
-            fixed.copy_(value)
+            put(value, fixed)
         graph.replay()
         return output
 
