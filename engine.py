@@ -84,7 +84,7 @@ class Engine:
         self.model, self.stop_ids, self.batch_size = model, stop_ids, batch_size
         length = max_seq_length or min(model.config.block_size, MAX_DEFAULT_CONTEXT)
         self.state = state = RunState.new(model, batch_size, length, sampler or Sampler(), kv_cache)
-        self.device, self.rows = state.pos.device, torch.arange(batch_size, device=state.pos.device)
+        self.device = state.pos.device
         self.few = max(ops.row_limits(self.device, model.dtype), default=0)  # rows that kernels serve
 
         def step() -> None:
@@ -214,13 +214,13 @@ class Engine:
         state, longest = self.state, max(lengths)
         if longest > state.cache.length:
             raise UserError(f"the prompt has {longest} tokens; the cache holds {state.cache.length} (--max_seq_length)")
-        ops.put([prompt + [0] * (longest - len(prompt)) for prompt in prompts], state.history[:, :longest])
-        ops.put([length - 1 for length in lengths], state.pos)
-        x = None
+        state.history[:, :longest] = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+        state.pos.copy_(torch.tensor(lengths) - 1)
+        rows, x = torch.arange(self.batch_size, device=self.device), None
         tokens, begin = state.history[:, start:longest], torch.full((self.batch_size,), start)  # known to the host
         for a, chunk in feed(self._hidden, tokens, begin, longest):
             at = state.pos - (start + a)  # of each row's last token in this chunk
-            chunk = chunk[self.rows, at.clamp(0, chunk.shape[1] - 1)]
+            chunk = chunk[rows, at.clamp(0, chunk.shape[1] - 1)]
             x = chunk if x is None else torch.where((at >= 0)[:, None], chunk, x)
         if self.speculator:
             self.speculator.prefill(start, longest)

@@ -35,7 +35,7 @@ from ops.rms_norm import add_norm
 from ops.rounding import int4_grid, inverse_factor, round_columns
 from ops.sampling import logit_threshold, sample
 from ops.symmetric import all_reduce
-from ops.upload import put, upload
+from ops.upload import upload
 from ops.verify import verify
 
 __all__ = [
@@ -71,7 +71,6 @@ __all__ = [
     "prepare_layers",
     "prepare_linear",
     "prepare_mixture",
-    "put",
     "read_bandwidth",
     "round_columns",
     "route",

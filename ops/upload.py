@@ -1,7 +1,6 @@
 """Tensors from the host's memory, or from a mapped file, to a GPU's.
 
     upload(t, device, dtype)    t.to(device, dtype), for a large t some times as fast
-    put(values, tensor)         a few values into a tensor, without waiting for its device
 
 Left to itself CUDA copies memory that is not pinned with one processor, into pinned memory of its own. Here several
 fill pinned buffers, which the GPU reads meanwhile. (PyTorch's parallel copy is slower than memmove on one processor.)
@@ -51,11 +50,3 @@ def upload(t: Tensor, device: torch.device | str, dtype: torch.dtype | None = No
     for _ in threads.map(copy, *pieces):
         pass
     return out.to(dtype or t.dtype)
-
-
-def put(values: Tensor | list, tensor: Tensor) -> None:
-    """Start copying values to a tensor. From memory that is not pinned the host would wait for the device."""
-    values = torch.as_tensor(values)
-    if values.is_cpu and tensor.is_cuda:
-        values = values.pin_memory()
-    tensor.copy_(values, non_blocking=True)
