@@ -35,6 +35,7 @@ import bench
 import torch
 from tqdm import tqdm
 
+import ops
 from cli import pick_device, positive
 from errors import UserError
 from linear import Linear
@@ -91,15 +92,12 @@ def _run(args: argparse.Namespace, tp: TensorParallel) -> None:
     own, _ = tuning.tables(device)
     table = own.setdefault(tuning.key(linear_triton.kind_of(model.output.weight), args.rows), {})
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in found.items()}
-    attention, wo = [layer.attention for layer in model.layers], model.layers[0].attention.wo
-    lines = [layer.prefetch_lines[1] for layer in attention]
 
     def measure(tried: Choices) -> float:
         """Microseconds of a step."""
         with patch.dict(table, {shapes[name]: choice for name, choice in tried.items()}):
-            alone = linear_triton.configuration(wo.weight, wo.scales, wo.in_features, 1).no_prefetch
-            for layer, many in zip(attention, lines):
-                layer.prefetch_lines = (0 if alone else many, many)
+            for layer in model.layers:  # attention looks at its wo's
+                ops.prepare_attention(layer.attention, layer is model.layers[0], layer.feed_forward.first.weight)
             return tp.share(bench.step_time(model, args.rows, 205) * 1e6)
 
     first, best, kept = search(choices, measure, args.rows == 1, args.starts)
