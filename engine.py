@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import ops
@@ -31,8 +30,7 @@ MAX_DEFAULT_CONTEXT = 8192  # cache length of a chat when --max_seq_length does 
 @contextmanager
 def compiling() -> Iterator[None]:
     """Around calls that torch.compile serves, whose limit on compilations of a function engines share, each of which is
-    wanted. Raises UserError where it fails, mostly for want of a C++ compiler.
-    """
+    wanted. Raises UserError where it fails, mostly for want of a C++ compiler."""
     try:
         with torch._dynamo.config.patch(recompile_limit=1000):
             yield
@@ -44,8 +42,7 @@ def compiling() -> Iterator[None]:
 def compile_blocks(model: Transformer) -> Callable[[Tensor, Tensor, KVCache], Tensor]:
     """model.hidden with its blocks compiled for symbolic sizes: one graph serves all layers and lengths, and all
     numbers of rows but one. For more tokens than ops.row_limits: up to there kernels are as fast, and their choices
-    graphs of their own. The model stays as it is.
-    """
+    graphs of their own. The model stays as it is."""
     import torch.fx.experimental._config as symbolic  # with torch.compile, which takes seconds to import
 
     blocks = [torch.compile(layer.forward, fullgraph=True, dynamic=True) for layer in model.layers]
@@ -62,8 +59,7 @@ def compile_blocks(model: Transformer) -> Callable[[Tensor, Tensor, KVCache], Te
 
 class Engine:
     """A model with its run state: one cache of fixed size, the device-side position and tokens of each row, and the
-    decode step, compiled once. Prompts of any length up to the cache reuse all of it.
-    """
+    decode step, compiled once. Prompts of any length up to the cache reuse all of it."""
 
     def __init__(
         self,
@@ -143,12 +139,11 @@ class Engine:
             self.speculator.compile(step, inductor, ops.capture if graphs else None)
 
     def _capture_prefill(self) -> None:
-        pool = torch.cuda.graph_pool_handle()  # one memory for all: each one's result is read at once
+        pool, start = torch.cuda.graph_pool_handle(), torch.zeros_like(self.state.pos)  # of all: read at once
         self._again = ops.Repeated(self._whole, STEP // self.batch_size or 1, self.state.cache.length, pool)
         for size in sorted({max(1, size // self.batch_size) for size in CAPTURED}):
             if size <= self.state.cache.length:
-                tokens, start = torch.zeros_like(self.state.history[:, :size]), torch.zeros_like(self.state.pos)
-                self._captured[size] = ops.capture(self._few_tokens, tokens, start, pool=pool)
+                self._captured[size] = ops.capture(functools.partial(self._known, size), start, pool=pool)
         self._draw = ops.capture(self._draw, self.model.tok_embeddings(self.state.history, length=1)[:, 0], pool=pool)
 
     def seed(self, seed: int) -> None:
@@ -172,31 +167,39 @@ class Engine:
         self.span += count
         if self.span > self._limit() and self.fit((end := int(self.state.pos.max())) + count):
             start = torch.zeros_like(self.state.pos, device="cpu")  # known to the host
-            for _ in feed(self._hidden, self.state.history[:, :end], start, end):
+            for _ in feed(self._read, self.state.history[:, :end], start, end):
                 pass
             if self.speculator:
                 self.speculator.prefill(0, end)
 
+    def _read(self, tokens: Tensor, start: Tensor, end: int) -> Tensor:
+        """Feed a chunk (B, S) of what the history holds, perhaps padding: what the output layer reads (B, C) of each
+        row's last token, if that is in the chunk, until the next call."""
+        S, most = tokens.shape[1], tokens.shape[1] + self.state.history.shape[1] - end
+        if size := min((size for size in self._captured if S <= size <= most), default=0):
+            return self._captured[size](start)
+        again = self._again and not self._long and tokens.numel() <= AGAIN and not start.any()
+        x = self._again(tokens) if again else None
+        return self._last(self._hidden(tokens, start, end) if x is None else x, start.to(self.device))
+
+    def _last(self, x: Tensor, start: Tensor) -> Tensor:
+        at = (self.state.pos - start).clamp(0, x.shape[1] - 1)
+        return x.gather(1, at[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
+
+    def _known(self, size: int, start: Tensor) -> Tensor:
+        """`_read` of so many tokens that the history holds from start on: what is captured."""
+        x = self.model.tok_embeddings(self.state.history, start, size)
+        return self._last(self.model.hidden(x, start, self.state.cache), start)
+
     def _hidden(self, tokens: Tensor, start: Tensor, end: int) -> Tensor:
-        """What the output layer reads of a chunk (B, S) of prompts, and perhaps of padding: until the next call."""
-        S = tokens.shape[1]
-        if size := min((size for size in self._captured if size >= S), default=0):
-            return self._captured[size](F.pad(tokens, (0, size - S)), start)
-        whole = tokens.numel() <= AGAIN and not start.is_cuda and not start.any()
-        if self._again and whole and not self._long and (x := self._again(tokens)) is not None:
-            return x
+        x = self.model.tok_embeddings(tokens)
         if self._long and tokens.numel() > self.few:
-            return self._long(self.model.tok_embeddings(tokens), start, self.state.cache)
-        if self.few >= S:  # kernels read what is used anyway, and are compiled for the cache's length
-            return self._few_tokens(tokens, start)
-        return self.model.hidden(self.model.tok_embeddings(tokens), start, self.state.cache.first(end))
+            return self._long(x, start, self.state.cache)
+        # Kernels for few tokens read what is used anyway, and are compiled for the cache's length.
+        return self.model.hidden(x, start, self.state.cache if self.few >= x.shape[1] else self.state.cache.first(end))
 
     def _whole(self, tokens: Tensor) -> Tensor:
-        start = torch.zeros(len(tokens), dtype=torch.int64)  # known to the host
-        return self.model.hidden(self.model.tok_embeddings(tokens), start, self.state.cache.first(tokens.shape[1]))
-
-    def _few_tokens(self, tokens: Tensor, start: Tensor) -> Tensor:
-        return self.model.hidden(self.model.tok_embeddings(tokens), start, self.state.cache)
+        return self._hidden(tokens, torch.zeros(len(tokens), dtype=torch.int64), tokens.shape[1])  # known to the host
 
     @torch.inference_mode()
     def prefill(self, prompts: list[list[int]], start: int = 0) -> None:
@@ -216,12 +219,9 @@ class Engine:
             raise UserError(f"the prompt has {longest} tokens; the cache holds {state.cache.length} (--max_seq_length)")
         state.history[:, :longest] = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
         state.pos.copy_(torch.tensor(lengths) - 1)
-        rows, x = torch.arange(self.batch_size, device=self.device), None
-        tokens, begin = state.history[:, start:longest], torch.full((self.batch_size,), start)  # known to the host
-        for a, chunk in feed(self._hidden, tokens, begin, longest):
-            at = state.pos - (start + a)  # of each row's last token in this chunk
-            chunk = chunk[rows, at.clamp(0, chunk.shape[1] - 1)]
-            x = chunk if x is None else torch.where((at >= 0)[:, None], chunk, x)
+        x, begin = None, torch.full((self.batch_size,), start)  # known to the host
+        for a, last in feed(self._read, state.history[:, start:longest], begin, longest):
+            x = last if x is None else torch.where((state.pos >= start + a)[:, None], last, x)
         if self.speculator:
             self.speculator.prefill(start, longest)
         self._finite = to_host(self._draw(x))  # read with the first token, for which the host waits anyway

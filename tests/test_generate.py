@@ -69,7 +69,7 @@ def test_a_prompt_whose_like_was_read_before_is_captured_in_steps(tiny, rows, mo
 
     monkeypatch.setattr("ops.graph.capture", capture)
     plain, llm = (tiny_engine(tiny, batch_size=rows, max_seq_length=22) for _ in range(2))
-    llm._captured, llm._again = {2: llm._few_tokens}, ops.Repeated(llm._whole, 8, 22, None)
+    llm._captured, llm._again = {2: lambda start: llm._known(2, start)}, ops.Repeated(llm._whole, 8, 22, None)
     for length, captured in ((2, []), (7, []), (8, [8]), (8, [8]), (9, [8]), (16, [8, 16]), (17, [8, 16])):
         prompts = [list(range(5 + row, 5 + row + length)) for row in range(rows)]
         assert list(generate(llm, prompts, 4, is_stop=never)) == list(generate(plain, prompts, 4, is_stop=never))
@@ -84,23 +84,34 @@ def test_a_prompt_whose_like_was_read_before_is_captured_in_steps(tiny, rows, mo
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_captured_prompts_draw_what_others_do(tiny, rows, monkeypatch):
-    """The draw of a first token is captured, too, the reader's without a number from those to come."""
+    """The draw of a first token is captured, too, the reader's without a number from those to come. A captured size
+    that would go beyond the history, of 87 tokens here, is not used."""
+    used = []
 
     def capture(function, *inputs, warm_up=2, pool=None):
         for _ in range(warm_up):
             function(*inputs)
-        return lambda *values: function(*(fixed.copy_(value) for fixed, value in zip(inputs, values)))
+
+        def replay(*values):
+            used.append(getattr(function, "args", "draw"))
+            return function(*(fixed.copy_(value) for fixed, value in zip(inputs, values)))
+
+        return replay
 
     monkeypatch.setattr(ops, "capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    options = {"batch_size": rows, "max_seq_length": 60, "sampler": Sampler(temperature=1.0, top_k=None)}
+    options = {"batch_size": rows, "max_seq_length": 70, "sampler": Sampler(temperature=1.0, top_k=None)}
     plain, llm = (tiny_engine(tiny, **options) for _ in range(2))
     with torch.inference_mode():
         llm._capture_prefill()
     llm.seed(0)
-    for length in (1, 9, 33):
-        prompts = [list(range(5 + row, 5 + row + length)) for row in range(rows)]
-        assert list(generate(llm, prompts, 8, is_stop=never)) == list(generate(plain, prompts, 8, is_stop=never))
+    # From start on 35 tokens are read of 45, 57 and 58, where 64 end at 74, 86 and 87 or, with one more, beyond.
+    for length, start, size in ((1, 0, 8 // rows), (9, 0, 16), (33, 0, 64), (45, 10, 64), (58, 23, 64), (59, 24, None)):
+        prompts = [list(range(5, 5 + length)), list(range(5, 6 + start))][:rows]
+        expected = list(generate(plain, prompts, 8, is_stop=never, start=start))
+        used.clear()
+        assert list(generate(llm, prompts, 8, is_stop=never, start=start)) == expected
+        assert used == [(size,), "draw"][size is None :]
     for own in (plain, llm):
         own.fill(0, [7, 8, 9])
     assert torch.equal(llm.state.rng, plain.state.rng)
