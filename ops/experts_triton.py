@@ -191,16 +191,17 @@ else:
     def _times(
         acc, w, s, b, scale, KIND: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
         C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, DOWN: tl.constexpr, ASM: tl.constexpr,
+        DTYPE: tl.constexpr,
     ):  # fmt: skip
         """acc and a tile's product; going down, weights of 8 bits have scales of their own in each expert."""
         if DOWN and (KIND == "int8" or KIND == "fp8"):
             D: tl.constexpr = acc.shape[0] // W
             own = tl.zeros(acc.shape, tl.float32)
-            own = products.multiply(own, w, 0, b, scale, KIND, GROUP, False, S, R, C, W, COLS, ASM)
+            own = products.multiply(own, w, 0, b, scale, KIND, GROUP, False, S, R, C, W, COLS, ASM, DTYPE)
             s = tl.broadcast_to(s[None, :, :], (D, W, R * 8)).reshape(D * W, R * 8)
             acc += own * s[:, :, None]
         else:
-            acc = products.multiply(acc, w, s, b, scale, KIND, GROUP, KIND == "int4", S, R, C, W, COLS, ASM)
+            acc = products.multiply(acc, w, s, b, scale, KIND, GROUP, KIND == "int4", S, R, C, W, COLS, ASM, DTYPE)
         return acc
 
     @triton.jit
@@ -315,17 +316,16 @@ else:
                 before = tl.load(residual + at, mask=stored, other=0.0).to(tl.float32)
             acc = tl.zeros((D * W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
             if not WHOLE:
+                b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
                 for step in range(W, units, W):
-                    t_next = _rows(xs, kx, count, S, tile, step, T, U, M, K, COLS, DOWN, SPAN, X, W)
-                    b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
-                    acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIR, R, C, W, COLS, DOWN, ASM)
+                    t = _rows(xs, kx, count, S, tile, step, T, U, M, K, COLS, DOWN, SPAN, X, W)
+                    acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIR, R, C, W, COLS, DOWN, ASM, DTYPE)
                     w_now, s_now = _weights(
                         w, s, used, expert, count, S, tile, step, wanted, T, U, N, K,
                         KIND, GROUP, COLS, DOWN, R, C, W, EVEN,
                     )  # fmt: skip
-                    t = t_next
-                b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
-            acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIR, R, C, W, COLS, DOWN, ASM)
+                    b, x_scale, squares = products.operand(squares, t, None, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
+            acc = _times(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIR, R, C, W, COLS, DOWN, ASM, DTYPE)
             tile += tl.num_programs(0)
             if PERSIST:
                 if TOP > 0:

@@ -312,53 +312,77 @@ if triton is not None:
         COLS: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
     ):  # fmt: skip
         """What a step multiplies weights with, from words t of x and, if there is a norm, those of its gain: the
-        operand, of 16 bits in D parts along K; its scale where products are of int8 or `in_half`, or for several rows
-        and int4 its `_sums`; and with a norm and several rows, sums of squares so far, in other units where weights are
+        operand, in words, see `_fragment`; its scale where products are of int8 or `in_half`, or for several rows and
+        int4 its `_sums`; and with a norm and several rows, sums of squares so far, in other units where weights are
         `small`: of the 16 rows, 2^64 and, of int4, 2^60."""
-        SMALL: tl.constexpr = small(KIND, GROUP, COLS, ASM)
-        if gain is not None and COLS == 1:
-            t = _times(t, gain, DTYPE, ASM)
-        scale = 0.0
-        IN_HALF: tl.constexpr = in_half(KIND, GROUP, COLS, ASM)
-        if IN_HALF:
-            t, scale = _in_half(t, R, W, DTYPE)
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        scale = 0.0
+        if COLS == 1:
+            if gain is not None:
+                low, high = halves(t, DTYPE)
+                squares += tl.sum(tl.sum(low * low + high * high, 5), 4)
+                t = _times(t, gain, DTYPE, ASM)
+            if in_int8(KIND, GROUP, COLS):
+                t, scale = _in_int8(t, KIND, R, C, W, ASM, DTYPE)
+            elif in_half(KIND, GROUP, COLS, ASM):
+                t, scale = _in_half(t, R, W, DTYPE)
+        else:
+            X: tl.constexpr = C * (1 if KIND == "fp" else 4 if FOUR else 2)
+            B: tl.constexpr = (COLS + 7) // 8
+            plain = t
+            if small(KIND, GROUP, COLS, ASM):
+                # 2^64 times as much, which keeps products away from 0, and of int4 as `_unpack` has the weights
+                lift = tl.full((1, 1, 1, 1, 1, 4), 0x5F805F80, tl.int32)
+                if KIND == "int4":
+                    u = tl.arange(0, 4)[None, None, None, None, None, :]
+                    lift = tl.where(u % 2 == 0, 0x5F805F80, 0x5D805D80)
+                t = _times(t, lift, DTYPE, ASM)
+            if gain is not None:
+                # The sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing; here of two
+                # halves of each row, which as the 16 rows of a fragment need the fewest moves.
+                L: tl.constexpr = 2 if X > 1 else 1
+                rows = _unpack(plain, "fp", DTYPE, ASM).reshape(4, 8, W, B, X // L, L, 2, 2, 2)
+                cols = _unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, X // L, L, 2, 2, 2)
+                rows = rows.permute(3, 2, 8, 1, 4, 6, 0, 5, 7).reshape(B * W, 16, X * 16)
+                cols = cols.permute(3, 2, 4, 6, 0, 5, 7, 8, 1).reshape(B * W, X * 16, 16)
+                squares = tl.dot(rows, cols, squares)
+                t = _times(t, gain, DTYPE, ASM)
+            if KIND == "int4":
+                scale = _sums(_unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, C, 4, 2, 2, 2), ASM)
+        return t, scale, squares
+
+    @triton.jit
+    def _fragment(
+        t, KIND: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr,
+        D: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
+    ):  # fmt: skip
+        """An `operand` as the tensor cores take it, of 16 bits in D parts along K. It travels in words, as those that
+        its weights meet one step later stay in registers so."""
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        i = tl.arange(0, 8)[None, :, None, None, None, None]
         if in_int8(KIND, GROUP, COLS):
-            b, scale = _operand_in_int8(t, KIND, R, C, W, ASM, DTYPE)
+            X: tl.constexpr = C * (2 if KIND == "int8" else 4)
+            PARTS: tl.constexpr = 4 if X > 4 else X
+            own = tl.expand_dims(i // 2, 6) == tl.arange(0, PARTS)[None, None, None, None, None, :, None]
+            t = tl.where(own, tl.expand_dims(t, 5), 0)  # (j i W 1 D, parts, halves)
+            b = _bytes(t.reshape(4, 8, W, 1, X // 2, 4), ASM).reshape(4, 8, W, X // PARTS, PARTS // 2, 2, 2, 4)
+            b = b.permute(3, 2, 4, 5, 0, 6, 7, 1).reshape(X // PARTS * W, PARTS * 32, 8)
         else:
             X: tl.constexpr = C * (1 if KIND == "fp" else 4 if FOUR else 2)
             B: tl.constexpr = (COLS + 7) // 8
             if COLS == 1:
-                i = tl.arange(0, 8)[None, :, None, None, None, None]
                 t = tl.where(i == tl.arange(0, X)[None, None, None, None, :, None], t, 0)
             # (j i W B X, uh e ul), words of x being u = 2 uh + ul
-            t = _unpack(t, "fp", tl.float16 if IN_HALF else DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
-            plain = t
-            if SMALL and KIND == "int4":
-                # 2^64 times as much for all, which keeps products away from 0, and as `_unpack` has the weights
-                ul = tl.arange(0, 2)[None, None, None, None, None, None, None, :]
-                t *= tl.where(ul == 0, 2.0**64, 2.0**60).to(DTYPE)
-            elif SMALL:
-                t *= 2.0**64
-            if gain is not None and COLS > 1:
-                # The sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing; here of two
-                # halves of each row, which as the 16 rows of a fragment need the fewest moves.
-                L: tl.constexpr = 2 if X > 1 else 1
-                rows = plain.reshape(4, 8, W, B, X // L, L, 2, 2, 2).permute(3, 2, 8, 1, 4, 6, 0, 5, 7)
-                cols = t.reshape(4, 8, W, B, X // L, L, 2, 2, 2).permute(3, 2, 4, 6, 0, 5, 7, 8, 1)
-                squares = tl.dot(rows.reshape(B * W, 16, X * 16), cols.reshape(B * W, X * 16, 16), squares)
-                t *= _unpack(gain, "fp", DTYPE, ASM).reshape(4, 8, W, B, X, 2, 2, 2)
+            t = _unpack(t, "fp", tl.float16 if in_half(KIND, GROUP, COLS, ASM) else DTYPE, ASM)
             # The two halves of a fragment's K are a word's neighbours, which a load of 16 bytes leaves side by side.
             if FOUR:  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
                 GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
                 b = t.reshape(4, 8, W, B, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 6, 9, 0, 7, 8, 3, 1)
                 b = b.reshape(C * GROUPS * W, 128 // GROUPS, B * 8)
-                if KIND == "int4":
-                    scale = _sums(t.reshape(4, 8, W, B, C, 4, 2, 2, 2), ASM)
             else:
-                t = t.reshape(4, 8, W, B, D, X // D, 2, 2, 2)
-                b = t.permute(4, 2, 5, 8, 0, 6, 7, 3, 1).reshape(D * W, X // D * 32, B * 8)
-        return b, scale, squares
+                b = t.reshape(4, 8, W, B, D, X // D, 2, 2, 2).permute(4, 2, 5, 8, 0, 6, 7, 3, 1)
+                b = b.reshape(D * W, X // D * 32, B * 8)
+        return b
 
     @triton.jit
     def _in_half(t, R: tl.constexpr, W: tl.constexpr, DTYPE: tl.constexpr):
@@ -417,10 +441,11 @@ if triton is not None:
 
     @triton.jit
     def multiply(
-        acc, w, s, b, scale, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, S: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr,
+        acc, w, s, t, scale, KIND: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, S: tl.constexpr,
+        R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr,
     ):  # fmt: skip
         """acc and a tile of weights, words w and their groups' scales s, times an `operand`."""
+        b = _fragment(t, KIND, GROUP, C, W, COLS, acc.shape[0] // W, ASM, DTYPE)
         if in_int8(KIND, GROUP, COLS):
             acc = _multiply_in_int8(acc, w, s, b, scale, KIND, S, R, C, W, ASM)
         elif in_half(KIND, GROUP, COLS, ASM):
@@ -431,14 +456,16 @@ if triton is not None:
         return acc
 
     @triton.jit
-    def squares_of_row(x, K, SPAN: tl.constexpr, DTYPE: tl.constexpr):
-        """The squares of one row of x, words at x, as sums of each warp, (SPAN / 128, 1, 1)."""
-        at = tl.arange(0, SPAN)
-        squares = tl.zeros((SPAN,), tl.float32)
-        for start in range(0, K // 2, SPAN):
-            low, high = halves(tl.load(x + start + at, start + at < K // 2, other=0), DTYPE)
-            squares += low * low + high * high
-        return tl.sum(squares.reshape(SPAN // 128, 128), 1).reshape(SPAN // 128, 1, 1)
+    def squares_of_row(squares, KIND: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr):
+        """An `operand`'s sums of squares of one row, (j i W 1), as those of each warp, (W, 1, 1)."""
+        FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+        X: tl.constexpr = C * (1 if KIND == "fp" else 4 if FOUR else 2)
+        i = tl.arange(0, 8)[None, :, None, None]
+        if in_int8(KIND, GROUP, 1):  # lanes 2 p and 2 p + 1 have part p, of at most 4
+            first = (i % 2 == 0) & (i // 2 < X)
+        else:
+            first = i < X
+        return tl.sum(tl.sum(tl.where(first, squares, 0.0), 1), 0).reshape(squares.shape[2], 1, 1)
 
     @triton.jit
     def _bytes(w, ASM: tl.constexpr):
@@ -472,7 +499,7 @@ if triton is not None:
         return word ^ tl.where(odd, -0x7F7F7F80, 0)
 
     @triton.jit
-    def _operand_in_int8(
+    def _in_int8(
         t, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr
     ):
         """`operand` for one row of x and quantised weights, in products of int8.
@@ -506,10 +533,6 @@ if triton is not None:
             low0, low1 = tl.split(low)
             high0, high1 = tl.split(high)
             word = _pick(low0, high0, low1, high1, odd, ASM)
-        own = tl.expand_dims(i // 2, 6) == tl.arange(0, PARTS)[None, None, None, None, None, :, None]
-        word = tl.where(own, tl.expand_dims(word, 5), 0)  # (j i W 1 D, parts, halves)
-        b = _bytes(word.reshape(4, 8, W, 1, X // 2, 4), ASM).reshape(4, 8, W, D, PARTS // 2, 2, 2, 4)
-        b = b.permute(3, 2, 4, 5, 0, 6, 7, 1).reshape(D * W, PARTS * 32, 8)
         scale = exponent.to(tl.float32, bitcast=True) * (1 / 8192 / 16 if KIND == "int4" else 1 / 8192)
         if ASM is None:
             scale = tl.max(scale.reshape(4, 2, W, D), 1).permute(2, 1, 0).reshape(D * W, 1, 4)
@@ -519,7 +542,7 @@ if triton is not None:
             scale = tl.inline_asm_elementwise(OF_PART, "=r,r", [scale], tl.float32, is_pure=False, pack=1)
             scale = tl.broadcast_to(scale.reshape(4, 8, W, D, 1), (4, 8, W, D, R))
             scale = scale.permute(3, 2, 4, 1, 0).reshape(D * W, R * 8, 4)
-        return b, scale
+        return word, scale
 
     @triton.jit
     def _four(t):

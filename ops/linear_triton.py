@@ -174,6 +174,9 @@ if triton is not None:
         S: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None
         # Products that add up in the same registers wait for each other: 4 sums, where they are the longest.
         D: tl.constexpr = (C if C < 8 // R else 8 // R) if P == 4 and COLS == 8 else 1
+        # A step's operand is made while its weights are on their way, but for 16 rows and weights to unpack, where
+        # registers are too few to hold it until then.
+        AHEAD: tl.constexpr = COLS < 16 or KIND == "fp"
         j, i, warp, _, u = _axes(W, R)
         if IN_INT8:  # other lanes have the same parts again
             PARTS: tl.constexpr = 4 if X > 4 else X
@@ -205,14 +208,9 @@ if triton is not None:
         tile = tl.program_id(0)
         if PDL:
             tlx.gdc_launch_dependents()
-        # A gain comes before weights, which since the last step have driven it out of the L2 cache, and then a step
-        # ahead, like x, where there are registers for that.
-        GAIN_AHEAD: tl.constexpr = COLS == 1 or (COLS == 8 and FOUR)
-        # Where registers are few, x is asked for once that before is an operand, to the same ones. (In 16 bits, and
-        # where there are fewer steps, sooner is better.)
-        LATE: tl.constexpr = COLS == 8 and R <= 4 and (P == 4 or (FOUR and C == 1))
+        # A gain comes before weights, which since the last step have driven it out of the L2 cache.
         gain = None
-        if norm is not None and GAIN_AHEAD:
+        if norm is not None:
             gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
         PART: tl.constexpr = 2 if SWIGLU else 1
         first, stop = _rows_of(tile, tiles, N, R, PART, SHARE)
@@ -224,22 +222,13 @@ if triton is not None:
 
         outputs = N // PART
         col = tl.arange(0, COLS)
-        last = (K - 1) // STEP * STEP
         t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
-        squares = tl.zeros((B * W, 16, 16), tl.float32)
-        # The factor of one row's norm is computed here, where weights are on their way. Of products of int8, which come
-        # sooner, warps have squares ready before the last step, and leave them beside their first sums.
+        SQUARES: tl.constexpr = (4, 8, W, 1) if COLS == 1 else (B * W, 16, 16)
+        squares = tl.zeros(SQUARES, tl.float32)
         factor = tl.zeros((1, 1), tl.float32)
-        of_row = tl.zeros((W, 1, 1), tl.float32)
-        if norm is not None and IN_INT8 and OWN is not None:
+        if norm is not None and COLS == 1 and OWN is not None:  # one row's squares are left beside its first sums
             at_row = warps.place(W, 1, 1)
-        if norm is not None and COLS == 1 and (WHOLE or not IN_INT8):
-            of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
-            if not IN_INT8:
-                factor = tl.rsqrt(warps.total(of_row, False, OWN) / K + eps)
         if WHOLE:
-            if norm is not None and not GAIN_AHEAD:
-                gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
             b, x_scale, squares = products.operand(squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
         rounds = 1
         if PERSIST:
@@ -262,50 +251,49 @@ if triton is not None:
                 count = tl.load(counts + n // 8, mask=n < past, other=0, cache_modifier=".cg") + 1
             acc = tl.zeros((D * W, R * 8, 4 if IN_INT8 else B * 8), tl.float32)
             if not WHOLE:
-                squares = tl.zeros(squares.shape, tl.float32)
+                squares = tl.zeros(SQUARES, tl.float32)
+                if AHEAD:
+                    b, x_scale, squares = products.operand(squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
                 for k in range(STEP, end, STEP):
-                    gain_now = gain
-                    if not LATE:
-                        t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
-                        if norm is not None and GAIN_AHEAD:
-                            gain = products.load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
-                    if norm is not None and not GAIN_AHEAD:
-                        gain_now = products.load(gains, kx, (k - STEP) // 2, kx < (K - k + STEP) // 2, EVEN)
-                    b, x_scale, squares = products.operand(
-                        squares, t, gain_now, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
+                    if not AHEAD:
+                        b, x_scale, squares = products.operand(
+                            squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
+                        )
+                    # x is asked for before weights: loads come back in order, even from the L1 cache.
+                    t = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
+                    if norm is not None:
+                        gain = products.load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
+                    acc = products.multiply(
+                        acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM, DTYPE
                     )
-                    if LATE:
-                        t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
-                        if norm is not None and GAIN_AHEAD:
-                            gain = products.load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
-                    acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
                     w_now, s_now = _weights(
                         w, s, first, stop, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, SHARE
                     )  # fmt: skip
-                    t = t_next
-                if norm is not None and IN_INT8 and turn == 0:
-                    of_row = products.squares_of_row(xs, K, W * 128, DTYPE)
-                gain_now = gain
-                if norm is not None and not GAIN_AHEAD:
-                    gain_now = products.load(gains, kx, last // 2, kx < (K - last) // 2, EVEN)
-                b, x_scale, squares = products.operand(squares, t, gain_now, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
-            acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM)
+                    if AHEAD:
+                        b, x_scale, squares = products.operand(
+                            squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
+                        )
+                if not AHEAD:
+                    b, x_scale, squares = products.operand(squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
+            if norm is not None and COLS == 1:
+                of_row = products.squares_of_row(squares, KIND, GROUP, C)
+            acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM, DTYPE)
             tile += tl.num_programs(0)
             if PERSIST:
+                if not WHOLE:
+                    t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
+                    if norm is not None:
+                        gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
                 first, stop = _rows_of(tile, tiles, N, R, PART, SHARE)
                 w_now, s_now = _weights(
                     w, s, first, stop, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, SHARE
                 )  # fmt: skip
-                if not WHOLE:
-                    t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
-                    if norm is not None and GAIN_AHEAD:
-                        gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
 
             if D > 1:
                 acc = tl.sum(acc.reshape(D, W, R * 8, B * 8), 0)
             if COLS == 1:
                 acc = tl.sum(acc, 2, keep_dims=True)
-            if norm is not None and IN_INT8 and OWN is not None and turn == 0:
+            if norm is not None and COLS == 1 and OWN is not None and turn == 0:
                 warps.leave_sums(at_row, of_row)
             out = warps.total(acc, PERSIST, OWN, turn if COLS == 1 else None)  # (rows of W, rows of x)
             out *= UNIT  # see products._unpack
@@ -319,7 +307,7 @@ if triton is not None:
                     total = warps.total(total, PERSIST, OWN).reshape(1, COLS)
                     out *= tl.rsqrt(total / K + eps)
                 else:
-                    if IN_INT8 and turn == 0:
+                    if turn == 0:
                         total = tl.sum(of_row, 0) if OWN is None else warps.take_sums(at_row, W)
                         factor = tl.rsqrt(total / K + eps)
                     out *= factor

@@ -77,13 +77,13 @@ def test_fragments_are_loaded_as_they_are(compiled):
 
 
 def test_warps_meet_once(compiled):
-    """For their sums, and once more for a norm, but that of one row in int8. What Triton would move between warps on
-    the way shows as barriers."""
+    """For their sums, and of several rows once more for a norm. What Triton would move between warps on the way shows
+    as barriers."""
     rows = [row for row in compiled if row["kernel"] in ("_linear_kernel", "_experts_kernel")]
     rows = [row for row in rows if " rows" in row["case"] and "rank" not in row["case"]]
     assert len(rows) > 20
     for row in rows:
-        both = "norm" in row["case"] and re.search("int., 1 rows|int4:[0-9]+, 1 rows", row["case"])
+        both = "norm" in row["case"] and ", 1 rows" in row["case"]
         assert len(row["boxes"]) == 1 + ("norm" in row["case"]), row
         assert row["barriers"] == (1 if both else len(row["boxes"])), row
 
