@@ -313,8 +313,8 @@ if triton is not None:
     ):  # fmt: skip
         """What a step multiplies weights with, from words t of x and, if there is a norm, those of its gain: the
         operand, in words, see `_fragment`; its scale where products are of int8 or `in_half`, or for several rows and
-        int4 its `_sums`; and with a norm and several rows, sums of squares so far, in other units where weights are
-        `small`: of the 16 rows, 2^64 and, of int4, 2^60."""
+        int4 its `_sums`; and with a norm, sums of squares so far: of one row those of lanes, see `squares_of_row`, of
+        several (B W, 16, 16), in other units where weights are `small`: of the 16 rows, 2^64 and, of int4, 2^60."""
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         scale = 0.0
         if COLS == 1:

@@ -174,8 +174,8 @@ if triton is not None:
         S: tl.constexpr = s.dtype.element_ty if GROUP > 0 else None
         # Products that add up in the same registers wait for each other: 4 sums, where they are the longest.
         D: tl.constexpr = (C if C < 8 // R else 8 // R) if P == 4 and COLS == 8 else 1
-        # A step's operand is made while its weights are on their way, but for 16 rows and weights to unpack, where
-        # registers are too few to hold it until then.
+        # A step's operand is made while its weights are on their way, but of 16 rows for weights to unpack when they
+        # are there, its gain asked for right before: registers are too few to hold it until then.
         AHEAD: tl.constexpr = COLS < 16 or KIND == "fp"
         j, i, warp, _, u = _axes(W, R)
         if IN_INT8:  # other lanes have the same parts again
@@ -208,9 +208,10 @@ if triton is not None:
         tile = tl.program_id(0)
         if PDL:
             tlx.gdc_launch_dependents()
+        last = (K - 1) // STEP * STEP
         # A gain comes before weights, which since the last step have driven it out of the L2 cache.
         gain = None
-        if norm is not None:
+        if norm is not None and AHEAD:
             gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
         PART: tl.constexpr = 2 if SWIGLU else 1
         first, stop = _rows_of(tile, tiles, N, R, PART, SHARE)
@@ -229,7 +230,10 @@ if triton is not None:
         if norm is not None and COLS == 1 and OWN is not None:  # one row's squares are left beside its first sums
             at_row = warps.place(W, 1, 1)
         if WHOLE:
-            b, x_scale, squares = products.operand(squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
+            gain_now = gain
+            if norm is not None and not AHEAD:
+                gain_now = products.load(gains, kx, 0, kx < K // 2, EVEN)
+            b, x_scale, squares = products.operand(squares, t, gain_now, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
         rounds = 1
         if PERSIST:
             rounds = tl.cdiv(tiles - tile, tl.num_programs(0))
@@ -255,26 +259,35 @@ if triton is not None:
                 if AHEAD:
                     b, x_scale, squares = products.operand(squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
                 for k in range(STEP, end, STEP):
-                    if not AHEAD:
-                        b, x_scale, squares = products.operand(
-                            squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
-                        )
                     # x is asked for before weights: loads come back in order, even from the L1 cache.
-                    t = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
-                    if norm is not None:
+                    t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
+                    if norm is not None and AHEAD:
                         gain = products.load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
+                    if not AHEAD:
+                        gain_now = gain
+                        if norm is not None:
+                            gain_now = products.load(gains, kx, (k - STEP) // 2, kx < (K - k + STEP) // 2, EVEN)
+                        b, x_scale, squares = products.operand(
+                            squares, t, gain_now, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
+                        )
                     acc = products.multiply(
                         acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM, DTYPE
                     )
                     w_now, s_now = _weights(
                         w, s, first, stop, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, SHARE
                     )  # fmt: skip
+                    t = t_next
                     if AHEAD:
                         b, x_scale, squares = products.operand(
                             squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
                         )
                 if not AHEAD:
-                    b, x_scale, squares = products.operand(squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
+                    gain_now = gain
+                    if norm is not None:
+                        gain_now = products.load(gains, kx, last // 2, kx < (K - last) // 2, EVEN)
+                    b, x_scale, squares = products.operand(
+                        squares, t, gain_now, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
+                    )
             if norm is not None and COLS == 1:
                 of_row = products.squares_of_row(squares, KIND, GROUP, C)
             acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM, DTYPE)
@@ -282,7 +295,7 @@ if triton is not None:
             if PERSIST:
                 if not WHOLE:
                     t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
-                    if norm is not None:
+                    if norm is not None and AHEAD:
                         gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
                 first, stop = _rows_of(tile, tiles, N, R, PART, SHARE)
                 w_now, s_now = _weights(
