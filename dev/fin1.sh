@@ -1,6 +1,0 @@
-# The tests whole on one H200 with 16 processors, 254 s, the real model's among them: its GGUF comes in two pieces (g1 with fin2.sh's call,
-# which runs before, g2 with this one), site.tgz has what pip's list there lacks (see cf2b6a2's fin1.sh).
-R=$PWD; t0=$SECONDS; N=16; mkdir -p /tmp/s && tar xzf .dev/site.tgz -C /tmp/s; S=/tmp/s/.whl/site; rm -rf /tmp/ck8
-D=checkpoints/SmolLM2-135M-Instruct; if [ -e /tmp/g1 ]; then mkdir -p $D; cat /tmp/g1 .dev/g2 > $D/SmolLM2-135M-Instruct.Q4_1.gguf; cp .dev/tok/* $D/; PYTHONPATH=$S timeout 100 python scripts/convert_hf_checkpoint.py --checkpoint_dir $D --dtype bf16 2>&1 | tail -2 | cut -c1-200; PYTHONPATH=$S timeout 60 python quantize.py --checkpoint_path $D/model.pth --mode int8 2>&1 | tail -1 | cut -c1-100; ls -la $D; fi; echo "model $((SECONDS-t0))"
-for i in $(seq 0 $((N-1))); do SHARD=$i/$N PYTHONPATH=$R/.dev:$S PYTHONUNBUFFERED=1 timeout ${1:-300} python -m pytest -q -rA -p shard -p no:cacheprovider --continue-on-collection-errors tests > /tmp/t.$i 2>&1 & done
-wait; echo "at $((SECONDS-t0))"; cat /tmp/t.* > $OUT/tests.log; grep -c ^PASSED $OUT/tests.log; grep "^FAILED\|^ERROR\|^E  " $OUT/tests.log | cut -c1-170 | sort | uniq -c | head -20; for i in $(seq 0 $((N-1))); do tail -1 /tmp/t.$i | cut -c1-100; done
