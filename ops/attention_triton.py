@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ops import kv_cache, linear_products, softmax, warps
+from ops import kv_cache, softmax, unpacking, warps
 from ops.common import counters, op, pdl, tl, tlx, triton
 from ops.fragments import flat, unflat
 from ops.rotary import gains, turned, turns
@@ -80,7 +80,7 @@ if triton is not None:
             a, b, c, d = tl.inline_asm_elementwise(
                 ASM, "=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 4, is_pure=True, pack=2
             )
-            k = linear_products.join4(a, b, c, d).to(DTYPE, bitcast=True)
+            k = unpacking.join4(a, b, c, d).to(DTYPE, bitcast=True)
         k = k.reshape(4, 8, W, Y, X, 2, 2, 2, P).permute(2, 4, 5, 7, 8, 0, 6, 3, 1)
         return k.reshape(W, X * 2 * P, 2, 4, 2, KEYS).permute(0, 1, 3, 2, 4, 5).reshape(W, X * P * 32, KEYS)
 
@@ -104,13 +104,13 @@ if triton is not None:
                 a, b, c, d = tl.inline_asm_elementwise(
                     ASM, "=&r,=&r,=&r,=&r,r,r,r,r", [first, second], (tl.bfloat16,) * 4, is_pure=True, pack=2
                 )
-                v = linear_products.join4(a, b, c, d)
+                v = unpacking.join4(a, b, c, d)
             else:
                 a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
                     ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [first, second], (tl.bfloat16,) * 8, is_pure=True,
                     pack=2,
                 )  # fmt: skip
-                v = tl.join(linear_products.join4(a, c, e, g), linear_products.join4(b, d, f, h))
+                v = tl.join(unpacking.join4(a, c, e, g), unpacking.join4(b, d, f, h))
             v = v.to(DTYPE, bitcast=True)
         v = v.reshape(4, 8, W, Y // 2, 2, Z, U // 2, 2, 2, F)  # (j i W Y/2 y Z uh e ul f)
         return v.permute(2, 3, 0, 4, 7, 5, 6, 8, 9, 1).reshape(W, KEYS, Z * U * F * 8)

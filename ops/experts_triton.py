@@ -18,7 +18,7 @@ linear_triton.py. A warp's C chunks along K are a unit, which lies within one ex
 import torch
 from torch import Tensor, nn
 
-from ops import experts_choice, tuning, warps
+from ops import experts_choice, tuning, unpacking, warps
 from ops import linear_products as products
 from ops.common import counters, few_rows_on_triton, op, pdl, tl, tlx, triton
 from ops.linear_triton import group_of, kind_of, out_features
@@ -442,7 +442,7 @@ def experts(
         EVEN=K % (C * tuning.CHUNK[kind]) == 0, CLEAR=down and logits is not None,
         CHOICE=experts_choice.choice(top, E2, n) if ahead else None,
         SHARES=experts_choice.shares(top, E2, renormalize) if ahead else None,
-        ASM=products.assembly(kind, group == 0) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
+        ASM=unpacking.assembly(kind, group == 0) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
     return y

@@ -26,8 +26,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ops import linear_products as products
-from ops import tuning
+from ops import tuning, unpacking
 from ops.common import counters, pdl, tl, tlx, triton
 from ops.linear_triton import group_of, kind_of, out_features
 
@@ -199,12 +198,12 @@ else:
             q = tl.arange(0, P // 4)[None, None, :, None]
             w = w[:, :, None, None]
             if KIND == "int4":
-                scale, zero = products.halves(s, S)
+                scale, zero = unpacking.halves(s, S)
                 out = ((w >> (4 * q + 16 * e) & 15) - 8).to(tl.float32) * scale[:, :, None, None]
                 out = (out + zero[:, :, None, None]).to(DTYPE)
             elif KIND == "mxfp4":
                 scale = ((s & 0xFFFF) << 16).to(tl.float32, bitcast=True) * 2.0**-6
-                out = (products.twice(w >> (4 * q + 16 * e) & 15) * (scale * 0.5)[:, :, None, None]).to(DTYPE)
+                out = (unpacking.twice(w >> (4 * q + 16 * e) & 15) * (scale * 0.5)[:, :, None, None]).to(DTYPE)
             else:
                 byte = (w >> (16 * q + 8 * e)).to(tl.int8)
                 out = byte.to(DTYPE) if KIND == "int8" else byte.to(tl.float8e4nv, bitcast=True).to(DTYPE)
@@ -214,15 +213,15 @@ else:
                 a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
                     ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [w, s], (tl.bfloat16,) * 8, is_pure=True, pack=2
                 )
-                out = tl.join(products.join4(a, c, e, g), products.join4(b, d, f, h))
+                out = tl.join(unpacking.join4(a, c, e, g), unpacking.join4(b, d, f, h))
             else:
                 a, b, c, d = tl.inline_asm_elementwise(
                     ASM, "=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 4, is_pure=True, pack=2
                 )
-                out = products.join4(a, b, c, d)
+                out = unpacking.join4(a, b, c, d)
             out = out.reshape(F, 2, 2, 2, P // 4).permute(0, 1, 3, 4, 2).reshape(F, P, 2)
         if not FOUR and GROUP > 0:
-            out = products.scaled(out, s[:, None, None], KIND, PAIRS, S, DTYPE, ASM)
+            out = unpacking.scaled(out, s[:, None, None], KIND, PAIRS, S, DTYPE, ASM)
         return out
 
     @triton.jit
@@ -346,7 +345,7 @@ def assembly(kind: str, scales: torch.dtype, dtype: torch.dtype, hopper: bool) -
     if kind == "mxfp4":
         return _assembly_mxfp4()
     if kind != "int4":
-        return products.assembly(kind)
+        return unpacking.assembly(kind)
     if scales is torch.float16:
         return _assembly_fp16()
     lines = []
@@ -364,7 +363,7 @@ def assembly(kind: str, scales: torch.dtype, dtype: torch.dtype, hopper: bool) -
 
 
 def _assembly_mxfp4() -> str:
-    """As products.assembly's, times 2^120 and then the scale, which are exact."""
+    """As unpacking.assembly's, times 2^120 and then the scale, which are exact."""
     lines = []
     for word in range(2):
         for i, (sign, rest) in enumerate((("shl", "shl"), ("shl", "shl"), ("shl", "shr"), ("shl", "shr"))):

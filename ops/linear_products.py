@@ -2,13 +2,13 @@
 
     operand(x, ...), multiply(acc, weights, operand, ...)
                         in int8 for one row of x and quantised weights, otherwise in 16 bits
-    assembly(kind, ...) PTX that unpacks weights, for Hopper; without it plain Triton does the same
 
 Axes: j and i are a warp's 4 x 8 lanes, W warps along K, R and C repetitions along rows and K, u a lane's words; B
 blocks of 8 columns of x, X parts of 32 values of it, D parts along K whose sums are apart; uh, ul, e the bits of a
 value's place in a lane's 16 bytes. See linear_triton.py.
 """
 
+from ops import unpacking
 from ops.common import tl, triton
 from ops.fragments import flat, unflat
 
@@ -29,12 +29,6 @@ if triton is not None:
         "lop3.b32 $0, t, m, s, 0x6a; lop3.b32 $1, $2, m, s, 0x6a; }"
     )
 
-    # Four values of e4m3 of each of two words, as pairs of fp16, which takes one instruction: Hopper has none for bf16.
-    FP8_HALVES = tl.constexpr(
-        "{ .reg .b16 l, h; mov.b32 {l, h}, $4; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; "
-        "mov.b32 {l, h}, $5; cvt.rn.f16x2.e4m3x2 $2, l; cvt.rn.f16x2.e4m3x2 $3, h; }"
-    )
-
     # Lane (j, i) gets what lanes (0, 2 j) and (0, 2 j + 1) have, whose parts of x are in its columns.
     OF_COLUMNS = tl.constexpr(
         "{ .reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, 3; shl.b32 l, l, 3; shfl.sync.idx.b32 $0, $2, l, 31, -1; "
@@ -45,45 +39,6 @@ if triton is not None:
     OF_PART = tl.constexpr(
         "{ .reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, 3; shl.b32 l, l, 3; shfl.sync.idx.b32 $0, $1, l, 31, -1; }"
     )
-
-    @triton.jit
-    def join4(a, b, c, d):  # (...,) x 4 -> (..., 2, 2), in order
-        return tl.join(tl.join(a, c), tl.join(b, d))
-
-    def assembly(kind: str, small: bool = False) -> str:
-        """PTX that turns two int32 words into their values as pairs of bf16, in order; fp8 may be left `small`."""
-        bodies = {
-            # q + 128 as the low bits of a bf16 is so many times 2^-133, subnormal or not; an FMA makes that q / 64
-            "int8": [
-                f"{flip} prmt.b32 {{o}}, t, 0, {pick}; fma.rn.bf16x2 {{o}}, {{o}}, a, b;"
-                for flip, pick in (("xor.b32 t, {w}, 0x80808080;", "0x4140"), ("", "0x4342"))
-            ],
-            # e4m3's bits, moved into bf16's exponent and mantissa, behind a byte of signs, are the value times 2^-120
-            "fp8": [
-                f"prmt.b32 t, {{w}}, 0, {pick}; shl.b32 t, t, 4; and.b32 {{o}}, t, 0x87f087f0;"
-                + ("" if small else "mul.rn.bf16x2 {o}, {o}, c;")
-                for pick in ("0x9180", "0xb3a2")
-            ],
-            # nibbles a and a + 4 where they are, in the low 8 bits of bf16, which alone are so many times 2^-133
-            "int4": [
-                f"{shift} and.b32 {{o}}, {word}, {mask};"
-                for shift, word in (("", "{w}"), ("shr.b32 t, {w}, 8;", "t"))
-                for mask in ("0x000f000f", "0x00f000f0")
-            ],
-            # e2m1's bits, moved into bf16's, are the value times 2^-126, subnormal or not
-            "mxfp4": [
-                f"{sign} t, {{w}}, {abs(12 - a)}; and.b32 t, t, 0x80008000; {rest} s, {{w}}, {abs(6 - a)};"
-                "lop3.b32 {o}, t, s, 0x01c001c0, 0xf8;"
-                for a, sign, rest in ((0, "shl.b32", "shl.b32"), (4, "shl.b32", "shl.b32"), (8, "shl.b32", "shr.b32"))
-            ]
-            + ["and.b32 t, {w}, 0x80008000; shr.b32 s, {w}, 6; lop3.b32 {o}, t, s, 0x01c001c0, 0xf8;"],
-        }
-        body = bodies.get(kind, [])
-        n = 2 * len(body)
-        lines = [body[i % len(body)].format(o=f"${i}", w=f"${n + i // len(body)}") for i in range(n)]
-        constants = {"a": "0x7f007f00", "b": "0xc000c000", "c": "0x7b807b80"}  # 2^127, -2 and 2^120 as pairs of bf16
-        moves = [f"mov.b32 {name}, {value};" for name, value in constants.items()]
-        return "{ .reg .b32 t, s, a, b, c; " + " ".join(moves + lines) + " }"
 
     @triton.constexpr_function
     def small(kind, group, cols, asm):
@@ -111,101 +66,17 @@ if triton is not None:
         return 2.0**69 if small else 64.0 if kind == "int8" and not in_int8 and asm is not None else 1.0
 
     @triton.jit
-    def _unpack(w, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-        """Words int32 (..., 4) -> their values, DTYPE (..., 4, 2 [, 2, 2]), whose axes are the word's high bit and the
-        value's low bit e, then the word's low bit and the rest of the value's index. int4 comes as q, with ASM as
-        2^-133 q where the value's second bit is 0 and as 2^-129 q where it is 1: subnormal, which tensor cores take.
-        int8 comes with ASM as 2^-6 q, mxfp4 as 2^-126 times its value and fp8, if `small`, as 2^-120 times.
-
-        Two neighbouring words go through each piece of assembly (pack=2), and a register of two 16-bit results is one
-        output's value for both of them: what was the word's low bit is e afterwards.
-        """
-        if ASM is None:
-            low, high = tl.split(w.reshape(w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4], 2, 2))
-            e = tl.arange(0, 2)[None, None, None, None, None, None, :]
-            low, high = tl.expand_dims(low, 6), tl.expand_dims(high, 6)
-            if KIND == "int4" or KIND == "mxfp4":
-                l0, l1, l2, l3 = _nibbles(low >> (16 * e), KIND, DTYPE)
-                h0, h1, h2, h3 = _nibbles(high >> (16 * e), KIND, DTYPE)
-                out = tl.join(join4(l0, l2, h0, h2), join4(l1, l3, h1, h3))
-            elif KIND == "fp":
-                low, high = (low >> (16 * e)).to(tl.int16), (high >> (16 * e)).to(tl.int16)
-                out = tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
-            else:
-                out = join4(
-                    _byte(low >> (8 * e), KIND, DTYPE),
-                    _byte(low >> (8 * e + 16), KIND, DTYPE),
-                    _byte(high >> (8 * e), KIND, DTYPE),
-                    _byte(high >> (8 * e + 16), KIND, DTYPE),
-                )
-        elif KIND == "int4" or KIND == "mxfp4":
-            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 8, is_pure=True, pack=2
-            )
-            out = tl.join(join4(a, c, e, g), join4(b, d, f, h))
-        elif KIND == "fp8" and tl.float16 == DTYPE:
-            a, b, c, d = tl.inline_asm_elementwise(
-                FP8_HALVES, "=&r,=&r,=&r,=&r,r,r", [w], (tl.float16,) * 4, is_pure=True, pack=2
-            )
-            out = join4(a, b, c, d)
-        elif KIND == "fp":
-            move: tl.constexpr = "mov.b32 $0, $2; mov.b32 $1, $3;"
-            a, b = tl.inline_asm_elementwise(move, "=&r,=&r,r,r", [w], (tl.bfloat16,) * 2, is_pure=True, pack=2)
-            out = tl.join(a, b).to(DTYPE, bitcast=True)
-        else:
-            a, b, c, d = tl.inline_asm_elementwise(
-                ASM, "=&r,=&r,=&r,=&r,r,r", [w], (tl.bfloat16,) * 4, is_pure=True, pack=2
-            )
-            out = join4(a, b, c, d)
-        return out
-
-    @triton.jit
-    def halves(w, DTYPE: tl.constexpr):
-        """The two 16-bit values of each word, as fp32."""
-        if tl.bfloat16 == DTYPE:
-            low, high = (w << 16).to(tl.float32, bitcast=True), (w & -65536).to(tl.float32, bitcast=True)
-        else:
-            low = w.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-            high = (w >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-        return low, high
-
-    @triton.jit
     def _times(a, b, DTYPE: tl.constexpr, ASM: tl.constexpr):
         """The products, rounded, of the 16-bit values in words."""
         if ASM is not None:
             multiply: tl.constexpr = "mul.rn.bf16x2 $0, $1, $2;" if tl.bfloat16 == DTYPE else "mul.rn.f16x2 $0, $1, $2;"
             words = tl.inline_asm_elementwise(multiply, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
         else:
-            low_a, high_a = halves(a, DTYPE)
-            low_b, high_b = halves(b, DTYPE)
+            low_a, high_a = unpacking.halves(a, DTYPE)
+            low_b, high_b = unpacking.halves(b, DTYPE)
             high = (high_a * high_b).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16
             words = high | (low_a * low_b).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         return words
-
-    @triton.jit
-    def _byte(w, KIND: tl.constexpr, DTYPE: tl.constexpr):
-        w = w.to(tl.int8)
-        return w.to(DTYPE) if KIND == "int8" else w.to(tl.float8e4nv, bitcast=True).to(DTYPE)
-
-    @triton.jit
-    def _nibbles(w, KIND: tl.constexpr, DTYPE: tl.constexpr):
-        """The values of a word's four lowest nibbles: q, or e2m1's."""
-        a, b, c, d = w & 15, w >> 4 & 15, w >> 8 & 15, w >> 12 & 15
-        if KIND == "mxfp4":
-            a, b, c, d = twice(a) * 0.5, twice(b) * 0.5, twice(c) * 0.5, twice(d) * 0.5
-        return a.to(DTYPE), b.to(DTYPE), c.to(DTYPE), d.to(DTYPE)
-
-    @triton.jit
-    def twice(q):
-        """Twice the values of e2m1's bits q in 0..15, as integers."""
-        exponent = q >> 1 & 3
-        magnitude = tl.where(exponent == 0, q & 1, (q & 1) + 2 << tl.maximum(exponent, 1) - 1)
-        return tl.where(q > 7, -magnitude, magnitude)
-
-    @triton.jit
-    def power(exponent):
-        """2^(e - 127) of e8m0's bytes, fp32."""
-        return tl.maximum(exponent.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
 
     @triton.jit
     def load(base, at, k, inside, EVEN: tl.constexpr, ONCE: tl.constexpr = None, wanted=None):
@@ -241,10 +112,10 @@ if triton is not None:
         With ASM all of it is 2^-69 times as much. mxfp4 has scales alone, and with ASM is 2^-62 times as much. Other
         weights in groups become what they stand for, rounded once.
         """
-        a = _unpack(w, KIND, b.dtype, ASM)
+        a = unpacking.unpack(w, KIND, b.dtype, ASM)
         FOUR: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
         if not FOUR and GROUP > 0:
-            a = scaled(a.reshape(4, 8, W, R, C, 16), s, KIND, PAIRS, S, b.dtype, ASM)
+            a = unpacking.scaled(a.reshape(4, 8, W, R, C, 16), s, KIND, PAIRS, S, b.dtype, ASM)
         if FOUR:
             # (j i W R C, uh e ul ah al), word u being a group of 32 -> (j i W R C, uh ul ah al e)
             GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
@@ -252,9 +123,9 @@ if triton is not None:
             a = a.reshape(4, 8, W, R, C, GROUPS, 4 // GROUPS, 2, 2, 2).permute(4, 5, 2, 3, 1, 6, 8, 0, 7, 9)
             products = tl.dot(a.reshape(C * GROUPS * W, R * 8, 128 // GROUPS), b)
         if KIND == "mxfp4":
-            acc = _add_products(acc, products, _per_row(power(s), 4, R, C, W, COLS), C * 4)
+            acc = _add_products(acc, products, _per_row(unpacking.power(s), 4, R, C, W, COLS), C * 4)
         elif KIND == "int4":
-            scale, _ = halves(s, S)
+            scale, _ = unpacking.halves(s, S)
             j = tl.arange(0, 4)[:, None, None, None, None]
             own = s  # of the groups, the one of lane j's part
             if GROUPS == 4:
@@ -263,7 +134,7 @@ if triton is not None:
             if GROUPS > 1:
                 first, second = tl.split(own)
                 own = tl.where(j < 2, first, second)
-            low, high = halves(own, S)  # each meets both parts of `_sums`
+            low, high = unpacking.halves(own, S)  # each meets both parts of `_sums`
             own = tl.join(tl.join(low, low), tl.join(high, high)).reshape(4, 8, W, R, C, 2, 2)
             rest = tl.dot(own.permute(2, 3, 1, 4, 6, 0, 5).reshape(W, R * 8, C * 16), sums)
             acc += _add_products(rest, products, _per_row(scale, GROUPS, R, C, W, COLS), C * GROUPS)
@@ -275,19 +146,6 @@ if triton is not None:
                 a = a.reshape(4, 8, W, R, D, C // D, 2, 2, 2, 2).permute(4, 2, 3, 1, 5, 6, 9, 0, 8, 7)
             acc = tl.dot(a.reshape(D * W, R * 8, C // D * (32 if KIND == "fp" else 64)), b, acc)
         return acc
-
-    @triton.jit
-    def scaled(
-        a, s, KIND: tl.constexpr, PAIRS: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
-    ):  # fmt: skip
-        """Values of 8 bits and their groups' scales, or (scale, zero) pairs of dtype S, as values in DTYPE; of int8
-        with ASM, both in 64ths."""
-        if PAIRS:
-            scale, zero = halves(s, S)
-            a = a.to(tl.float32) * scale + zero * (1 / 64 if KIND == "int8" and ASM is not None else 1.0)
-        else:
-            a = a.to(tl.float32) * s.to(tl.float32)
-        return a.to(DTYPE)
 
     @triton.jit
     def _add_products(acc, a, b, n: tl.constexpr):
@@ -319,7 +177,7 @@ if triton is not None:
         scale = 0.0
         if COLS == 1:
             if gain is not None:
-                low, high = halves(t, DTYPE)
+                low, high = unpacking.halves(t, DTYPE)
                 squares += tl.sum(tl.sum(low * low + high * high, 5), 4)
                 t = _times(t, gain, DTYPE, ASM)
             if in_int8(KIND, GROUP, COLS):
@@ -331,7 +189,7 @@ if triton is not None:
             B: tl.constexpr = (COLS + 7) // 8
             plain = t
             if small(KIND, GROUP, COLS, ASM):
-                # 2^64 times as much, which keeps products away from 0, and of int4 as `_unpack` has the weights
+                # 2^64 times as much, which keeps products away from 0, and of int4 as unpacked weights are
                 lift = tl.full((1, 1, 1, 1, 1, 4), 0x5F805F80, tl.int32)
                 if KIND == "int4":
                     u = tl.arange(0, 4)[None, None, None, None, None, :]
@@ -341,14 +199,14 @@ if triton is not None:
                 # The sum of squares is the diagonal of x x^T, which costs the tensor cores next to nothing; here of two
                 # halves of each row, which as the 16 rows of a fragment need the fewest moves.
                 L: tl.constexpr = 2 if X > 1 else 1
-                rows = _unpack(plain, "fp", DTYPE, ASM).reshape(4, 8, W, B, X // L, L, 2, 2, 2)
-                cols = _unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, X // L, L, 2, 2, 2)
+                rows = unpacking.unpack(plain, "fp", DTYPE, ASM).reshape(4, 8, W, B, X // L, L, 2, 2, 2)
+                cols = unpacking.unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, X // L, L, 2, 2, 2)
                 rows = rows.permute(3, 2, 8, 1, 4, 6, 0, 5, 7).reshape(B * W, 16, X * 16)
                 cols = cols.permute(3, 2, 4, 6, 0, 5, 7, 8, 1).reshape(B * W, X * 16, 16)
                 squares = tl.dot(rows, cols, squares)
                 t = _times(t, gain, DTYPE, ASM)
             if KIND == "int4":
-                scale = _sums(_unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, C, 4, 2, 2, 2), ASM)
+                scale = _sums(unpacking.unpack(t, "fp", DTYPE, ASM).reshape(4, 8, W, B, C, 4, 2, 2, 2), ASM)
         return t, scale, squares
 
     @triton.jit
@@ -373,7 +231,7 @@ if triton is not None:
             if COLS == 1:
                 t = tl.where(i == tl.arange(0, X)[None, None, None, None, :, None], t, 0)
             # (j i W B X, uh e ul), words of x being u = 2 uh + ul
-            t = _unpack(t, "fp", tl.float16 if in_half(KIND, GROUP, COLS, ASM) else DTYPE, ASM)
+            t = unpacking.unpack(t, "fp", tl.float16 if in_half(KIND, GROUP, COLS, ASM) else DTYPE, ASM)
             # The two halves of a fragment's K are a word's neighbours, which a load of 16 bytes leaves side by side.
             if FOUR:  # (j i W B, C g c, uh e ul) -> (C g W, c ul j uh e, B i)
                 GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
@@ -388,7 +246,7 @@ if triton is not None:
     def _in_half(t, R: tl.constexpr, W: tl.constexpr, DTYPE: tl.constexpr):
         """One row of x, words of bf16 of which lane i has part i, in fp16, and the power of two that each part is to be
         multiplied with, (W, rows, columns). (x keeps all its bits to 2^-22 of a part's largest magnitude.)"""
-        low, high = halves(t, DTYPE)
+        low, high = unpacking.halves(t, DTYPE)
         exponent, inverse = _power_of(low, high)
         inverse *= 256.0
         words = tl.inline_asm_elementwise(
@@ -423,7 +281,7 @@ if triton is not None:
         q = tl.arange(0, 2)[None, None, None, None, None, None, :, None, None]
         if ASM is None:
             factor = tl.where(i % 2 == 0, -8.0, 1.0).to(t.dtype)
-        else:  # as `_unpack` has weights
+        else:  # as `unpacking.unpack` has weights
             factor = tl.where(i % 2 == 0, -0x7FF8, 1).to(tl.int16).to(t.dtype, bitcast=True)
         factor = tl.where(i // 2 == 2 * p + q, factor, 0.0)
         factor = tl.broadcast_to(factor, (4, 8, W, B, C, 2, 2, 2, 2))
@@ -473,12 +331,12 @@ if triton is not None:
         if ASM is None:
             shift = 8 * tl.arange(0, 4)[None, None, None, None, None, None, :]
             out = (tl.expand_dims(w, 6) >> shift).to(tl.int8)
-        else:  # four words go in, and four registers of four results come out, as in _unpack
+        else:  # four words go in, and four registers of four results come out, as in unpacking.unpack
             move: tl.constexpr = "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;"
             a, b, c, d = tl.inline_asm_elementwise(
                 move, "=&r,=&r,=&r,=&r,r,r,r,r", [w], (tl.int8,) * 4, is_pure=True, pack=4
             )
-            out = join4(a, b, c, d).reshape(w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4], 4, 4)
+            out = unpacking.join4(a, b, c, d).reshape(w.shape[0], w.shape[1], w.shape[2], w.shape[3], w.shape[4], 4, 4)
             out = out.permute(0, 1, 2, 3, 4, 6, 5)
         return out
 
@@ -513,7 +371,7 @@ if triton is not None:
         PARTS: tl.constexpr = 4 if X > 4 else X  # in a fragment
         D: tl.constexpr = X // PARTS
         i = tl.arange(0, 8)[None, :, None, None, None, None]
-        low, high = halves(t, DTYPE)
+        low, high = unpacking.halves(t, DTYPE)
         exponent, inverse = _power_of(low, high)
         inverse *= 8192.0  # 2^13 / 2^exponent
         # fp32 that holds integers: 1.5 * 2^23, and 128 so that the second byte is the high one of signed low ones
@@ -558,8 +416,8 @@ if triton is not None:
         if ASM is None:
             low, high = w * 0, w * 0
             for i in tl.static_range(4):
-                low |= twice(w >> (4 * i) & 15) + 16 << (8 * i)
-                high |= twice(w >> (4 * i + 16) & 15) + 16 << (8 * i)
+                low |= unpacking.twice(w >> (4 * i) & 15) + 16 << (8 * i)
+                high |= unpacking.twice(w >> (4 * i + 16) & 15) + 16 << (8 * i)
         else:
             low, high = tl.inline_asm_elementwise(
                 E2M1_BYTES, "=&r,=&r,r", [w], (tl.int32, tl.int32), is_pure=True, pack=1
@@ -595,13 +453,13 @@ if triton is not None:
             OFFSET: tl.constexpr = 16 if KIND == "int4" else -16
             sums = tl.dot(tl.full((D * W, R * 8, 128), OFFSET, tl.int8), b, out_dtype=tl.int32)
             if KIND == "int4":  # products that do not wait for those sums
-                gain, zero = halves(s, S)
+                gain, zero = unpacking.halves(s, S)
                 zero = zero.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
                 gain = gain.permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
                 y = gain * _whole(tl.dot(a, b, out_dtype=tl.int32)) + zero * _whole(sums)
             else:
                 y = _whole(tl.dot(a, b, sums, out_dtype=tl.int32))  # of twice the values
-                y *= power(s).permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
+                y *= unpacking.power(s).permute(4, 2, 3, 1, 0, 5).reshape(D * W, R * 8, 4)
         else:  # (j i W R D c, 2 groups, halves, bytes)
             a = _bytes(w, ASM).reshape(4, 8, W, R, D, C // D, 2, 2, 4)
             a = a.permute(4, 2, 3, 1, 5, 6, 0, 7, 8).reshape(D * W, R * 8, PARTS * 32)

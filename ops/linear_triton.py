@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ops import linear_products as products
-from ops import symmetric, tuning, warps
+from ops import symmetric, tuning, unpacking, warps
 from ops.common import MAX_ROWS, few_rows_on_triton, on_triton, op, pdl, tl, tlx, triton
 from ops.packing import group_size, pack_4_bits, pack_grouped
 
@@ -309,7 +309,7 @@ if triton is not None:
             if norm is not None and COLS == 1 and OWN is not None and turn == 0:
                 warps.leave_sums(at_row, of_row)
             out = warps.total(acc, PERSIST, OWN, turn if COLS == 1 else None)  # (rows of W, rows of x)
-            out *= UNIT  # see products._unpack
+            out *= UNIT  # see unpacking.unpack
             if norm is not None:
                 if COLS > 1:
                     half = tl.arange(0, 16)
@@ -430,7 +430,7 @@ def linear(
         KIND=kind, GROUP=group, PAIRS=pairs, SWIGLU=swiglu, COLS=tuning.columns(M),
         WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
         R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, SHARE=share, EVEN=K % step == 0,
-        ASM=products.assembly(kind, group == 0) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
+        ASM=unpacking.assembly(kind, group == 0) if hopper and (x.dtype == torch.bfloat16 or kind == "fp") else None,
         num_warps=W, num_stages=1, **launch, **({"maxnreg": how.maxnreg} if hopper else {}),
     )  # fmt: skip
     return y if world == 1 or buffers else symmetric.all_reduce(y, gather, rank, world, of_all)

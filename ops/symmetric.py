@@ -18,8 +18,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
-from ops import exchange
-from ops import linear_products as products
+from ops import exchange, unpacking
 from ops.common import MAX_ROWS, on_triton, op, pdl, tl, tlx, triton
 from ops.messages import content, missing, receive, send
 
@@ -160,10 +159,10 @@ if triton is not None:
                 total += own.to(tl.float32, bitcast=True)
             tl.store(out + at, total.to(tl.int32, bitcast=True), mask=sent)
         else:
-            low, high = products.halves(got, DTYPE)
+            low, high = unpacking.halves(got, DTYPE)
             low, high = tl.sum(low, 0, keep_dims=True), tl.sum(high, 0, keep_dims=True)
             if residual is not None:
-                own_low, own_high = products.halves(own, DTYPE)
+                own_low, own_high = unpacking.halves(own, DTYPE)
                 low, high = low + own_low, high + own_high
             low, high = low.to(DTYPE).to(tl.int16, bitcast=True), high.to(DTYPE).to(tl.int16, bitcast=True)
             tl.store(out + at, (high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF), mask=sent)

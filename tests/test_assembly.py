@@ -7,7 +7,7 @@ import pytest
 import torch
 from ptx import Warp
 
-from ops import linear_gemm, linear_products
+from ops import linear_gemm, linear_products, unpacking
 from ops.packing import E2M1
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -98,9 +98,9 @@ def of_bytes(word: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     "kind,small", [("int8", False), ("fp8", False), ("fp8", True), ("int4", True), ("mxfp4", True)]
 )
 def test_words_become_pairs_of_bf16(kind, small):
-    """See linear_products._unpack for the units."""
+    """See unpacking.unpack for the units."""
     inputs, pairs = words(2), 4 if kind in ("int4", "mxfp4") else 2
-    found = execute(linear_products.assembly(kind, small), 2 * pairs, *inputs)
+    found = execute(unpacking.assembly(kind, small), 2 * pairs, *inputs)
     for word, own in zip(inputs, (found[:pairs], found[pairs:])):
         if kind == "int4":
             expected = nibbles(word) * torch.tensor([2.0**-133, 2.0**-129] * 2, dtype=torch.float64)[:, None]
@@ -115,7 +115,7 @@ def test_words_become_pairs_of_bf16(kind, small):
 
 def test_fp8_for_one_row():
     inputs = words(2)
-    found = execute(linear_products.FP8_HALVES.value, 4, *inputs)
+    found = execute(unpacking.FP8_HALVES.value, 4, *inputs)
     for word, own in zip(inputs, (found[:2], found[2:])):
         expected = of_bytes(word, torch.float8_e4m3fn)
         same = torch.stack([torch.stack((x & 0xFFFF, x >> 16), 1).to(torch.uint16).view(torch.half) for x in own], 1)
