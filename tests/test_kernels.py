@@ -220,6 +220,20 @@ def test_tiles_that_share_rows(programs, N, rows, kind, monkeypatch):
     torch.testing.assert_close(*results, atol=2e-3, rtol=2e-3)  # NumPy does not sum in the same order
 
 
+@pytest.mark.parametrize("kind", ["int4:32", "int4:128", "mxfp4"])
+@pytest.mark.parametrize("rows", [1, 5, 13])
+@pytest.mark.parametrize("N", [96, 120])  # three full tiles, and a last one that goes beyond N
+@pytest.mark.parametrize("programs", [0, 1])  # of a tile each, and of several
+def test_full_tiles_and_others(programs, N, rows, kind, monkeypatch):
+    monkeypatch.setattr(tuning, "configuration", lambda *_: tuning.Configuration(32, 1, 2, 168, programs))
+    monkeypatch.setattr(tuning, "processors", lambda _: 2)
+    generator = torch.Generator().manual_seed(9)
+    w, s, dense = make_weight(kind, N, 608, DTYPES[-1], generator)
+    x = make_rows(rows, 608, generator=generator).to(DTYPES[-1])
+    x, w, s, dense = on_device(x, w, s, dense)
+    assert error(linear_triton.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3])
