@@ -99,6 +99,14 @@ if triton is not None:
         return products.load(w, words, k // PER_WORD, inside, EVEN, ONCE, wanted), pair
 
     @triton.jit
+    def _gain(gains, kx, k, K, EVEN: tl.constexpr):
+        """A norm's gain, in words, at k; None without a norm."""
+        gain = None
+        if gains is not None:
+            gain = products.load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
+        return gain
+
+    @triton.jit
     def _rows_of(tile, tiles, N, R: tl.constexpr, PART: tl.constexpr, SHARE: tl.constexpr):
         """A tile's first row of W and the one past its last, in eights. If tiles SHARE the rows, none has fewer, nor
         more than one eight, of gate and up two, above another. (A last tile may stop beyond N otherwise.)"""
@@ -212,11 +220,10 @@ if triton is not None:
         tile = tl.program_id(0)
         if PDL:
             tlx.gdc_launch_dependents()
-        last = (K - 1) // STEP * STEP
         # A gain comes before weights, which since the last step have driven it out of the L2 cache.
         gain = None
         if norm is not None and AHEAD:
-            gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
+            gain = _gain(gains, kx, 0, K, EVEN)
         PART: tl.constexpr = 2 if SWIGLU else 1
         first, stop = _rows_of(tile, tiles, N, R, PART, SHARE)
         w_now, s_now = _weights(
@@ -234,10 +241,8 @@ if triton is not None:
         if norm is not None and COLS == 1 and OWN is not None:  # one row's squares are left beside its first sums
             at_row = warps.place(W, 1, 1)
         if WHOLE:
-            gain_now = gain
-            if norm is not None and not AHEAD:
-                gain_now = products.load(gains, kx, 0, kx < K // 2, EVEN)
-            b, x_scale, squares = products.operand(squares, t, gain_now, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
+            own = gain if AHEAD else _gain(gains, kx, 0, K, EVEN)
+            b, x_scale, squares = products.operand(squares, t, own, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
         rounds = 1
         if PERSIST:
             rounds = tl.cdiv(tiles - tile, tl.num_programs(0))
@@ -266,13 +271,11 @@ if triton is not None:
                     # x is asked for before weights: loads come back in order, even from the L1 cache.
                     t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
                     if norm is not None and AHEAD:
-                        gain = products.load(gains, kx, k // 2, kx < (K - k) // 2, EVEN)
+                        gain = _gain(gains, kx, k, K, EVEN)
                     if not AHEAD:
-                        gain_now = gain
-                        if norm is not None:
-                            gain_now = products.load(gains, kx, (k - STEP) // 2, kx < (K - k + STEP) // 2, EVEN)
+                        own = _gain(gains, kx, k - STEP, K, EVEN)
                         b, x_scale, squares = products.operand(
-                            squares, t, gain_now, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
+                            squares, t, own, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
                         )
                     acc = products.multiply(
                         acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM, DTYPE
@@ -286,12 +289,8 @@ if triton is not None:
                             squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
                         )
                 if not AHEAD:
-                    gain_now = gain
-                    if norm is not None:
-                        gain_now = products.load(gains, kx, last // 2, kx < (K - last) // 2, EVEN)
-                    b, x_scale, squares = products.operand(
-                        squares, t, gain_now, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
-                    )
+                    own = _gain(gains, kx, (K - 1) // STEP * STEP, K, EVEN)
+                    b, x_scale, squares = products.operand(squares, t, own, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
             if norm is not None and COLS == 1:
                 of_row = products.squares_of_row(squares, KIND, GROUP, C)
             acc = products.multiply(acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM, DTYPE)
@@ -300,7 +299,7 @@ if triton is not None:
                 if not WHOLE:
                     t = products.load(xs, at_x, 0, kx < K // 2, EVEN)
                     if norm is not None and AHEAD:
-                        gain = products.load(gains, kx, 0, kx < K // 2, EVEN)
+                        gain = _gain(gains, kx, 0, K, EVEN)
                 first, stop = _rows_of(tile, tiles, N, R, PART, SHARE)
                 w_now, s_now = _weights(
                     w, s, first, stop, 0, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, SHARE, FULL
