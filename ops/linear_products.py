@@ -136,8 +136,8 @@ if triton is not None:
                 own = tl.where(j < 2, first, second)
             low, high = unpacking.halves(own, S)  # each meets both parts of `_sums`
             own = tl.join(tl.join(low, low), tl.join(high, high)).reshape(4, 8, W, R, C, 2, 2)
-            rest = tl.dot(own.permute(2, 3, 1, 4, 6, 0, 5).reshape(W, R * 8, C * 16), sums)
-            acc += _add_products(rest, products, _per_row(scale, GROUPS, R, C, W, COLS), C * GROUPS)
+            acc = tl.dot(own.permute(2, 3, 1, 4, 6, 0, 5).reshape(W, R * 8, C * 16), sums, acc)
+            acc = _add_products(acc, products, _per_row(scale, GROUPS, R, C, W, COLS), C * GROUPS)
         else:
             D: tl.constexpr = acc.shape[0] // W
             if KIND == "fp":  # (j i W R D C/D, uh e ul)
