@@ -162,7 +162,7 @@ if triton is not None:
 
         A compiler that knows K leaves out up to two fifths of the instructions. (That knows N, too, few more; but 1B's
         wqkv in int4 then takes 64 registers, two programs come up on one multiprocessor, and a step is 3 % slower.)
-        `end` is K again, which the compiler does not know: it would take the loop over steps apart.
+        `end` is where its whole steps end, which the compiler does not know: it would take the loop over them apart.
 
         Tiles have axes j (4 lanes along K), i (8 lanes along rows), W (warps along K), R and C (repetitions along rows
         and K), and last the lane's 16 bytes: with `flat`, Triton hands out lanes and warps to the axes in this order.
@@ -267,27 +267,30 @@ if triton is not None:
                 squares = tl.zeros(SQUARES, tl.float32)
                 if AHEAD:
                     b, x_scale, squares = products.operand(squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
-                for k in range(STEP, end, STEP):
-                    # x is asked for before weights: loads come back in order, even from the L1 cache.
-                    t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN)
-                    if norm is not None and AHEAD:
-                        gain = _gain(gains, kx, k, K, EVEN)
-                    if not AHEAD:
-                        own = _gain(gains, kx, k - STEP, K, EVEN)
-                        b, x_scale, squares = products.operand(
-                            squares, t, own, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
+                # An uneven K's last step by itself: masks are up to a fourth of a step's instructions.
+                for last in tl.static_range(1 if EVEN else 2):
+                    for k in range(K // STEP * STEP if last else STEP, K if last else end, STEP):
+                        # x is asked for before weights: loads come back in order, even from the L1 cache.
+                        t_next = products.load(xs, at_x, k // 2, kx < (K - k) // 2, EVEN or not last)
+                        if norm is not None and AHEAD:
+                            gain = _gain(gains, kx, k, K, EVEN or not last)
+                        if not AHEAD:
+                            own = _gain(gains, kx, k - STEP, K, True)
+                            b, x_scale, squares = products.operand(
+                                squares, t, own, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
+                            )
+                        acc = products.multiply(
+                            acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM, DTYPE
                         )
-                    acc = products.multiply(
-                        acc, w_now, s_now, b, x_scale, KIND, GROUP, PAIRS, S, R, C, W, COLS, ASM, DTYPE
-                    )
-                    w_now, s_now = _weights(
-                        w, s, first, stop, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN, PERSIST, SHARE, FULL
-                    )  # fmt: skip
-                    t = t_next
-                    if AHEAD:
-                        b, x_scale, squares = products.operand(
-                            squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
-                        )
+                        w_now, s_now = _weights(
+                            w, s, first, stop, k, N, K, KIND, GROUP, PAIRS, COLS, R, C, W, EVEN or not last, PERSIST,
+                            SHARE, FULL,
+                        )  # fmt: skip
+                        t = t_next
+                        if AHEAD:
+                            b, x_scale, squares = products.operand(
+                                squares, t, gain, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE
+                            )
                 if not AHEAD:
                     own = _gain(gains, kx, (K - 1) // STEP * STEP, K, EVEN)
                     b, x_scale, squares = products.operand(squares, t, own, KIND, GROUP, R, C, W, COLS, D, ASM, DTYPE)
@@ -429,7 +432,7 @@ def linear(
     y = torch.empty(*x.shape[:-1], width, dtype=out_dtype or x.dtype, device=x.device)
     _linear_kernel[(programs,)](
         y, rows, weight.view(torch.int32), scales, bias, norm, residual,
-        *(buffers[1] if buffers else (None, None)), rank, M, N, tiles, K, eps, K,
+        *(buffers[1] if buffers else (None, None)), rank, M, N, tiles, K // step * step, eps, K,
         KIND=kind, GROUP=group, PAIRS=pairs, SWIGLU=swiglu, COLS=tuning.columns(M),
         WORLD=world if buffers else 1, GATHER=gather and buffers is not None,
         R=R, C=C, W=W, WHOLE=step >= K, PERSIST=programs < tiles, SHARE=share,
