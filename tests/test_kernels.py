@@ -199,6 +199,22 @@ def test_programs_of_several_tiles_whose_step_is_all_of_K(kind, rows, monkeypatc
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 5, 13])
+def test_whole_steps_and_a_rest(kind, rows, monkeypatch):
+    """K of whole steps, and of 32 values, or a group, more."""
+    monkeypatch.setattr(tuning, "configuration", lambda *_: tuning.Configuration(16, 1, 2, 168, 0))
+    generator = torch.Generator().manual_seed(10)
+    group = int(kind[5:] or 32) if kind.startswith("int4") else 32
+    for K in (512, 512 + group):
+        w, s, dense = make_weight(kind, 32, K, DTYPES[-1], generator)
+        x, gain = make_rows(rows, K, generator=generator).to(DTYPES[-1]), torch.rand(K, generator=generator)
+        x, w, s, dense, gain = on_device(x, w, s, dense, gain.to(DTYPES[-1]))
+        assert error(linear_triton.linear(x, w, s, out_dtype=torch.float32), x.float() @ dense.T) < 1e-5
+        out = linear_triton.linear(x, w, s, None, gain, 1e-5, out_dtype=torch.float32)
+        assert error(out, plain(x.float(), dense, None, gain)) < 4e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("programs,N", [(1, 80), (2, 80), (2, 208), (4, 48)])  # of a multiprocessor: of 2 there
 def test_tiles_that_share_rows(programs, N, rows, kind, monkeypatch):
