@@ -201,11 +201,11 @@ def test_programs_of_several_tiles_whose_step_is_all_of_K(kind, rows, monkeypatc
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 5, 13])
 def test_whole_steps_and_a_rest(kind, rows, monkeypatch):
-    """K of whole steps, and of 32 values, or a group, more."""
-    monkeypatch.setattr(tuning, "configuration", lambda *_: tuning.Configuration(16, 1, 2, 168, 0))
+    """K of whole steps, and of 32 values, or a group, more: steps are of 128 to 512 values."""
+    monkeypatch.setattr(tuning, "configuration", lambda *_: tuning.Configuration(16, 1, 4, 128, 0))
     generator = torch.Generator().manual_seed(10)
-    group = int(kind[5:] or 32) if kind.startswith("int4") else 32
-    for K in (512, 512 + group):
+    group = int(kind[5:]) if kind.startswith("int4") else 32
+    for K in (1024, 1024 + group):
         w, s, dense = make_weight(kind, 32, K, DTYPES[-1], generator)
         x, gain = make_rows(rows, K, generator=generator).to(DTYPES[-1]), torch.rand(K, generator=generator)
         x, w, s, dense, gain = on_device(x, w, s, dense, gain.to(DTYPES[-1]))
